@@ -1,0 +1,148 @@
+"""Configs: the modules' own frozen dataclasses, merged from defaults, a YAML file and `key=value` words.
+
+The only user of OmegaConf. Behind this module a config is a plain frozen dataclass; an unknown key, a wrong type or a value
+that cannot be is a `UserError` whose one line names the full key.
+"""
+
+import argparse
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from cond_diffusion.data import DataConfig
+from cond_diffusion.errors import UserError, did_you_mean, first_line
+from cond_diffusion.latents import LatentConfig
+from cond_diffusion.schedule import ScheduleConfig
+from cond_diffusion.text import TextConfig
+from cond_diffusion.unet import UNetConfig
+
+Schema = TypeVar("Schema")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    batch_size: samples in one forward pass of one process. A step sees batch_size x gradient_accumulation_steps x processes.
+    learning_rate, learning_rate_schedule, warmup_steps: the peak; what follows the linear warm-up to it.
+    ema_width: the width of the average of the weights, as a share of the training so far (Karras et al. 2024, sigma_rel).
+    caption_dropout: how often a caption is replaced by the empty one, so that the network learns the unconditional eps too.
+    checkpoint_every, sample_every, log_every: in steps; 0 is never (the last step always writes a checkpoint).
+    """
+
+    batch_size: int = 64
+    max_steps: int = 10_000
+    learning_rate: float = 1e-3
+    learning_rate_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = 200
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    ema_width: float = 0.1
+    caption_dropout: float = 0.1
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+    sample_every: int = 1000
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_steps", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}: {getattr(self, name)} must be at least 1")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"train.{name}: {getattr(self, name)} must be above 0")
+        for name in ("warmup_steps", "weight_decay", "checkpoint_every", "sample_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name}: {getattr(self, name)} must not be negative")
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError(f"train.caption_dropout: {self.caption_dropout} is a probability: expected 0 to 1")
+        if not 0 < self.ema_width <= 0.28:
+            raise UserError(f"train.ema_width: {self.ema_width} must lie above 0 and at most at 0.28")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The grid that training draws every `train.sample_every` steps: one column a prompt, the chain shortened to `steps`."""
+
+    prompts: tuple[str, ...] = ()
+    num_images: int = 4
+    guidance_scale: float = 3.0
+    steps: int = 100
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `resume` goes on from the newest checkpoint in `run_dir`."""
+
+    run_dir: str = "runs/new"
+    seed: int = 0
+    resume: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+def parse_config(
+    schema: type[Schema], description: str, arguments: list[str] | None = None, default: Path | None = None
+) -> Schema:
+    """Parse the command line `[--config FILE] [key=value ...]` into `schema`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", type=Path, default=default, metavar="FILE", help=f"a YAML file (default: {default})")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.batch_size=64")
+    parsed = parser.parse_args(arguments)
+    return load_config(schema, parsed.config, parsed.overrides)
+
+
+def load_config(schema: type[Schema], file: Path | None = None, overrides: list[str] | None = None) -> Schema:
+    """Merge the defaults of `schema`, then the file, then the `key=value` words, the later one winning."""
+    for word in overrides or []:
+        if "=" not in word:
+            raise UserError(f"{word!r} is no override; expected key=value, for example train.batch_size=64")
+    merged = OmegaConf.structured(schema)
+    try:
+        if file is not None:
+            merged = OmegaConf.merge(merged, _read_yaml(file))
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(overrides or []))
+        config: Any = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        known = list(_keys(asdict(schema())))  # type: ignore[call-overload]
+        raise UserError(f"there is no config key {error.full_key!r}{did_you_mean(str(error.full_key), known)}") from error
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{where}{first_line(error)}") from error
+    return config
+
+
+def save_config(config: Any, file: Path) -> None:
+    """Write every key of `config`, defaults too, as YAML that `load_config` reads back."""
+    file.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _read_yaml(file: Path) -> Any:
+    try:
+        content = OmegaConf.load(file)
+    except FileNotFoundError as error:
+        there = sorted(map(str, file.parent.glob("*.yaml"))) if file.parent.is_dir() else []
+        raise UserError(f"--config: no file {file}{did_you_mean(str(file), there)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"--config: {file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(content):
+        raise UserError(f"--config: {file} holds no `key: value` lines")
+    return content
+
+
+def _keys(tree: dict[str, Any], prefix: str = ""):
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")

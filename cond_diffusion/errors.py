@@ -1,0 +1,41 @@
+"""What a user can cause and mend: one clear line, and exit code 2 instead of a traceback."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class UserError(ValueError):
+    """Bad input. The message says what is wrong, where, what was expected and what to type; it is one line."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the known name that is nearest to `name`, or nothing if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's message, or the error's name where it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def refuse_other_values(fields: dict[str, Any], only: dict[str, Any], where: str) -> None:
+    """Take the fields in `only` out of `fields`; raise UserError if one is there with a value other than the one in `only`."""
+    for key, expected in only.items():
+        if (value := fields.pop(key, expected)) != expected:
+            raise UserError(f"{where}: {key}: {value!r} is not supported; expected {expected!r}")
+
+
+def command_line(main: Callable[[], None]) -> int:
+    """Run `main` as a command: bad input becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

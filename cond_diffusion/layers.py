@@ -1,0 +1,162 @@
+"""The UNet's parts: timestep embedding, residual block, attention, transformer block, down- and upsampling.
+
+Submodules carry the names of diffusers' `UNet2DConditionModel`, because the names are the keys of the weights on disk.
+Shapes: b batch, c channels, h w height and width, l tokens, d width, n heads.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+KeysValues = tuple[Float[Tensor, "b n l d"], Float[Tensor, "b n l d"]]
+
+
+def timestep_embedding(t: Int64[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
+    """Embed t as cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5)."""
+    exponents = torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2)
+    angles = t[:, None].float() * torch.exp(-math.log(10_000) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepMLP(nn.Module):
+    """Two layers that turn the timestep embedding into what every residual block reads."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, embedding: Float[Tensor, "b i"]) -> Float[Tensor, "b d"]:
+        return self.linear_2(F.silu(self.linear_1(embedding)))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around a timestep's bias, and a shortcut (He et al. 2016; Ho et al. 2020, appendix B)."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int, num_groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(num_groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        # None, not nn.Identity: nothing more than the call is saved, but the keys on disk have no shortcut either.
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Float[Tensor, "b i h w"], time: Float[Tensor, "b d"]) -> Float[Tensor, "b o h w"]:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + rearrange(self.time_emb_proj(F.silu(time)), "b c -> b c 1 1")
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, section 3.2); self-attention where the keys come from `x` itself."""
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def keys_values(self, context: Float[Tensor, "b l d"]) -> KeysValues:
+        """Project the context. It does not depend on x_t or t, so once a prompt is enough."""
+        return self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context))
+
+    def forward(self, x: Float[Tensor, "b l d"], keys_values: KeysValues) -> Float[Tensor, "b l d"]:
+        attended = F.scaled_dot_product_attention(self._split_heads(self.to_q(x)), *keys_values)
+        return self.to_out[0](rearrange(attended, "b n l d -> b l (n d)"))
+
+    def _split_heads(self, x: Float[Tensor, "b l nd"]) -> Float[Tensor, "b n l d"]:
+        return rearrange(x, "b l (n d) -> b n l d", n=self.num_heads)
+
+
+class GatedLinear(nn.Module):
+    """GEGLU (Shazeer 2020, eq. 6): one half of the projection gates the other."""
+
+    def __init__(self, dim: int, inner_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner_dim)
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l i"]:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """A gated linear layer, four times as wide, and back."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # The Identity stands where diffusers has a dropout, so that the last layer is net.2 on disk.
+        self.net = nn.Sequential(GatedLinear(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention over the places, cross-attention to the context, feed-forward; each behind a norm and added."""
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, context_dim, num_heads)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Float[Tensor, "b l d"], context: KeysValues) -> Float[Tensor, "b l d"]:
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, self.attn1.keys_values(normed))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Read a feature map as a sequence of places, transform it, and add it back (Rombach et al. 2022, section 3.3)."""
+
+    def __init__(self, channels: int, context_dim: int, num_heads: int, num_groups: int, linear_projection: bool) -> None:
+        super().__init__()
+        self.number = 0  # which of the UNet's transformers this is: the place of its keys and values in a projected context
+        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        # At one place a 1 x 1 convolution is a linear layer; the two differ in their shape on disk alone.
+        self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, num_heads)])
+        self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"], context: KeysValues) -> Float[Tensor, "b c h w"]:
+        places = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        places = F.linear(places, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        places = self.transformer_blocks[0](places, context)
+        places = F.linear(places, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + rearrange(places, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Downsample(nn.Module):
+    """Halve height and width, rounding up."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h_2 w_2"]:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Repeat places until the map has the given height and width, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h_2 w_2"], size: tuple[int, int]) -> Float[Tensor, "b c h w"]:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

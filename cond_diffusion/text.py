@@ -1,0 +1,138 @@
+"""Captions to context: a frozen CLIP text encoder, used as Stable Diffusion uses it.
+
+A caption is tokenized, padded to `max_length`, and encoded; the context is CLIP's `last_hidden_state`, all `max_length`
+tokens of it, without a mask. The context of the empty caption is the *null context* of classifier-free guidance.
+
+CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from cond_diffusion.errors import UserError, first_line
+
+BUILT_IN_ENCODER = Path(__file__).parent / "assets" / "mnist_model"
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which CLIP reads the captions.
+
+    encoder: "builtin" (the small CLIP that comes with the package), a hub id such as openai/clip-vit-base-patch32, or a
+        folder in transformers' or diffusers' layout.
+    max_length: the number of tokens that every caption is padded or cut to, the two marks at its ends included. CLIP is
+        causal, so the first tokens' embeddings do not depend on it.
+    """
+
+    encoder: str = "builtin"
+    max_length: int = 77
+
+    def __post_init__(self) -> None:
+        if self.max_length < 3:
+            raise UserError(f"text.max_length: {self.max_length} must be at least 3: a word between the two marks")
+
+
+class TextEncoder(nn.Module):
+    """A frozen CLIP text model with its tokenizer: captions in, context out."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, clip: CLIPTextModel, max_length: int | None) -> None:
+        super().__init__()
+        positions: int = clip.config.max_position_embeddings
+        if max_length is None:  # what the tokenizer was stored with, as diffusers does
+            max_length = min(tokenizer.model_max_length, positions)
+        if max_length > positions:
+            raise UserError(f"text.max_length: {max_length} is more than the encoder's {positions} positions")
+        self.tokenizer = tokenizer
+        self.clip = clip.requires_grad_(False)
+        self.max_length = max_length
+        self.eval()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, max_length: int | None) -> "TextEncoder":
+        """Load from "builtin", a folder or a hub id; raise UserError, in one line, if it is none or cannot be reached."""
+        folder = BUILT_IN_ENCODER if source == "builtin" else Path(source)
+        # diffusers' layout keeps the two halves in folders of their own, transformers' in one.
+        in_two = (folder / "text_encoder").is_dir()
+        where = {name: str(folder / name if in_two else folder) for name in ("text_encoder", "tokenizer")}
+        if not folder.is_dir():
+            where = dict.fromkeys(where, str(source))
+        verbosity = transformers_logging.get_verbosity()
+        # A full CLIP's vision half is reported as unexpected keys; that it is left out is what we want.
+        transformers_logging.set_verbosity_error()
+        try:
+            kind = AutoConfig.from_pretrained(where["text_encoder"]).model_type
+            if kind not in ("clip", "clip_text_model"):
+                raise UserError(f"text.encoder: {source} is a {kind!r} model; expected a CLIP")
+            tokenizer = CLIPTokenizer.from_pretrained(where["tokenizer"])
+            clip = CLIPTextModel.from_pretrained(where["text_encoder"], use_safetensors=True)
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise UserError(f"text.encoder: {source}: a file is damaged or was cut short: {first_line(error)}") from error
+        except OSError as error:
+            raise UserError(
+                f"text.encoder: cannot load {source}: no such folder with a CLIP and its tokenizer, and the hub does not "
+                "give it (no network, or no such id); use text.encoder=builtin, or download it elsewhere and give the folder"
+            ) from error
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        return cls(tokenizer, clip, max_length)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `text_encoder/` and `tokenizer/` as diffusers lays them out."""
+        self.clip.save_pretrained(folder / "text_encoder")
+        # Stored with the tokenizer, where diffusers looks for the length to pad to.
+        self.tokenizer.model_max_length = self.max_length
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Stay in eval mode: frozen means frozen, whatever the module around it is told."""
+        del mode
+        return super().train(False)
+
+    @property
+    def context_dim(self) -> int:
+        """The width d of the context."""
+        return self.clip.config.hidden_size
+
+    @torch.no_grad()
+    def forward(self, captions: Sequence[str]) -> Float[Tensor, "b l d"]:
+        """Encode the captions; those longer than `max_length` tokens are cut."""
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        ids: Any = tokens["input_ids"]
+        return self.clip(ids.to(self.clip.device))[0]
+
+    def words_cut(self, caption: str) -> str:
+        """Return the end of `caption` that does not fit into `max_length` tokens; empty when all of it fits."""
+        encoding = self.tokenizer(caption, return_offsets_mapping=True, add_special_tokens=False)
+        offsets: Any = encoding["offset_mapping"]
+        room = self.max_length - 2
+        return "" if len(offsets) <= room else caption[offsets[room][0] :]
+
+    def table(self, captions: Sequence[str], *, batch_size: int = 256, progress: bool = True) -> "ContextTable":
+        """Embed every caption once. With the frozen encoder that is all that training ever asks of it."""
+        starts = tqdm(range(0, len(captions), batch_size), desc="embedding captions", disable=not progress, leave=False)
+        rows = [self(captions[i : i + batch_size]) for i in starts]
+        return ContextTable({caption: i for i, caption in enumerate(captions)}, torch.cat(rows))
+
+
+@dataclass(frozen=True)
+class ContextTable:
+    """The context of each unique caption."""
+
+    row_of: dict[str, int]
+    contexts: Float[Tensor, "captions l d"]
+
+    def __getitem__(self, captions: Sequence[str]) -> Float[Tensor, "b l d"]:
+        return self.contexts[[self.row_of[caption] for caption in captions]]

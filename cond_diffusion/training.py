@@ -1,0 +1,302 @@
+"""Training: the loop, and what it does every so many steps. The only user of Accelerate.
+
+A step draws `gradient_accumulation_steps` x processes micro-batches. Everything random in micro-batch m of step s is a
+function of (seed, s, m): which samples, which of their captions, noise, timesteps, dropped captions. So a resumed run equals
+one that was never stopped, and 2 processes equal 1 with twice the accumulation.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cond_diffusion import latents
+from cond_diffusion.checkpoint import checkpoints, load_state, new_run_dir, save_checkpoint, save_state
+from cond_diffusion.config import Config, TrainConfig, load_config, save_config
+from cond_diffusion.data import CaptionedImages, load_captioned_images, sample_indices, to_model
+from cond_diffusion.ema import EMA
+from cond_diffusion.errors import UserError
+from cond_diffusion.guidance import drop_captions
+from cond_diffusion.objective import epsilon_loss, uniform_timesteps
+from cond_diffusion.pictures import grid
+from cond_diffusion.pipeline import TextToImage
+from cond_diffusion.randomness import generator
+from cond_diffusion.schedule import NoiseSchedule
+from cond_diffusion.text import ContextTable, TextEncoder
+from cond_diffusion.unet import UNet
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config) -> Path:
+    """Train as `config` says, or go on with a run; return the newest checkpoint's folder."""
+    accelerator = Accelerator(cpu=torch.accelerator.current_accelerator() is None, mixed_precision=_precision(config.train))
+    run_dir = _open_run(config, accelerator)
+    with accelerator.main_process_first():  # the others then read what the first one has cached
+        data = load_captioned_images(config.data, progress=accelerator.is_main_process)
+    text_encoder = TextEncoder.from_pretrained(config.text.encoder, config.text.max_length).to(accelerator.device)
+    captions = ["", *dict.fromkeys(caption for group in data.caption_groups for caption in group)]
+    batches = Batches(config, data, text_encoder.table(captions, progress=accelerator.is_main_process), accelerator)
+
+    torch.manual_seed(config.seed)  # torch draws initial weights from the global state; nothing else here does
+    unet = UNet(complete_unet_config(config, text_encoder.context_dim)).to(accelerator.device)
+    # No weight decay in the rate: learning rates are set from the step, and the fused kernel does all tensors at once.
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
+    )
+    ema = EMA(unet, config.train.ema_width)
+    pipe = TextToImage(ema.network, text_encoder, batches.schedule, config.latent.patch_size)
+    start = _resume(run_dir, unet, ema, optimizer)
+    network, optimizer = accelerator.prepare(unet, optimizer)
+
+    reporter = Reporter(config, run_dir, start, accelerator)
+    for step in reporter.steps():
+        loss = _accumulate_gradients(network, batches, step, accelerator)
+        gradient_norm = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.train, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(unet, step + 1)
+
+        done = step + 1
+        reporter.log(done, loss, gradient_norm)
+        if accelerator.is_main_process:
+            if _is_due(done, config.train.sample_every):
+                reporter.draw(done, pipe)
+            if _is_due(done, config.train.checkpoint_every) or done == config.train.max_steps:
+                _save(run_dir, config, done, pipe, unet, optimizer)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return reporter.last_words()
+
+
+def complete_unet_config(config: Config, context_dim: int) -> Any:
+    """Return `config.unet` with what the data and the text encoder decide filled in; raise UserError where they differ."""
+    side, patch = config.data.resolution, config.latent.patch_size
+    if side % patch:
+        raise UserError(f"latent.patch_size: {patch} does not divide data.resolution ({side})")
+    from_data = {"in_channels": config.data.channels * patch**2, "sample_size": side // patch, "context_dim": context_dim}
+    for name, value in from_data.items():
+        given = getattr(config.unet, name)
+        if given not in (None, value):
+            raise UserError(f"unet.{name}: {given} does not fit the data and the text encoder; expected {value}, or nothing")
+    return replace(config.unet, **from_data)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rise linearly over `warmup_steps`, then stay, or fall to 0 at `max_steps` along half a cosine.
+
+    A function of the step alone: no scheduler's state can be lost, or be stepped once for each process.
+    """
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    match config.learning_rate_schedule:
+        case "constant":
+            decay = 1.0
+        case "cosine":
+            left = max(1, config.max_steps - config.warmup_steps)
+            decay = (1 + math.cos(math.pi * max(0, step - config.warmup_steps) / left)) / 2
+    return config.learning_rate * warmup * decay
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of one process reads."""
+
+    x_0: Float[Tensor, "b c h w"]
+    context: Float[Tensor, "b l d"]
+    t: Tensor
+    eps: Float[Tensor, "b c h w"]
+
+
+class Batches:
+    """Micro-batches by their number."""
+
+    def __init__(self, config: Config, data: CaptionedImages, contexts: ContextTable, accelerator: Accelerator) -> None:
+        self.config = config
+        self.data = data
+        self.contexts = contexts
+        self.schedule = NoiseSchedule(config.schedule)
+        self.processes, self.process = accelerator.num_processes, accelerator.process_index
+        self.device = accelerator.device
+
+    def of_step(self, step: int) -> Iterator[MicroBatch]:
+        """Yield this process's share of a step."""
+        rounds = self.config.train.gradient_accumulation_steps
+        for i in range(rounds):
+            yield self._draw(step, i * self.processes + self.process, rounds * self.processes)
+
+    def _draw(self, step: int, number: int, numbers: int) -> MicroBatch:
+        seed, train = self.config.seed, self.config.train
+        first = (step * numbers + number) * train.batch_size
+        indices = sample_indices(len(self.data), seed, first, train.batch_size)
+        captions = self.data.draw_captions(indices, generator("captions", seed, step, number))
+        x_0 = latents.encode(to_model(self.data.images[indices].to(self.device)), self.config.latent.patch_size)
+        draw = generator("noise", seed, step, number, device=self.device)
+        null_context = self.contexts[[""]][0]
+        return MicroBatch(
+            x_0=x_0,
+            context=drop_captions(self.contexts[captions], null_context, train.caption_dropout, draw),
+            t=uniform_timesteps(self.schedule.num_timesteps, train.batch_size, draw),
+            eps=torch.randn(x_0.shape, generator=draw, device=self.device),
+        )
+
+
+def _accumulate_gradients(network: Any, batches: Batches, step: int, accelerator: Accelerator) -> Float[Tensor, ""]:
+    """Add up the gradients of a step's micro-batches; return their mean loss on this process."""
+    rounds = batches.config.train.gradient_accumulation_steps
+    total = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(batches.of_step(step)):
+        # Processes exchange gradients once a step, with the last micro-batch.
+        with nullcontext() if i == rounds - 1 else accelerator.no_sync(network):
+            with accelerator.autocast():
+                loss = epsilon_loss(network, batches.schedule, batch.x_0, batch.t, batch.eps, batch.context)
+            accelerator.backward(loss / rounds)
+        total += loss.detach() / rounds
+    return total
+
+
+class Reporter:
+    """What a run shows: the progress bar, `metrics.jsonl`, grids of samples, and the last line."""
+
+    def __init__(self, config: Config, run_dir: Path, start: int, accelerator: Accelerator) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.start = start
+        self.accelerator = accelerator
+        self.bar: Any = None
+        self.images_per_step = (
+            config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
+        )
+        self.metrics = run_dir / "metrics.jsonl"
+        if accelerator.is_main_process:
+            _drop_metrics_after(self.metrics, start)
+        self.last_log = (start, monotonic())
+
+    def steps(self) -> Iterator[int]:
+        """Count the steps that are left, behind a progress bar."""
+        total, quiet = self.config.train.max_steps, not self.accelerator.is_main_process
+        with tqdm(total=total, initial=self.start, desc="training", unit=" steps", disable=quiet) as self.bar:
+            for step in range(self.start, total):
+                yield step
+                self.bar.update()
+
+    def log(self, done: int, loss: Float[Tensor, ""], gradient_norm: Any) -> None:
+        """Every `log_every` steps: average the loss over processes, write a line, show it."""
+        if done % self.config.train.log_every and done != self.config.train.max_steps:
+            return
+        mean_loss = self.accelerator.reduce(loss, "mean").item()
+        if not self.accelerator.is_main_process:
+            return
+        steps, seconds = done - self.last_log[0], monotonic() - self.last_log[1]
+        self.last_log = (done, monotonic())
+        line = {
+            "step": done,
+            "images": done * self.images_per_step,
+            "loss": mean_loss,
+            "gradient_norm": float(gradient_norm),
+            "learning_rate": learning_rate(self.config.train, done - 1),
+            "images_per_second": round(steps * self.images_per_step / seconds, 1),
+        }
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.bar.set_postfix(loss=f"{mean_loss:.4f}", **{"images/s": f"{line['images_per_second']:.0f}"})
+
+    def draw(self, done: int, pipe: TextToImage) -> None:
+        """Draw the fixed prompts, one a column, always with the same noise, so that the grids show the progress."""
+        sample = self.config.sample
+        images = pipe(
+            sample.prompts,
+            num_images=sample.num_images,
+            guidance_scale=sample.guidance_scale,
+            steps=min(sample.steps, pipe.schedule.num_timesteps),
+            progress=False,
+        )
+        by_row = [images[i :: sample.num_images] for i in range(sample.num_images)]
+        folder = self.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        grid(sum(by_row, []), columns=len(sample.prompts)).save(folder / f"step-{done:08d}.png")
+        self.last_log = (self.last_log[0], self.last_log[1])
+
+    def last_words(self) -> Path:
+        """Say where the result is and what to type next."""
+        newest = checkpoints(self.run_dir)[-1]
+        if self.accelerator.is_main_process:
+            prompt = self.config.sample.prompts[0] if self.config.sample.prompts else "a prompt"
+            print(f'wrote {newest}; next: python sample.py "{prompt}" --checkpoint {self.run_dir}')
+        return newest
+
+
+def _is_due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def _precision(config: TrainConfig) -> str:
+    """Return the mixed precision to use: on a CPU without bf16 instructions bf16 is many times slower than fp32."""
+    if (
+        config.mixed_precision == "bf16"
+        and torch.accelerator.current_accelerator() is None
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        logger.warning("train.mixed_precision=bf16: this CPU has no bf16 instructions; training in fp32")
+        return "no"
+    return config.mixed_precision
+
+
+def _open_run(config: Config, accelerator: Accelerator) -> Path:
+    """Return the run's folder: a new one, or with `resume` the one that is there, if it was made by the same config."""
+    if config.resume:
+        run_dir = Path(config.run_dir)
+        if newest := checkpoints(run_dir)[-1:]:
+            _check_unchanged(config, load_config(Config, newest[0] / "config.yaml"))
+    else:
+        run_dir = new_run_dir(config.run_dir)
+    accelerator.wait_for_everyone()  # nobody makes the folder before all have seen that it was not there
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+    return run_dir
+
+
+def _check_unchanged(config: Config, before: Config) -> None:
+    for section in ("data", "text", "latent", "unet", "schedule"):
+        now, then = asdict(getattr(config, section)), asdict(getattr(before, section))
+        for key in now:
+            if now[key] != then[key]:
+                raise UserError(f"resume: {section}.{key} was {then[key]!r} in this run and is now {now[key]!r}")
+
+
+def _resume(run_dir: Path, unet: UNet, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint, if there is one; return the number of steps that are done."""
+    if not (newest := checkpoints(run_dir)[-1:]):
+        return 0
+    ema.network.load_state_dict(UNet.from_pretrained(newest[0] / "unet").state_dict())
+    return load_state(newest[0] / "state", unet, optimizer)["step"]
+
+
+def _save(run_dir: Path, config: Config, done: int, pipe: TextToImage, unet: UNet, optimizer: Any) -> None:
+    def write(folder: Path) -> None:
+        pipe.save_pretrained(folder)
+        save_config(config, folder / "config.yaml")
+        save_state(folder / "state", unet, optimizer, {"step": done})
+
+    save_checkpoint(run_dir, done, write, keep=config.train.keep_checkpoints)
+
+
+def _drop_metrics_after(file: Path, step: int) -> None:
+    """Forget the lines of steps that a resumed run does again."""
+    if file.exists():
+        lines = file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        file.write_text("".join(kept))

@@ -1,0 +1,19 @@
+"""Train: accelerate launch train.py [--config FILE] [key=value ...]"""
+
+import sys
+from pathlib import Path
+
+from cond_diffusion.errors import command_line
+
+
+def main() -> None:
+    # Imported here, so that Ctrl-C during the imports is one line, too.
+    from cond_diffusion.config import Config, parse_config
+    from cond_diffusion.training import train
+
+    default = Path(__file__).parent / "configs" / "mnist.yaml"
+    train(parse_config(Config, "Train a text-to-image model.", default=default))
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))
