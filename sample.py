@@ -9,7 +9,9 @@ from cond_diffusion.errors import command_line
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw pictures of the prompts: one row of the PNG for each.")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help='for example "a digit seven"')
-    parser.add_argument("--checkpoint", help="a run folder, a checkpoint folder or a hub id (default: the built-in model)")
+    parser.add_argument(
+        "--checkpoint", help="a run folder, a checkpoint folder or a hub id (default: the built-in model)"
+    )
     parser.add_argument("--num-images", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="1 is unguided (default: %(default)s)")
     parser.add_argument("--negative-prompt", default="", help="what to steer away from")

@@ -6,8 +6,8 @@
     runs/mnist/checkpoints/step-00001000/   a pipeline in diffusers' layout, and beside it
                                        state/  what training needs to go on: raw weights, optimizer, progress
 
-A checkpoint is written into a hidden sibling, flushed to the disk and then renamed, so a folder named step-* is complete
-whenever the process or the machine stopped. Nothing in it can run code: safetensors, JSON and YAML only.
+A checkpoint is written into a hidden sibling, flushed to the disk and then renamed, so a folder named step-* is
+complete whenever the process or the machine stopped. Nothing in it can run code: safetensors, JSON and YAML only.
 """
 
 import json
@@ -31,7 +31,9 @@ def new_run_dir(path: str) -> Path:
     if run_dir.is_dir() and not any(run_dir.iterdir()):
         return run_dir
     if run_dir.exists():
-        raise UserError(f"run_dir: {run_dir} exists; go on with it by resume=true, or name another, run_dir={run_dir}-2")
+        raise UserError(
+            f"run_dir: {run_dir} exists; go on with it by resume=true, or name another, run_dir={run_dir}-2"
+        )
     return run_dir
 
 
@@ -60,7 +62,10 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
 def save_state(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
     """Write the raw (not averaged) weights, the optimizer's moments and `progress` into `folder`."""
     folder.mkdir()
-    save_file({name: weight.detach().contiguous() for name, weight in network.state_dict().items()}, folder / "unet.safetensors")
+    save_file(
+        {name: weight.detach().contiguous() for name, weight in network.state_dict().items()},
+        folder / "unet.safetensors",
+    )
     moments = {
         f"{number}.{name}": torch.as_tensor(value).contiguous()
         for number, values in optimizer.state_dict()["state"].items()

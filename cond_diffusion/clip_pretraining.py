@@ -1,11 +1,12 @@
 """Train a small CLIP on a captioned data set, so that a text encoder exists where no hub is in reach.
 
-`python -m cond_diffusion.clip_pretraining --config configs/clip_mnist.yaml` writes transformers' own format: a byte-pair
-vocabulary learned from the captions, and a `CLIPModel` whose folder can stand wherever a CLIP from the hub can.
+`python -m cond_diffusion.clip_pretraining --config configs/clip_mnist.yaml` writes transformers' own format: a
+byte-pair vocabulary learned from the captions, and a `CLIPModel` whose folder can stand wherever a CLIP from the hub
+can.
 
 The loss is CLIP's (Radford et al. 2021, fig. 3) with the targets of UniCL (Yang et al. 2022, eq. 3): a batch holds many
-captions that mean the same, and they are positives of each other. With only the diagonal as positives the loss would push
-equals apart.
+captions that mean the same, and they are positives of each other. With only the diagonal as positives the loss would
+push equals apart.
 """
 
 import json
@@ -26,6 +27,7 @@ from cond_diffusion.config import parse_config
 from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices, to_model
 from cond_diffusion.errors import command_line
 from cond_diffusion.randomness import generator
+from cond_diffusion.text import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class ClipPretrainingConfig:
 
 
 def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary (Sennrich et al. 2016) laid out as CLIP's: bytes, bytes that end a word, merges, marks.
+    """Learn a byte-pair vocabulary (Sennrich et al. 2016) laid out as CLIP's: bytes, bytes that end a word, merges,
+    marks.
 
     Every byte is in it, so any text can be encoded, words that were never seen too.
     """
@@ -92,9 +95,12 @@ def build_clip(config: ClipPretrainingConfig, tokenizer: CLIPTokenizer) -> CLIPM
 
 
 def contrastive_loss(
-    logits: Float[Tensor, "images texts"], group_of_image: Int64[Tensor, " images"], group_of_text: Int64[Tensor, " texts"]
+    logits: Float[Tensor, "images texts"],
+    group_of_image: Int64[Tensor, " images"],
+    group_of_text: Int64[Tensor, " texts"],
 ) -> Float[Tensor, ""]:
-    """Cross-entropy both ways, the target mass shared equally among all that mean the same (Yang et al. 2022, eq. 3)."""
+    """Cross-entropy both ways, the target mass shared equally among all that mean the same (Yang et al. 2022, eq.
+    3)."""
     same = (group_of_image[:, None] == group_of_text[None, :]).to(logits.dtype)
     to_text = F.cross_entropy(logits, same / same.sum(1, keepdim=True))
     to_image = F.cross_entropy(logits.T, same.T / same.T.sum(1, keepdim=True))
@@ -124,7 +130,9 @@ def pretrain(config: ClipPretrainingConfig) -> Path:
     """Train, save into `config.run_dir`, and return that folder."""
     run_dir = new_run_dir(config.run_dir)
     data = load_captioned_images(config.data)
-    tokenizer = train_tokenizer([c for group in data.caption_groups for c in group], config.vocab_size, config.max_length)
+    tokenizer = train_tokenizer(
+        [c for group in data.caption_groups for c in group], config.vocab_size, config.max_length
+    )
     torch.manual_seed(config.seed)  # transformers draws initial weights from the global state, and from nowhere else
     clip = build_clip(config, tokenizer)
     optimizer = torch.optim.AdamW(
@@ -144,8 +152,9 @@ def pretrain(config: ClipPretrainingConfig) -> Path:
         rate.step()
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    clip.eval().save_pretrained(run_dir)
-    tokenizer.save_pretrained(run_dir)
+    with quiet_transformers():
+        clip.eval().save_pretrained(run_dir)
+        tokenizer.save_pretrained(run_dir)
 
     test = load_captioned_images(config.data, "test")
     for caption, accuracy in zero_shot_accuracy(clip, tokenizer, test, config.max_length).items():
@@ -168,7 +177,9 @@ def _training_loss(
     return contrastive_loss(logits, groups, torch.tensor([group for _, group in unique]))
 
 
-def _embed_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], max_length: int) -> Float[Tensor, "b d"]:
+def _embed_texts(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], max_length: int
+) -> Float[Tensor, "b d"]:
     tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
     return clip.get_text_features(input_ids=tokens["input_ids"]).pooler_output
 

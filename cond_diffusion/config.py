@@ -1,7 +1,7 @@
 """Configs: the modules' own frozen dataclasses, merged from defaults, a YAML file and `key=value` words.
 
-The only user of OmegaConf. Behind this module a config is a plain frozen dataclass; an unknown key, a wrong type or a value
-that cannot be is a `UserError` whose one line names the full key.
+The only user of OmegaConf. Behind this module a config is a plain frozen dataclass; an unknown key, a wrong type or a
+value that cannot be is a `UserError` whose one line names the full key.
 """
 
 import argparse
@@ -27,10 +27,13 @@ Schema = TypeVar("Schema")
 class TrainConfig:
     """The loop.
 
-    batch_size: samples in one forward pass of one process. A step sees batch_size x gradient_accumulation_steps x processes.
+    batch_size: samples in one forward pass of one process. A step sees batch_size x gradient_accumulation_steps x
+    processes.
     learning_rate, learning_rate_schedule, warmup_steps: the peak; what follows the linear warm-up to it.
-    ema_width: the width of the average of the weights, as a share of the training so far (Karras et al. 2024, sigma_rel).
-    caption_dropout: how often a caption is replaced by the empty one, so that the network learns the unconditional eps too.
+    ema_width: the width of the average of the weights, as a share of the training so far (Karras et al. 2024,
+    sigma_rel).
+    caption_dropout: how often a caption is replaced by the empty one, so that the network learns the unconditional
+    eps too.
     checkpoint_every, sample_every, log_every: in steps; 0 is never (the last step always writes a checkpoint).
     """
 
@@ -68,7 +71,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """The grid that training draws every `train.sample_every` steps: one column a prompt, the chain shortened to `steps`."""
+    """The grid that training draws every `train.sample_every` steps: one column a prompt, the chain shortened to
+    `steps`."""
 
     prompts: tuple[str, ...] = ()
     num_images: int = 4
@@ -97,7 +101,9 @@ def parse_config(
 ) -> Schema:
     """Parse the command line `[--config FILE] [key=value ...]` into `schema`."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", type=Path, default=default, metavar="FILE", help=f"a YAML file (default: {default})")
+    parser.add_argument(
+        "--config", type=Path, default=default, metavar="FILE", help=f"a YAML file (default: {default})"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.batch_size=64")
     parsed = parser.parse_args(arguments)
     return load_config(schema, parsed.config, parsed.overrides)
@@ -116,7 +122,9 @@ def load_config(schema: type[Schema], file: Path | None = None, overrides: list[
         config: Any = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         known = list(_keys(asdict(schema())))  # type: ignore[call-overload]
-        raise UserError(f"there is no config key {error.full_key!r}{did_you_mean(str(error.full_key), known)}") from error
+        raise UserError(
+            f"there is no config key {error.full_key!r}{did_you_mean(str(error.full_key), known)}"
+        ) from error
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise UserError(f"{where}{first_line(error)}") from error

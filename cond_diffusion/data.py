@@ -1,8 +1,9 @@
 """Captioned images: from any source to uint8 tensors in memory, and the order in which training visits them.
 
 Every source goes through one path: `datasets` opens it, the configured columns are decoded, pictures are resized and
-cropped to `resolution` x `resolution`. Captions are kept once each: a *caption group* is a list of captions that mean the
-same ("a digit seven", "7"), and an image belongs to one group. Images live in uint8 here, in [-1, 1] from `to_model` on.
+cropped to `resolution` x `resolution`. Captions are kept once each: a *caption group* is a list of captions that mean
+the same ("a digit seven", "7"), and an image belongs to one group. Images live in uint8 here, in [-1, 1] from
+`to_model` on.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,8 @@ class DataConfig:
     """Which pictures, and what they are called.
 
     source: a built-in name ("mnist"), a folder (pictures with metadata, or Parquet files), a Parquet file, or a hub id.
-    image_column, caption_column: the columns that hold the pictures and their captions (text, a list of texts, or a label).
+    image_column, caption_column: the columns that hold the pictures and their captions (text, a list of texts, or a
+    label).
     resolution, channels: the pictures' side in pixels; 1 for grey or 3 for RGB.
     caption_templates: where the caption column is a label, the captions made of it: "a digit {word}" names a list of
         `label_names`; "{label}" is the name that the data set itself gives the label.
@@ -117,8 +119,8 @@ def to_bytes(x_0: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
 def sample_indices(num_samples: int, seed: int, start: int, count: int) -> Int64[Tensor, " count"]:
     """Say which samples stand at positions start .. start + count - 1 of the endless training order.
 
-    Every epoch is a fresh permutation, a function of (seed, epoch) alone, and batches run on across its end: each sample
-    is seen exactly once an epoch, and any position can be reached without walking there.
+    Every epoch is a fresh permutation, a function of (seed, epoch) alone, and batches run on across its end: each
+    sample is seen exactly once an epoch, and any position can be reached without walking there.
     """
     positions = range(start, start + count)
     return torch.tensor([int(_epoch_order(num_samples, seed, p // num_samples)[p % num_samples]) for p in positions])
@@ -193,7 +195,9 @@ def _caption_reader(config: DataConfig, feature: Any) -> Callable[[Any], tuple[s
                 f"data.label_names: no name for the label {cell!r} of column {config.caption_column!r}; "
                 f"labels run from 0 to {min(map(len, names.values()), default=0) - 1}"
             )
-        return tuple(t.format(**{word: values[cell] for word, values in names.items()}) for t in config.caption_templates)
+        return tuple(
+            t.format(**{word: values[cell] for word, values in names.items()}) for t in config.caption_templates
+        )
 
     return fill_in
 

@@ -1,8 +1,8 @@
 """An average of the weights over training, which draws better pictures than the weights themselves.
 
-The average is a power function of the step (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion
-Models", section 3.1): it remembers a fixed share of the training so far, however long that is, and forgets the random
-start by itself, so it needs neither a warm-up nor a decay that fits the length of the run.
+The average is a power function of the step (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
+Diffusion Models", section 3.1): it remembers a fixed share of the training so far, however long that is, and forgets
+the random start by itself, so it needs neither a warm-up nor a decay that fits the length of the run.
 """
 
 import copy
@@ -35,7 +35,8 @@ class EMA:
 def power_of_width(width: float) -> float:
     """Return the exponent gamma whose average has relative width sigma_rel.
 
-    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (eq. 7) is a cubic in gamma; its largest real root is wanted.
+    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (eq. 7) is a cubic in gamma; its largest real root is
+    wanted.
     """
     square = width**-2
     roots = np.roots([1, 7, 16 - square, 12 - square])

@@ -22,7 +22,8 @@ def first_line(error: BaseException) -> str:
 
 
 def refuse_other_values(fields: dict[str, Any], only: dict[str, Any], where: str) -> None:
-    """Take the fields in `only` out of `fields`; raise UserError if one is there with a value other than the one in `only`."""
+    """Take the fields in `only` out of `fields`; raise UserError if one is there with a value other than the one in
+    `only`."""
     for key, expected in only.items():
         if (value := fields.pop(key, expected)) != expected:
             raise UserError(f"{where}: {key}: {value!r} is not supported; expected {expected!r}")

@@ -28,7 +28,8 @@ def guided(
 ) -> Denoiser:
     """Return the denoiser (x_t, t) -> uncond + w (cond - uncond) (eq. 6, whose weight is w - 1).
 
-    Both passes go through the network in one batch; at w = 1, where the unconditional one counts for nothing, it is not run.
+    Both passes go through the network in one batch; at w = 1, where the unconditional one counts for nothing, it is
+    not run.
     project: what is computed of the context once, in advance, for every call of the network.
     """
     if guidance_scale == 1:

@@ -1,8 +1,9 @@
 """Where diffusion happens: on the pixels, or on the same pixels with less height and width and more channels.
 
-`patch_size` p moves each p x p patch of pixels into the channels (space-to-depth; "patching" in Hoogeboom et al. 2023). It
-has no parameters, is inverted exactly, and maps independent Gaussian noise to independent Gaussian noise, so the diffusion
-is the same, number for number; only the network sees another arrangement, with 1 / p^2 of the places to convolve over.
+`patch_size` p moves each p x p patch of pixels into the channels (space-to-depth; "patching" in Hoogeboom et al.
+2023). It has no parameters, is inverted exactly, and maps independent Gaussian noise to independent Gaussian noise,
+so the diffusion is the same, number for number; only the network sees another arrangement, with 1 / p^2 of the places
+to convolve over.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """The UNet's parts: timestep embedding, residual block, attention, transformer block, down- and upsampling.
 
 Submodules carry the names of diffusers' `UNet2DConditionModel`, because the names are the keys of the weights on disk.
-Shapes: b batch, c channels, h w height and width, l tokens, d width, n heads.
+Shapes: b batch, c channels, h w height and width, p places (h w in a row), l tokens, d width, n heads, k width of a
+head.
 """
 
 import math
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-KeysValues = tuple[Float[Tensor, "b n l d"], Float[Tensor, "b n l d"]]
+KeysValues = tuple[Float[Tensor, "b n l k"], Float[Tensor, "b n l k"]]
 
 
 def timestep_embedding(t: Int64[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
@@ -69,12 +70,12 @@ class Attention(nn.Module):
         """Project the context. It does not depend on x_t or t, so once a prompt is enough."""
         return self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context))
 
-    def forward(self, x: Float[Tensor, "b l d"], keys_values: KeysValues) -> Float[Tensor, "b l d"]:
+    def forward(self, x: Float[Tensor, "b p d"], keys_values: KeysValues) -> Float[Tensor, "b p d"]:
         attended = F.scaled_dot_product_attention(self._split_heads(self.to_q(x)), *keys_values)
-        return self.to_out[0](rearrange(attended, "b n l d -> b l (n d)"))
+        return self.to_out[0](rearrange(attended, "b n p k -> b p (n k)"))
 
-    def _split_heads(self, x: Float[Tensor, "b l nd"]) -> Float[Tensor, "b n l d"]:
-        return rearrange(x, "b l (n d) -> b n l d", n=self.num_heads)
+    def _split_heads(self, x: Float[Tensor, "b l nk"]) -> Float[Tensor, "b n l k"]:
+        return rearrange(x, "b l (n k) -> b n l k", n=self.num_heads)
 
 
 class GatedLinear(nn.Module):
@@ -84,7 +85,7 @@ class GatedLinear(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner_dim)
 
-    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l i"]:
+    def forward(self, x: Float[Tensor, "b p d"]) -> Float[Tensor, "b p i"]:
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -97,7 +98,7 @@ class FeedForward(nn.Module):
         # The Identity stands where diffusers has a dropout, so that the last layer is net.2 on disk.
         self.net = nn.Sequential(GatedLinear(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+    def forward(self, x: Float[Tensor, "b p d"]) -> Float[Tensor, "b p d"]:
         return self.net(x)
 
 
@@ -113,7 +114,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Float[Tensor, "b l d"], context: KeysValues) -> Float[Tensor, "b l d"]:
+    def forward(self, x: Float[Tensor, "b p d"], context: KeysValues) -> Float[Tensor, "b p d"]:
         normed = self.norm1(x)
         x = x + self.attn1(normed, self.attn1.keys_values(normed))
         x = x + self.attn2(self.norm2(x), context)
@@ -123,9 +124,13 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Read a feature map as a sequence of places, transform it, and add it back (Rombach et al. 2022, section 3.3)."""
 
-    def __init__(self, channels: int, context_dim: int, num_heads: int, num_groups: int, linear_projection: bool) -> None:
+    def __init__(
+        self, channels: int, context_dim: int, num_heads: int, num_groups: int, linear_projection: bool
+    ) -> None:
         super().__init__()
-        self.number = 0  # which of the UNet's transformers this is: the place of its keys and values in a projected context
+        self.number = (
+            0  # which of the UNet's transformers this is: the place of its keys and values in a projected context
+        )
         self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
         # At one place a 1 x 1 convolution is a linear layer; the two differ in their shape on disk alone.
         self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)

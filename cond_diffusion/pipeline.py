@@ -48,7 +48,7 @@ class TextToImage:
 
         Raises UserError where there is none, or where a file of it is missing, damaged or for another kind of pipeline.
         """
-        folder = _find_checkpoint(source)
+        folder = find_checkpoint(source)
         index = _read_json(folder / INDEX_NAME)
         if index.get("_class_name") != cls.__name__:
             raise UserError(f"{folder} holds a {index.get('_class_name')}; expected a {cls.__name__}")
@@ -130,7 +130,9 @@ class TextToImage:
         if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
             raise UserError(f"guidance_scale: {guidance_scale} must be a number from 0 on")
         if sampler not in SAMPLERS:
-            raise UserError(f"sampler: {sampler!r} is unknown{did_you_mean(sampler, SAMPLERS)}; there is {', '.join(SAMPLERS)}")
+            raise UserError(
+                f"sampler: {sampler!r} is unknown{did_you_mean(sampler, SAMPLERS)}; there is {', '.join(SAMPLERS)}"
+            )
         for prompt in [*prompts, negative_prompt]:
             if cut := self.text_encoder.words_cut(prompt):
                 logger.warning(
@@ -159,7 +161,7 @@ class TextToImage:
         )
 
 
-def _find_checkpoint(source: str | Path | None) -> Path:
+def find_checkpoint(source: str | Path | None) -> Path:
     """Return the folder that holds `model_index.json`."""
     if source is None:
         return BUILT_IN_MODEL

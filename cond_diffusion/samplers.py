@@ -1,7 +1,7 @@
 """From noise to a picture: one generator function an algorithm, over any callable denoiser.
 
-A sampler yields after every step, so progress bars, early stops and films of the chain are the caller's business. What the
-denoiser is (a UNet, guidance around it, a closed form) and where the noise comes from it does not know.
+A sampler yields after every step, so progress bars, early stops and films of the chain are the caller's business.
+What the denoiser is (a UNet, guidance around it, a closed form) and where the noise comes from it does not know.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,9 +43,10 @@ def ddpm(
     """Ancestral sampling (Ho et al. 2020, algorithm 2) over `timesteps`, the noisiest first.
 
     Each step draws from the posterior with x_0_hat in the place of x_0. Unclipped, its mean is the paper's
-    (x_t - (1 - alpha_t) / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t) (eq. 11); clip_x_0 first brings x_0_hat into [-1, 1].
-    variance: "posterior" (beta-tilde, right for data that is a point) or "beta" (right for data that is N(0, I)). The last
-    step adds no noise.
+    (x_t - (1 - alpha_t) / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t) (eq. 11); clip_x_0 first brings x_0_hat into
+    [-1, 1].
+    variance: "posterior" (beta-tilde, right for data that is a point) or "beta" (right for data that is N(0, I)). The
+    last step adds no noise.
     """
     x = x_T
     for t, t_prev in pairwise([*timesteps, None]):

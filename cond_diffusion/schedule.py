@@ -1,4 +1,5 @@
-"""The noise schedule and the algebra of the forward process (Ho et al. 2020, "Denoising Diffusion Probabilistic Models").
+"""The noise schedule and the algebra of the forward process (Ho et al. 2020, "Denoising Diffusion Probabilistic
+Models").
 
 Vocabulary of the whole package:
 
@@ -82,8 +83,9 @@ class NoiseSchedule:
     def posterior(self, t: int, t_prev: int | None) -> "Posterior":
         """Return q(x_{t_prev} | x_t, x_0) for a chain that jumps from t to t_prev (eq. 6 and 7).
 
-        A chain that visits only some timesteps is a chain with other betas: 1 - alpha_bar_t / alpha_bar_{t_prev} (Nichol
-        and Dhariwal 2021, eq. 19). For t_prev = t - 1 that is beta_t. None stands for the step behind t = 0, the picture.
+        A chain that visits only some timesteps is a chain with other betas: 1 - alpha_bar_t / alpha_bar_{t_prev}
+        (Nichol and Dhariwal 2021, eq. 19). For t_prev = t - 1 that is beta_t. None stands for the step behind t = 0,
+        the picture.
         """
         alpha_bar = self.alpha_bar[t].item()
         alpha_bar_prev = 1.0 if t_prev is None else self.alpha_bar[t_prev].item()
@@ -98,8 +100,8 @@ class NoiseSchedule:
     def shorter_chain(self, steps: int | None) -> list[int]:
         """Return the timesteps that a chain of `steps` steps visits, the noisiest first; None visits all of them.
 
-        The spacing is "trailing": equal gaps counted from the end, so that T - 1, where sampling starts from pure noise, is
-        always visited (Lin et al. 2023, table 2).
+        The spacing is "trailing": equal gaps counted from the end, so that T - 1, where sampling starts from pure
+        noise, is always visited (Lin et al. 2023, table 2).
         """
         total = self.num_timesteps
         if steps is None:
@@ -165,7 +167,9 @@ def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
     variances: dict[str, Any] = {theirs: ours for ours, theirs in _VARIANCE_TYPES.items()}
     variance_type = fields.pop("variance_type", "fixed_small")
     if variance_type not in variances:
-        raise UserError(f"scheduler config: variance_type: {variance_type!r} is not supported; expected {list(variances)}")
+        raise UserError(
+            f"scheduler config: variance_type: {variance_type!r} is not supported; expected {list(variances)}"
+        )
     config = ScheduleConfig(
         num_timesteps=fields.pop("num_train_timesteps", 1000),
         beta_start=fields.pop("beta_start", 1e-4),

@@ -7,7 +7,8 @@ CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Lan
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,39 +61,40 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, max_length: int | None) -> "TextEncoder":
-        """Load from "builtin", a folder or a hub id; raise UserError, in one line, if it is none or cannot be reached."""
+        """Load from "builtin", a folder or a hub id; raise UserError, in one line, if it is none or cannot be
+        reached."""
         folder = BUILT_IN_ENCODER if source == "builtin" else Path(source)
         # diffusers' layout keeps the two halves in folders of their own, transformers' in one.
         in_two = (folder / "text_encoder").is_dir()
         where = {name: str(folder / name if in_two else folder) for name in ("text_encoder", "tokenizer")}
         if not folder.is_dir():
             where = dict.fromkeys(where, str(source))
-        verbosity = transformers_logging.get_verbosity()
-        # A full CLIP's vision half is reported as unexpected keys; that it is left out is what we want.
-        transformers_logging.set_verbosity_error()
         try:
             kind = AutoConfig.from_pretrained(where["text_encoder"]).model_type
             if kind not in ("clip", "clip_text_model"):
                 raise UserError(f"text.encoder: {source} is a {kind!r} model; expected a CLIP")
-            tokenizer = CLIPTokenizer.from_pretrained(where["tokenizer"])
-            clip = CLIPTextModel.from_pretrained(where["text_encoder"], use_safetensors=True)
+            with quiet_transformers():
+                tokenizer = CLIPTokenizer.from_pretrained(where["tokenizer"])
+                clip = CLIPTextModel.from_pretrained(where["text_encoder"], use_safetensors=True)
         except (SafetensorError, json.JSONDecodeError) as error:
-            raise UserError(f"text.encoder: {source}: a file is damaged or was cut short: {first_line(error)}") from error
+            raise UserError(
+                f"text.encoder: {source}: a file is damaged or was cut short: {first_line(error)}"
+            ) from error
         except OSError as error:
             raise UserError(
-                f"text.encoder: cannot load {source}: no such folder with a CLIP and its tokenizer, and the hub does not "
-                "give it (no network, or no such id); use text.encoder=builtin, or download it elsewhere and give the folder"
+                f"text.encoder: cannot load {source}: no such folder with a CLIP and its tokenizer, and the hub does "
+                "not give it (no network, or no such id); use text.encoder=builtin, or download it elsewhere and give "
+                "the folder"
             ) from error
-        finally:
-            transformers_logging.set_verbosity(verbosity)
         return cls(tokenizer, clip, max_length)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `text_encoder/` and `tokenizer/` as diffusers lays them out."""
-        self.clip.save_pretrained(folder / "text_encoder")
         # Stored with the tokenizer, where diffusers looks for the length to pad to.
         self.tokenizer.model_max_length = self.max_length
-        self.tokenizer.save_pretrained(folder / "tokenizer")
+        with quiet_transformers():
+            self.clip.save_pretrained(folder / "text_encoder")
+            self.tokenizer.save_pretrained(folder / "tokenizer")
 
     def train(self, mode: bool = True) -> "TextEncoder":
         """Stay in eval mode: frozen means frozen, whatever the module around it is told."""
@@ -136,3 +138,18 @@ class ContextTable:
 
     def __getitem__(self, captions: Sequence[str]) -> Float[Tensor, "b l d"]:
         return self.contexts[[self.row_of[caption] for caption in captions]]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own bars, and its report that a CLIP's vision half is left out (which is what we want), to
+    itself."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

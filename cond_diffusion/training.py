@@ -1,8 +1,8 @@
 """Training: the loop, and what it does every so many steps. The only user of Accelerate.
 
 A step draws `gradient_accumulation_steps` x processes micro-batches. Everything random in micro-batch m of step s is a
-function of (seed, s, m): which samples, which of their captions, noise, timesteps, dropped captions. So a resumed run equals
-one that was never stopped, and 2 processes equal 1 with twice the accumulation.
+function of (seed, s, m): which samples, which of their captions, noise, timesteps, dropped captions. So a resumed run
+equals one that was never stopped, and 2 processes equal 1 with twice the accumulation.
 """
 
 import json
@@ -41,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config) -> Path:
     """Train as `config` says, or go on with a run; return the newest checkpoint's folder."""
-    accelerator = Accelerator(cpu=torch.accelerator.current_accelerator() is None, mixed_precision=_precision(config.train))
+    accelerator = Accelerator(
+        cpu=torch.accelerator.current_accelerator() is None, mixed_precision=_precision(config.train)
+    )
     run_dir = _open_run(config, accelerator)
     with accelerator.main_process_first():  # the others then read what the first one has cached
         data = load_captioned_images(config.data, progress=accelerator.is_main_process)
@@ -83,15 +85,22 @@ def train(config: Config) -> Path:
 
 
 def complete_unet_config(config: Config, context_dim: int) -> Any:
-    """Return `config.unet` with what the data and the text encoder decide filled in; raise UserError where they differ."""
+    """Return `config.unet` with what the data and the text encoder decide filled in; raise UserError where they
+    differ."""
     side, patch = config.data.resolution, config.latent.patch_size
     if side % patch:
         raise UserError(f"latent.patch_size: {patch} does not divide data.resolution ({side})")
-    from_data = {"in_channels": config.data.channels * patch**2, "sample_size": side // patch, "context_dim": context_dim}
+    from_data = {
+        "in_channels": config.data.channels * patch**2,
+        "sample_size": side // patch,
+        "context_dim": context_dim,
+    }
     for name, value in from_data.items():
         given = getattr(config.unet, name)
         if given not in (None, value):
-            raise UserError(f"unet.{name}: {given} does not fit the data and the text encoder; expected {value}, or nothing")
+            raise UserError(
+                f"unet.{name}: {given} does not fit the data and the text encoder; expected {value}, or nothing"
+            )
     return replace(config.unet, **from_data)
 
 
@@ -223,11 +232,10 @@ class Reporter:
             steps=min(sample.steps, pipe.schedule.num_timesteps),
             progress=False,
         )
-        by_row = [images[i :: sample.num_images] for i in range(sample.num_images)]
+        by_row = [image for i in range(sample.num_images) for image in images[i :: sample.num_images]]
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
-        grid(sum(by_row, []), columns=len(sample.prompts)).save(folder / f"step-{done:08d}.png")
-        self.last_log = (self.last_log[0], self.last_log[1])
+        grid(by_row, columns=len(sample.prompts)).save(folder / f"step-{done:08d}.png")
 
     def last_words(self) -> Path:
         """Say where the result is and what to type next."""

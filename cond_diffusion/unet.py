@@ -1,7 +1,8 @@
 """The denoising network: a UNet (Ronneberger et al. 2015) with timestep embedding and cross-attention to the text.
 
-The weights' names, shapes and meaning on disk are those of diffusers' `UNet2DConditionModel`, so each opens what the other
-wrote. Inside, `UNetConfig` has names of our own; `to_diffusers` and `from_diffusers` are the only place that knows both.
+The weights' names, shapes and meaning on disk are those of diffusers' `UNet2DConditionModel`, so each opens what the
+other wrote. Inside, `UNetConfig` has names of our own; `to_diffusers` and `from_diffusers` are the only place that
+knows both.
 """
 
 import json
@@ -44,8 +45,8 @@ class UNetConfig:
     blocks_per_level: residual blocks of each level on the way down; there is one more on the way up.
     num_groups, norm_eps: of the group norms.
     linear_projection: whether the layers around a transformer block are stored as linear or as 1 x 1 convolutions.
-    in_channels, sample_size, context_dim: what comes in: channels and side of x_t, width of the context. Training fills them
-        in from the data and the text encoder.
+    in_channels, sample_size, context_dim: what comes in: channels and side of x_t, width of the context. Training
+        fills them in from the data and the text encoder.
     """
 
     channels: tuple[int, ...] = (32, 64)
@@ -63,7 +64,9 @@ class UNetConfig:
         if not self.channels or min(self.channels) < 1:
             raise UserError(f"unet.channels: {list(self.channels)}; expected the width of each level, at least one")
         if len(self.attention) != len(self.channels):
-            raise UserError(f"unet.attention: {len(self.attention)} entries for the {len(self.channels)} of unet.channels")
+            raise UserError(
+                f"unet.attention: {len(self.attention)} entries for the {len(self.channels)} of unet.channels"
+            )
         if len(self.heads) != len(self.channels):
             raise UserError(f"unet.num_heads: {len(self.heads)} entries for the {len(self.channels)} of unet.channels")
         for width, heads in zip(self.channels, self.heads, strict=True):
@@ -195,7 +198,8 @@ class UNet(nn.Module):
         t: Int64[Tensor, " b"],
         context: Float[Tensor, "b l d"] | ProjectedContext,
     ) -> Float[Tensor, "b c h w"]:
-        """Return eps_hat. `context` is the text's embeddings, or `project_context` of them where they are used again."""
+        """Return eps_hat. `context` is the text's embeddings, or `project_context` of them where they are used
+        again."""
         projected = self.project_context(context) if isinstance(context, Tensor) else context
         x = self.conv_in(x_t)
         time = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
@@ -209,19 +213,30 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def _start_as_identity(self) -> None:
-        """Zero the last layer of every branch that is added to its input, and of the network (Dhariwal and Nichol 2021).
+        """Begin with eps_hat = x_t, normalised: right where noise is nearly all there is, and a place to learn from.
 
-        Every block then starts as the identity and eps_hat as zero, and learning starts at once.
+        The last layer of every branch that is added to its input starts at zero (Dhariwal and Nichol 2021), so every
+        block starts as the identity. What `conv_in` makes of x_t reaches `conv_out` through the last shortcut, and x
+        = silu(x) - silu(-x): a pair of channels carries each channel of x_t past the last activation unharmed.
         """
-        last_layers: list[nn.Module] = [self.conv_out]
         for module in self.modules():
             if isinstance(module, ResidualBlock):
-                last_layers.append(module.conv2)
+                _zero(module.conv2)
             elif isinstance(module, SpatialTransformer):
-                last_layers.append(module.proj_out)
-        for layer in last_layers:
-            for parameter in layer.parameters():
-                nn.init.zeros_(parameter)
+                _zero(module.proj_out)
+        _zero(self.conv_out)
+        width, channels = self.config.channels[0], self.conv_in.in_channels
+        pairs = min(channels, width // 2)
+        with torch.no_grad():
+            self.conv_in.bias.zero_()
+            self.conv_in.weight[: 2 * pairs] = 0
+            shortcut = self.up_blocks[-1].resnets[-1].conv_shortcut
+            _zero(shortcut)
+            shortcut.weight[:, -width:, 0, 0] = torch.eye(width)
+            for i in range(pairs):
+                for channel, sign in ((2 * i, 1.0), (2 * i + 1, -1.0)):
+                    self.conv_in.weight[channel, i, 1, 1] = sign
+                    self.conv_out.weight[i, channel, 1, 1] = sign
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `config.json` and the weights, as diffusers does."""
@@ -233,7 +248,8 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "UNet":
-        """Load what `save_pretrained`, ours or diffusers', wrote; raise UserError if files miss, are cut short or do not fit."""
+        """Load what `save_pretrained`, ours or diffusers', wrote; raise UserError if files miss, are cut short or do
+        not fit."""
         folder = Path(folder)
         try:
             unet = cls(from_diffusers(json.loads((folder / CONFIG_NAME).read_text())))
@@ -243,8 +259,15 @@ class UNet(nn.Module):
         except (SafetensorError, json.JSONDecodeError) as error:
             raise UserError(f"{folder}: a file is damaged or was cut short: {first_line(error)}") from error
         except RuntimeError as error:  # what load_state_dict raises for missing, unknown or misshapen weights
-            raise UserError(f"{folder}: the weights are not those of its {CONFIG_NAME}: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"{folder}: the weights are not those of its {CONFIG_NAME}: {' '.join(str(error).split())}"
+            ) from error
         return unet.eval()
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 # What diffusers' UNet can be told, and ours does in one way only.
@@ -347,7 +370,9 @@ def from_diffusers(fields: dict[str, Any]) -> UNetConfig:
     )
     for key, value in asdict(config).items():
         if isinstance(value, tuple) and key in ("blocks_per_level", "context_dim", "sample_size"):
-            raise UserError(f"UNet config: {key}: {value} differs by level or side, which is not supported; expected one number")
+            raise UserError(
+                f"UNet config: {key}: {value} differs by level or side, which is not supported; expected one number"
+            )
     if fields:
         raise UserError(f"UNet config: {min(fields)} is not a field that this UNet knows")
     return config

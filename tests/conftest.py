@@ -1,0 +1,58 @@
+"""What the tests share: small captioned pictures, and a config that trains on them in seconds."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from cond_diffusion.config import Config, load_config
+
+ROOT = Path(__file__).parent.parent
+SIDE = 8
+
+
+def bar(label: int, place: int) -> torch.Tensor:
+    """Return a white bar on black, upright for label 0 and level for label 1, at one of eight places."""
+    picture = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
+    picture[:, place % SIDE] = 255
+    return picture if label == 0 else picture.T.contiguous()
+
+
+@pytest.fixture(scope="session")
+def bars_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 pictures of bars with labels, in a Parquet file as the hub has them."""
+    file = tmp_path_factory.mktemp("bars") / "train.parquet"
+    labels = [i % 2 for i in range(64)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["upright", "level"])})
+    pictures = [bar(label, i // 2).numpy() for i, label in enumerate(labels)]
+    datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features).to_parquet(file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def bars_overrides(bars_parquet: Path) -> list[str]:
+    """`key=value` words for a tiny run on the bars."""
+    return [
+        f"data.source={bars_parquet}",
+        "data.caption_column=label",
+        'data.caption_templates=["a bar that is {label}","{label}"]',
+        f"data.resolution={SIDE}",
+        "text.max_length=16",
+        "unet.channels=[32,32]",
+        "unet.attention=[false,true]",
+        "unet.num_groups=8",
+        "train.batch_size=8",
+        "train.max_steps=4",
+        "train.warmup_steps=1",
+        "train.checkpoint_every=2",
+        "train.sample_every=0",
+        "train.log_every=1",
+        'sample.prompts=["a bar that is level"]',
+        "sample.steps=3",
+    ]
+
+
+@pytest.fixture
+def bars_config(bars_overrides: list[str], tmp_path: Path) -> Config:
+    return load_config(Config, overrides=[*bars_overrides, f"run_dir={tmp_path / 'run'}"])

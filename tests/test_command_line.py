@@ -1,0 +1,189 @@
+"""The two scripts as a user types them, rightly and wrongly."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from cond_diffusion.errors import command_line
+from cond_diffusion.pipeline import BUILT_IN_MODEL
+
+
+@pytest.fixture
+def type_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Run a script of the project in this process, in an empty folder; return its exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script: str, *arguments: str) -> tuple[int, str, str]:
+        spec = importlib.util.spec_from_file_location(script, ROOT / f"{script}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        try:
+            code = command_line(module.main)
+        except SystemExit as leave:  # argparse
+            code = int(leave.code or 0)
+        output, errors = capfd.readouterr()
+        return code, output, errors
+
+    return run
+
+
+def test_a_prompt_becomes_a_png_whose_path_is_printed(tmp_path: Path):
+    """In a process of its own, from another folder, with the progress bar on standard error."""
+    command = [sys.executable, str(ROOT / "sample.py"), "a digit seven", "--steps", "20"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "a-digit-seven.png\n"
+    assert "20/20" in result.stderr
+    with Image.open(tmp_path / "a-digit-seven.png") as picture:
+        assert picture.size == (28, 28)
+        low, high = picture.getextrema()
+        assert low < 30
+        assert high > 200  # black and white, not grey noise or nothing
+
+
+def test_a_grid_has_a_row_for_each_prompt_and_names_are_not_reused(type_in, tmp_path: Path):
+    words = ["seven", "two", "--num-images", "3", "--steps", "2", "--seed", "5"]
+    assert type_in("sample", *words)[:2] == (0, "seven.png\n")
+    assert type_in("sample", *words)[:2] == (0, "seven-2.png\n")
+    assert type_in("sample", *words, "--output", "other.png")[:2] == (0, "other.png\n")
+    with Image.open(tmp_path / "seven.png") as one, Image.open(tmp_path / "other.png") as other:
+        assert one.size == (3 * 30 - 2, 2 * 30 - 2)
+        assert one.tobytes() == other.tobytes()
+
+
+def test_every_option_changes_the_picture(type_in, tmp_path: Path):
+    drawn = {}
+    for option in ("", "--seed 1", "--guidance-scale 1", "--negative-prompt seven", "--steps 4"):
+        type_in("sample", "two", "--steps", "3", "--output", "x.png", *(option.rsplit(" ", 1) if option else []))
+        drawn[(tmp_path / "x.png").read_bytes()] = option
+        (tmp_path / "x.png").unlink()
+    assert len(drawn) == 5
+
+
+def test_a_prompt_that_is_too_long_says_what_is_cut(type_in):
+    code, output, errors = type_in("sample", "one " * 14 + "and two", "--steps", "1", "--output", "x.png")
+    assert (code, output) == (0, "x.png\n")
+    assert "this part is cut: 'and two'" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "PROMPT"),
+        ("seven --num-images 0", "num_images: 0 must be at least 1"),
+        ("seven --num-images -2", "num_images: -2 must be at least 1"),
+        ("seven --num-images two", "--num-images"),
+        ("seven --steps -5", "steps: -5 must lie between 1 and the 1000 steps of the chain"),
+        ("seven --steps 1001", "steps: 1001 must lie between 1 and the 1000 steps of the chain"),
+        ("seven --guidance-scale -1", "guidance_scale: -1.0 must be a number from 0 on"),
+        ("seven --guidance-scale nan", "guidance_scale: nan must be"),
+        ("seven --sampler dpm", "sampler: 'dpm' is unknown (did you mean 'ddpm'?); there is ddpm"),
+        ("seven --checkpoint no/such/run", "there is no checkpoint no/such/run"),
+        ("seven --checkpoint runs", "there is no checkpoint runs"),
+        ("seven --output no-such-folder/x.png", "--output: no-such-folder/x.png cannot be written: No such file"),
+        ("seven --output taken.png", "--output: taken.png exists already and is not overwritten"),
+        ("seven --output x.jpg", "--output: x.jpg must end in .png"),
+        ("seven --checkpoint empty-run", "empty-run holds no complete checkpoint"),
+        ("seven --stepps 5", "--stepps"),
+    ],
+)
+def test_bad_input_to_sample_is_one_line_and_exit_code_2(type_in, tmp_path: Path, arguments: str, message: str):
+    (tmp_path / "taken.png").write_text("precious")
+    (tmp_path / "empty-run" / "checkpoints" / ".step-00000001.unfinished").mkdir(parents=True)
+    code, output, errors = type_in("sample", *arguments.split())
+    assert (code, output) == (2, "")
+    assert message in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert (tmp_path / "taken.png").read_text() == "precious"
+    assert [file.name for file in tmp_path.glob("*.*")] == ["taken.png"]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", "cut", "cut short"),
+        ("text_encoder/model.safetensors", "cut", "cut short"),
+        ("scheduler/scheduler_config.json", "cut", "cut short"),
+        ("unet/config.json", "cut", "cut short"),
+        ("tokenizer/tokenizer.json", "cut", "cut short"),
+        ("unet/config.json", "delete", "there is no config.json"),
+        ("unet/diffusion_pytorch_model.safetensors", "delete", "there is no diffusion_pytorch_model.safetensors"),
+        ("scheduler/scheduler_config.json", "delete", "there is no scheduler_config.json"),
+        ("text_encoder/model.safetensors", "delete", "text_encoder"),
+        ("tokenizer", "delete", "tokenizer"),
+        ("model_index.json", "delete", "holds no complete checkpoint"),
+        ("unet/config.json", {"act_fn": "gelu"}, "UNet config: act_fn: 'gelu' is not supported"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "holds a FluxPipeline; expected a TextToImage"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(
+    type_in, tmp_path: Path, file: str, damage: object, message: str
+):
+    checkpoint = shutil.copytree(BUILT_IN_MODEL, tmp_path / "checkpoint")
+    victim = checkpoint / file
+    if damage == "cut":
+        victim.write_bytes(victim.read_bytes()[:-20])
+    elif damage == "delete":
+        shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
+    else:
+        assert isinstance(damage, dict)
+        victim.write_text(json.dumps({**json.loads(victim.read_text()), **damage}))
+    code, output, errors = type_in("sample", "seven", "--checkpoint", str(checkpoint))
+    assert (code, output) == (2, "")
+    (line,) = errors.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train.batchsize=3", "there is no config key 'train.batchsize' (did you mean 'train.batch_size'?)"),
+        ("train.max_steps=many", "train.max_steps: Value 'many'"),
+        ("--config no-such.yaml", "--config: no file no-such.yaml"),
+        ("data.source=no/such/folder", "data.source: no file or folder no/such/folder"),
+        ("data.caption_column=words", "no column 'words'"),
+        ("run_dir=taken", "run_dir: taken exists; go on with it by resume=true"),
+        ("text.encoder=no/such/clip", "text.encoder: cannot load no/such/clip"),
+        ("latent.patch_size=3", "latent.patch_size: 3 does not divide data.resolution (8)"),
+    ],
+)
+def test_bad_input_to_train_is_one_line_and_exit_code_2(
+    type_in, tmp_path: Path, bars_overrides: list[str], words: str, message: str
+):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "metrics.jsonl").write_text("precious")
+    code, output, errors = type_in("train", *bars_overrides, "run_dir=new", *words.split())
+    assert (code, output) == (2, "")
+    assert message in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert (tmp_path / "taken" / "metrics.jsonl").read_text() == "precious"
+    assert not (tmp_path / "new" / "checkpoints").exists()
+
+
+def test_training_leaves_what_the_readme_promises(type_in, tmp_path: Path, bars_overrides: list[str]):
+    words = [*bars_overrides, "run_dir=runs/bars", "train.sample_every=4"]
+    code, output, errors = type_in("train", *words)
+    assert code == 0
+    assert output.splitlines()[-1] == (
+        'wrote runs/bars/checkpoints/step-00000004; next: python sample.py "a bar that is level" --checkpoint runs/bars'
+    )
+    assert "loss=" in errors
+    assert "images/s=" in errors
+    run = tmp_path / "runs" / "bars"
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl", "samples"]
+    with Image.open(run / "samples" / "step-00000004.png") as picture:
+        assert picture.size == (8, 4 * 10 - 2)
+    assert type_in("sample", "level", "--checkpoint", "runs/bars", "--steps", "2")[:2] == (0, "level.png\n")
+    code, output, _ = type_in("train", *words, "resume=true")
+    assert code == 0  # nothing is left to do, and it says so the same way
+    assert "step-00000004; next:" in output

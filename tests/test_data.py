@@ -1,0 +1,164 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import SIDE, bar
+from PIL import Image
+
+from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices, to_bytes, to_model
+from cond_diffusion.errors import UserError
+
+LABELS = ["a bar that is upright", "a bar that is level"]
+BARS = DataConfig(resolution=SIDE, caption_column="text")
+
+
+def load(config: DataConfig, split: str = "train") -> CaptionedImages:
+    return load_captioned_images(config, split, progress=False)
+
+
+@pytest.fixture
+def bars_folder(tmp_path: Path) -> Path:
+    """Six bars as PNG files, their captions in metadata.jsonl."""
+    lines = []
+    for i in range(6):
+        Image.fromarray(bar(i % 2, i).numpy()).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": LABELS[i % 2]}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def as_pairs(data: CaptionedImages) -> set[tuple[bytes, tuple[str, ...]]]:
+    return {
+        (image.numpy().tobytes(), data.caption_groups[group])
+        for image, group in zip(data.images, data.group_of.tolist(), strict=True)
+    }
+
+
+def test_a_folder_and_a_parquet_file_go_through_the_same_path(
+    bars_folder: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    expected = {(bar(i % 2, i).numpy().tobytes(), (LABELS[i % 2],)) for i in range(6)}
+    assert as_pairs(load(replace(BARS, source=str(bars_folder)))) == expected
+
+    parquet = tmp_path_factory.mktemp("parquet") / "bars.parquet"
+    columns = {"pixels": [bar(i % 2, i).numpy() for i in range(6)], "words": [LABELS[i % 2] for i in range(6)]}
+    features = datasets.Features({"pixels": datasets.Image(), "words": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(parquet)
+    renamed = replace(BARS, image_column="pixels", caption_column="words")
+    assert as_pairs(load(replace(renamed, source=str(parquet)))) == expected
+    assert as_pairs(load(replace(renamed, source=str(parquet.parent)))) == expected
+
+
+def test_mnist_is_built_in():
+    config = DataConfig(
+        caption_column="label",
+        caption_templates=("a digit {word}", "{label}"),
+        label_names={"word": list("abcdefghij")},
+    )
+    test = load(config, "test")
+    assert test.images.shape == (10_000, 1, 28, 28)
+    counts = {test.caption_groups[i]: n for i, n in enumerate(test.group_of.bincount().tolist())}
+    assert counts["a digit b", "1"] == 1135
+    assert counts["a digit f", "5"] == 892
+    assert len(counts) == 10
+
+
+def test_a_list_of_captions_is_one_group_and_one_is_drawn(tmp_path: Path):
+    captions = [["seven", "a seven"], ["two"]]
+    columns = {"image": [bar(0, i).numpy() for i in range(2)], "text": captions}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "x.parquet")
+    data = load(replace(BARS, source=str(tmp_path / "x.parquet")))
+    assert data.caption_groups == (("seven", "a seven"), ("two",))
+    drawn = data.draw_captions(torch.tensor([0, 1] * 50), torch.Generator().manual_seed(0))
+    assert set(drawn[::2]) == {"seven", "a seven"}
+    assert set(drawn[1::2]) == {"two"}
+
+
+def test_pictures_are_turned_upright_resized_and_cropped_at_the_centre(tmp_path: Path):
+    wide = np.zeros((20, 60, 3), dtype=np.uint8)
+    wide[:, 20:40] = (200, 100, 50)  # the centre square
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    Image.fromarray(wide).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    lines = [json.dumps({"file_name": name, "text": "x"}) for name in ("turned.png", "wide.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    images = load(replace(BARS, source=str(tmp_path), resolution=10, channels=3)).images
+    assert images.shape == (2, 3, 10, 10)
+    # The edges blend with the black beside them.
+    assert torch.equal(
+        images[:, :, :, 2:-2], torch.tensor([200, 100, 50], dtype=torch.uint8)[None, :, None, None].expand(2, 3, 10, 6)
+    )
+
+
+def test_bytes_survive_the_way_to_the_model_and_back():
+    every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert to_model(every).min() == -1
+    assert to_model(every).max() == 1
+    assert torch.equal(to_bytes(to_model(every)), every)
+    assert to_bytes(torch.tensor([[[[-3.0, 3.0]]]])).flatten().tolist() == [0, 255]
+
+
+def test_every_sample_is_seen_once_an_epoch_in_an_order_of_its_own():
+    order = sample_indices(10, seed=0, start=0, count=30)
+    epochs = order.reshape(3, 10)
+    assert torch.equal(epochs.sort().values, torch.arange(10).expand(3, 10))
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[0], sample_indices(10, seed=1, start=0, count=10))
+    assert torch.equal(sample_indices(10, seed=0, start=7, count=6), order[7:13])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"caption_column": "txt"},
+            r"data.caption_column: no column 'txt' in .* \(did you mean 'text'\?\); it has 'image', 'text'",
+        ),
+        ({"image_column": "picture"}, r"data.image_column: no column 'picture' in .*; it has 'image', 'text'"),
+        ({"caption_column": "image"}, "data.caption_column: 'image' holds"),
+        ({"caption_templates": ("a {colour} bar",)}, "asks for 'colour', which data.label_names does not list"),
+        ({"caption_templates": ("a {bar",)}, "data.caption_templates: 'a {bar'"),
+        ({"source": "mnits"}, r"no file or folder mnits \(did you mean 'mnist'\?\)"),
+        ({"source": "no/such/folder"}, "data.source: no file or folder no/such/folder"),
+        ({"source": __file__}, "is no Parquet file"),
+    ],
+)
+def test_data_that_does_not_fit_is_one_line(bars_folder: Path, change: dict[str, object], message: str):
+    with pytest.raises(UserError, match=message) as caught:
+        load(replace(BARS, **{"source": str(bars_folder), **change}))
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_want_templates_and_names(bars_parquet: Path):
+    labelled = replace(BARS, source=str(bars_parquet), caption_column="label")
+    with pytest.raises(UserError, match=r"holds labels, not text; .*data\.caption_templates="):
+        load(labelled)
+    short = replace(labelled, caption_templates=("a {word}",), label_names={"word": ["one"]})
+    with pytest.raises(UserError, match="no name for the label 1 of column 'label'"):
+        load(short)
+
+
+def test_an_empty_set_a_missing_split_and_a_broken_file_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no pictures and no Parquet files"):
+        load(replace(BARS, source=str(tmp_path)))
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict({"image": [], "text": []}, features=features).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="holds no examples"):
+        load(replace(BARS, source=str(tmp_path / "x.parquet")))
+    (tmp_path / "y.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(UserError, match="cannot read .*y.parquet"):
+        load(replace(BARS, source=str(tmp_path / "y.parquet")))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="data.source: cannot open someone/pictures: .*network") as caught:
+        load(replace(BARS, source="someone/pictures"))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,194 @@
+"""Our UNet is diffusers' UNet2DConditionModel: keys, shapes, numbers and files."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from cond_diffusion import UNet, UNetConfig
+from cond_diffusion.errors import UserError
+from cond_diffusion.unet import from_diffusers, to_diffusers
+
+SMALL = UNetConfig(channels=(16, 32), num_groups=8, num_heads=2, in_channels=1, sample_size=8, context_dim=12)
+CONFIGS = {
+    "grey": SMALL,
+    "rgb": replace(SMALL, in_channels=3),
+    "attention at the first level": replace(SMALL, attention=(True, True)),
+    "attention in the middle alone": replace(SMALL, attention=(False, False)),
+    "two blocks a level": replace(SMALL, blocks_per_level=2, attention=(True, False)),
+    "heads by level, three levels": replace(
+        SMALL, channels=(16, 32, 64), attention=(True, False, True), num_heads=(1, 2, 8)
+    ),
+    "linear projection": replace(SMALL, linear_projection=True, blocks_per_level=2, norm_eps=1e-6),
+    "a side that does not halve": replace(SMALL, channels=(16, 16, 32), attention=(False, True, True), sample_size=7),
+    "one level": replace(SMALL, channels=(16,), attention=(True,)),
+}
+
+
+def randomized(unet: torch.nn.Module) -> torch.nn.Module:
+    """Replace the weights, some of which start at zero, by random ones."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.normal_(0.02, 0.15, generator=draw)
+    return unet.eval()
+
+
+def inputs(config: UNetConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    assert config.in_channels is not None
+    assert config.sample_size is not None
+    assert config.context_dim is not None
+    x_t = torch.randn(3, config.in_channels, config.sample_size, config.sample_size, generator=draw)
+    return x_t, torch.tensor([0, 500, 999]), torch.randn(3, 5, config.context_dim, generator=draw)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@torch.no_grad()
+def test_outputs_are_those_of_diffusers_with_each_other_s_weights(config: UNetConfig):
+    theirs = randomized(UNet2DConditionModel.from_config(to_diffusers(config)))
+    ours = UNet(config)
+    ours.load_state_dict(theirs.state_dict())
+    x_t, t, context = inputs(config)
+    expected = theirs(x_t, t, context).sample
+    assert expected.std() > 0.1  # not the zeros of a fresh network
+    torch.testing.assert_close(ours(x_t, t, context), expected, rtol=0, atol=1e-5)
+
+    other = randomized(UNet(replace(config, channels=config.channels)))
+    theirs.load_state_dict(other.state_dict())
+    torch.testing.assert_close(theirs(x_t, t, context).sample, other(x_t, t, context), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("1.5", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}),
+        (
+            "2.1",
+            {
+                "sample_size": 96,
+                "cross_attention_dim": 1024,
+                "attention_head_dim": [5, 10, 20, 20],
+                "use_linear_projection": True,
+                "upcast_attention": True,
+                "dual_cross_attention": False,
+                "only_cross_attention": False,
+                "num_class_embeds": None,
+            },
+        ),
+    ],
+)
+def test_keys_and_shapes_are_those_of_stable_diffusion(name: str, fields: dict[str, object]):
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel(**fields)  # type: ignore[arg-type]
+        ours = UNet(from_diffusers(dict(theirs.config)))
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert sum(p.numel() for p in ours.parameters()) > 850e6
+
+
+@torch.no_grad()
+def test_a_projected_context_serves_for_the_context():
+    unet = randomized(UNet(CONFIGS["heads by level, three levels"]))
+    x_t, t, context = inputs(SMALL)
+    assert torch.equal(unet(x_t, t, unet.project_context(context)), unet(x_t, t, context))
+
+
+def test_every_parameter_gets_a_gradient():
+    for config in CONFIGS.values():
+        unet = randomized(UNet(config))
+        unet(*inputs(config)).square().mean().backward()
+        for name, weight in unet.named_parameters():
+            assert weight.grad is not None, name
+            # A bias that every place of a group shares is taken out again by the norm behind it: its gradient is 0
+            # but for rounding, in any network of this shape. Keys have no bias here, and groups hold two or more
+            # channels.
+            assert weight.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@torch.no_grad()
+def test_a_fresh_network_predicts_that_all_it_sees_is_noise(config: UNetConfig):
+    x_t, t, context = inputs(config)
+    # Off by the norm's own estimate of the noise's size, out of some hundred values.
+    assert (UNet(config)(x_t, t, context) - x_t).square().mean() < 0.02
+
+
+@torch.no_grad()
+def test_the_text_and_the_timestep_change_the_output():
+    unet = randomized(UNet(SMALL))
+    x_t, t, context = inputs(SMALL)
+    before = unet(x_t, t, context)
+    assert (unet(x_t, t, context + 1) - before).abs().max() > 1e-2
+    assert (unet(x_t, t.flip(0), context) - before).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_each_library_opens_the_folder_of_the_other(tmp_path: Path):
+    ours = randomized(UNet(SMALL))
+    assert isinstance(ours, UNet)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(theirs(*inputs(SMALL)).sample, ours(*inputs(SMALL)), rtol=0, atol=1e-5)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = UNet.from_pretrained(tmp_path / "theirs")
+    assert again.config == replace(SMALL, num_heads=(2, 2))
+    assert torch.equal(again(*inputs(SMALL)), ours(*inputs(SMALL)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("down_block_types", ["DownBlock2D", "AttnDownBlock2D"]),
+        ("up_block_types", ["UpBlock2D", "CrossAttnUpBlock2D"]),
+        ("act_fn", "gelu"),
+        ("class_embed_type", "timestep"),
+        ("mid_block_type", None),
+        ("transformer_layers_per_block", 2),
+        ("out_channels", 2),
+        ("time_embedding_type", "fourier"),
+        ("layers_per_block", [1, 2]),
+        ("a_field_of_tomorrow", 1),
+    ],
+)
+def test_a_unet_that_we_do_not_do_is_refused_by_name(field: str, value: object):
+    theirs = {**dict(UNet2DConditionModel.from_config(to_diffusers(SMALL)).config), field: value}
+    with pytest.raises(UserError, match=field):
+        from_diffusers(theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channels": (16, 30)}, r"unet.channels: 30 must be divisible by unet.num_groups \(8\)"),
+        ({"num_heads": (2, 5)}, r"unet.channels: 32 must be divisible by its unet.num_heads \(5\)"),
+        ({"attention": (True,)}, "unet.attention: 1 entries for the 2 of unet.channels"),
+        ({"num_heads": (1, 1, 1)}, "unet.num_heads: 3 entries for the 2 of unet.channels"),
+        ({"blocks_per_level": 0}, "unet.blocks_per_level: 0 must be at least 1"),
+    ],
+)
+def test_a_config_that_fits_nothing_is_refused(change: dict[str, object], message: str):
+    with pytest.raises(UserError, match=message):
+        replace(SMALL, **change)
+
+
+def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path):
+    with pytest.raises(UserError, match=r"there is no config\.json"):
+        UNet.from_pretrained(tmp_path)
+    UNet(SMALL).save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cut short"):
+        UNet.from_pretrained(tmp_path)
+    weights.write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 13}))
+    with pytest.raises(UserError, match="not those of its config.json"):
+        UNet.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"there is no diffusion_pytorch_model\.safetensors"):
+        UNet.from_pretrained(tmp_path)
