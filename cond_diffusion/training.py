@@ -8,6 +8,7 @@ equals one that was never stopped, and 2 processes equal 1 with twice the accumu
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -44,6 +45,8 @@ def train(config: Config) -> Path:
     accelerator = Accelerator(
         cpu=torch.accelerator.current_accelerator() is None, mixed_precision=_precision(config.train)
     )
+    if accelerator.device.type == "cpu":
+        _share_cores()
     run_dir = _open_run(config, accelerator)
     with accelerator.main_process_first():  # the others then read what the first one has cached
         data = load_captioned_images(config.data, progress=accelerator.is_main_process)
@@ -260,6 +263,16 @@ def _precision(config: TrainConfig) -> str:
         logger.warning("train.mixed_precision=bf16: this CPU has no bf16 instructions; training in fp32")
         return "no"
     return config.mixed_precision
+
+
+def _share_cores() -> None:
+    """Share this machine's cores among its processes.
+
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 for whoever did not set it, and all cores but one stand idle.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _open_run(config: Config, accelerator: Accelerator) -> Path:
