@@ -121,7 +121,7 @@ class Posterior:
     beta: float
 
 
-def per_example(coefficient: Float[Tensor, " b"], x: Float[Tensor, "b *chw"]) -> Float[Tensor, "b *ones"]:
+def per_example(coefficient: Float[Tensor, " n"], x: Float[Tensor, "b *chw"]) -> Float[Tensor, "n *ones"]:
     """Shape one coefficient an example so that it multiplies `x`, in the dtype and on the device of `x`.
 
     The one door for broadcasting: (8,) against (8, 1) would silently become (8, 8).

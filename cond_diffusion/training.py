@@ -268,7 +268,8 @@ def _precision(config: TrainConfig) -> str:
 def _share_cores() -> None:
     """Share this machine's cores among its processes.
 
-    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 for whoever did not set it, and all cores but one stand idle.
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 for whoever did not set it, and all cores but one stand
+    idle.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

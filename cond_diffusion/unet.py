@@ -6,7 +6,7 @@ knows both.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from cond_diffusion.errors import UserError, first_line, refuse_other_values
 from cond_diffusion.layers import (
     Downsample,
-    KeysValues,
     ResidualBlock,
     SpatialTransformer,
     TimestepMLP,
@@ -32,7 +31,8 @@ from cond_diffusion.layers import (
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
-ProjectedContext = list[KeysValues]
+ProjectedContext = list[tuple[Tensor, Tensor]]
+"""The context's keys and values for each of the network's transformers, in the order in which it meets them."""
 
 
 @dataclass(frozen=True)
@@ -340,8 +340,13 @@ def from_diffusers(fields: dict[str, Any]) -> UNetConfig:
         value = fields.pop(key, default)
         return tuple(value) if isinstance(value, list) else value
 
+    def take_one(key: str, default: Any) -> Any:
+        if isinstance(value := take(key, default), tuple):
+            raise refuse(key, list(value), "one number for all levels and sides")
+        return value
+
     def refuse(key: str, value: Any, expected: Any) -> UserError:
-        return UserError(f"UNet config: {key}: {value!r} is not supported; expected {expected!r}")
+        return UserError(f"UNet config: {key}: {value!r} is not supported; expected {expected}")
 
     refuse_other_values(fields, _DOES_ONLY, "UNet config")
     channels = take("block_out_channels", (320, 640, 1280, 1280))
@@ -360,19 +365,14 @@ def from_diffusers(fields: dict[str, Any]) -> UNetConfig:
         channels=channels,
         attention=attention,
         num_heads=take("attention_head_dim", 8),
-        blocks_per_level=take("layers_per_block", 2),
+        blocks_per_level=take_one("layers_per_block", 2),
         num_groups=take("norm_num_groups", 32),
         norm_eps=take("norm_eps", 1e-5),
         linear_projection=take("use_linear_projection", False),
         in_channels=in_channels,
-        sample_size=take("sample_size", None),
-        context_dim=take("cross_attention_dim", 1280),
+        sample_size=take_one("sample_size", None),
+        context_dim=take_one("cross_attention_dim", 1280),
     )
-    for key, value in asdict(config).items():
-        if isinstance(value, tuple) and key in ("blocks_per_level", "context_dim", "sample_size"):
-            raise UserError(
-                f"UNet config: {key}: {value} differs by level or side, which is not supported; expected one number"
-            )
     if fields:
         raise UserError(f"UNet config: {min(fields)} is not a field that this UNet knows")
     return config

@@ -28,7 +28,7 @@ def test_a_saved_config_reads_back_the_same(tmp_path: Path):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_that_comes_with_the_project_loads(file: Path):
     schema = ClipPretrainingConfig if file.stem.startswith("clip_") else Config
-    assert load_config(schema, file).data.source == "mnist"
+    assert load_config(schema, file) != schema()
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_outputs_are_those_of_diffusers_with_each_other_s_weights(config: UNetCo
     ours.load_state_dict(theirs.state_dict())
     x_t, t, context = inputs(config)
     expected = theirs(x_t, t, context).sample
-    assert expected.std() > 0.1  # not the zeros of a fresh network
+    assert expected.std() > 0.05  # not the zeros of a fresh network
     torch.testing.assert_close(ours(x_t, t, context), expected, rtol=0, atol=1e-5)
 
     other = randomized(UNet(replace(config, channels=config.channels)))
