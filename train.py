@@ -12,7 +12,12 @@ def main() -> None:
     from cond_diffusion.training import train
 
     default = Path(__file__).parent / "configs" / "mnist.yaml"
-    train(parse_config(Config, "Train a text-to-image model.", default=default))
+    config = parse_config(Config, "Train a text-to-image model.", default=default)
+    try:
+        train(config)
+    except KeyboardInterrupt as interruption:
+        message = "interrupted; the same command with resume=true goes on from the newest checkpoint"
+        raise KeyboardInterrupt(message) from interruption
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 byte-pair vocabulary learned from the captions, and a `CLIPModel` whose folder can stand wherever a CLIP from the hub
 can.
 
-The loss is CLIP's (Radford et al. 2021, fig. 3) with the targets of UniCL (Yang et al. 2022, eq. 3): a batch holds many
+The loss is CLIP's (Radford et al. 2021, fig. 3) with the targets of UniCL (Yang et al. 2022): a batch holds many
 captions that mean the same, and they are positives of each other. With only the diagonal as positives the loss would
 push equals apart.
 """
@@ -13,9 +13,10 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,7 +70,7 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
         show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
-    merges = [tuple(pair) for pair in _learned_merges(learner)]
+    merges: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     pieces = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), start, end]
     vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
@@ -99,8 +100,7 @@ def contrastive_loss(
     group_of_image: Int64[Tensor, " images"],
     group_of_text: Int64[Tensor, " texts"],
 ) -> Float[Tensor, ""]:
-    """Cross-entropy both ways, the target mass shared equally among all that mean the same (Yang et al. 2022, eq.
-    3)."""
+    """Return the cross-entropy both ways, the target shared equally among all that mean the same (UniCL)."""
     same = (group_of_image[:, None] == group_of_text[None, :]).to(logits.dtype)
     to_text = F.cross_entropy(logits, same / same.sum(1, keepdim=True))
     to_image = F.cross_entropy(logits.T, same.T / same.T.sum(1, keepdim=True))
@@ -116,9 +116,7 @@ def zero_shot_accuracy(
     The wordings are the places of the captions in their groups, and go by the caption of the first group. Where groups
     differ in length, only the places that all of them have count.
     """
-    features = torch.cat(
-        [clip.get_image_features(pixel_values=to_model(images)).pooler_output for images in data.images.split(500)]
-    )
+    features = torch.cat([_embed_images(clip, images) for images in data.images.split(500)])
     accuracy = {}
     for captions in zip(*data.caption_groups, strict=False):
         texts = F.normalize(_embed_texts(clip, tokenizer, list(captions), max_length), dim=-1)
@@ -171,21 +169,23 @@ def _training_loss(
     captions = data.draw_captions(indices, generator("captions", config.seed, step))
     unique = list(dict.fromkeys(zip(captions, groups.tolist(), strict=True)))
 
-    images = F.normalize(clip.get_image_features(pixel_values=to_model(data.images[indices])).pooler_output, dim=-1)
+    images = F.normalize(_embed_images(clip, data.images[indices]), dim=-1)
     texts = F.normalize(_embed_texts(clip, tokenizer, [caption for caption, _ in unique], config.max_length), dim=-1)
     logits = clip.logit_scale.exp().clamp(max=100) * images @ texts.T
     return contrastive_loss(logits, groups, torch.tensor([group for _, group in unique]))
+
+
+def _embed_images(clip: CLIPModel, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+    found: Any = clip.get_image_features(pixel_values=to_model(images))
+    return found.pooler_output
 
 
 def _embed_texts(
     clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], max_length: int
 ) -> Float[Tensor, "b d"]:
     tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
-    return clip.get_text_features(input_ids=tokens["input_ids"]).pooler_output
-
-
-def _learned_merges(learner: Tokenizer) -> list[list[str]]:
-    return json.loads(learner.to_str())["model"]["merges"]
+    found: Any = clip.get_text_features(input_ids=tokens["input_ids"])
+    return found.pooler_output
 
 
 def main() -> None:

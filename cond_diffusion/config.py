@@ -18,7 +18,7 @@ from cond_diffusion.errors import UserError, did_you_mean, first_line
 from cond_diffusion.latents import LatentConfig
 from cond_diffusion.schedule import ScheduleConfig
 from cond_diffusion.text import TextConfig
-from cond_diffusion.unet import UNetConfig
+from cond_diffusion.unet_config import UNetConfig
 
 Schema = TypeVar("Schema")
 
@@ -45,7 +45,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_accumulation_steps: int = 1
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     ema_width: float = 0.1
     caption_dropout: float = 0.1
     checkpoint_every: int = 1000
@@ -71,13 +71,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """The grid that training draws every `train.sample_every` steps: one column a prompt, the chain shortened to
-    `steps`."""
+    """The grid that training draws every `train.sample_every` steps, one column a prompt, by a chain of `steps`."""
 
     prompts: tuple[str, ...] = ()
     num_images: int = 4
     guidance_scale: float = 3.0
     steps: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"sample.{name}: {getattr(self, name)} must be at least 1")
+        if not self.guidance_scale >= 0:
+            raise UserError(f"sample.guidance_scale: {self.guidance_scale} must be a number from 0 on")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image, ImageOps
@@ -91,8 +93,8 @@ def load_captioned_images(config: DataConfig, split: str = "train", *, progress:
 
     captions_of = _caption_reader(config, table.features[config.caption_column])
     group_numbers: dict[tuple[str, ...], int] = {}
-    labels = table.select_columns(config.caption_column)[config.caption_column]
-    group_of = [group_numbers.setdefault(captions_of(label), len(group_numbers)) for label in labels]
+    cells = table.data.column(config.caption_column).to_pylist()
+    group_of = [group_numbers.setdefault(captions_of(cell), len(group_numbers)) for cell in cells]
 
     pictures = table.select_columns(config.image_column).cast_column(config.image_column, datasets.Image())
     decoded = np.empty((len(table), config.resolution, config.resolution, config.channels), dtype=np.uint8)
@@ -134,34 +136,42 @@ def _epoch_order(num_samples: int, seed: int, epoch: int) -> Int64[Tensor, " num
 def _open_source(source: str, split: str) -> datasets.Dataset:
     """Find out what `source` is, and open it with `datasets`."""
     path = BUILT_IN_SOURCES.get(source, Path(source))
+    folder: str | None = None
+    files: dict[str, list[str]] | None = None
     if path.is_dir():
         parquet = sorted(map(str, path.glob("*.parquet")))
         own_split = [file for file in parquet if Path(file).stem.startswith(split)]
         if (path / "metadata.parquet").exists() or not parquet:
-            builder, where = "imagefolder", {"data_dir": str(path)}
+            builder, folder = "imagefolder", str(path)
         else:
-            builder, where = "parquet", {"data_files": {split: own_split or parquet}}
+            builder, files = "parquet", {split: own_split or parquet}
     elif path.is_file():
         if path.suffix != ".parquet":
             raise UserError(f"data.source: {source} is no Parquet file; expected a .parquet file, a folder or a hub id")
-        builder, where = "parquet", {"data_files": {split: str(path)}}
+        builder, files = "parquet", {split: [str(path)]}
     elif path.is_absolute() or source.startswith(".") or path.suffix or source.count("/") != 1:
         raise UserError(
             f"data.source: no file or folder {source}{did_you_mean(source, BUILT_IN_SOURCES)}; "
             "expected mnist, a folder, a Parquet file or a hub id such as ylecun/mnist"
         )
     else:
-        builder, where = source, {}
+        builder = source
     try:
-        found = datasets.load_dataset(builder, **where)
-    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        found = datasets.load_dataset(builder, data_dir=folder, data_files=files)
+    except (DataFilesNotFoundError, EmptyDatasetError) as error:
+        raise UserError(f"data.source: {source} holds no pictures and no Parquet files") from error
+    except (FileNotFoundError, ConnectionError, DatasetNotFoundError) as error:
         raise UserError(
             f"data.source: cannot open {source}: there is no such file or folder, and as a hub id it cannot be fetched "
             f"({first_line(error)}); check the name and the network, or download it and give the folder"
         ) from error
-    except datasets.exceptions.DataFilesNotFoundError as error:
-        raise UserError(f"data.source: the folder {source} holds no pictures and no Parquet files") from error
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+    except ValueError as error:
+        if "corresponds to no data" in str(error):  # what `datasets` says of a split without rows
+            raise UserError(
+                f"data.source: {source} ({split}) holds no examples; expected at least one picture"
+            ) from error
+        raise UserError(f"data.source: cannot read {source}: {first_line(error)}") from error
+    except DatasetGenerationError as error:
         raise UserError(f"data.source: cannot read {source}: {first_line(error.__cause__ or error)}") from error
     if split not in found:
         raise UserError(f"data.source: {source} has no split {split!r}; it has {', '.join(map(repr, found))}")

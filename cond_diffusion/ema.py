@@ -6,36 +6,40 @@ the random start by itself, so it needs neither a warm-up nor a decay that fits 
 """
 
 import copy
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[Network]):
     """A copy of a network whose parameters are averages of the network's.
 
     width: sigma_rel, the average's standard deviation in time as a share of the training so far.
     """
 
-    def __init__(self, network: nn.Module, width: float) -> None:
+    def __init__(self, network: Network, width: float) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.exponent = power_of_width(width)
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
-        """Take in the parameters after optimizer step number `step`, counted from 1 (eq. 5).
+    def update(self, network: Network, step: int) -> None:
+        """Take in the parameters after optimizer step number `step`, counted from 1.
 
         beta = (1 - 1 / step)^(exponent + 1) is 0 at the first step, which therefore replaces the start.
         """
         beta = (1 - 1 / step) ** (self.exponent + 1)
-        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - beta)
+        averages, weights = list(self.network.parameters()), list(network.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - beta)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def power_of_width(width: float) -> float:
     """Return the exponent gamma whose average has relative width sigma_rel.
 
-    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (eq. 7) is a cubic in gamma; its largest real root is
+    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) is a cubic in gamma; its largest real root is
     wanted.
     """
     square = width**-2

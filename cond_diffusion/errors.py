@@ -1,6 +1,7 @@
 """What a user can cause and mend: one clear line, and exit code 2 instead of a traceback."""
 
 import difflib
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,8 +23,7 @@ def first_line(error: BaseException) -> str:
 
 
 def refuse_other_values(fields: dict[str, Any], only: dict[str, Any], where: str) -> None:
-    """Take the fields in `only` out of `fields`; raise UserError if one is there with a value other than the one in
-    `only`."""
+    """Take the fields of `only` out of `fields`; raise UserError if one of them is there with another value."""
     for key, expected in only.items():
         if (value := fields.pop(key, expected)) != expected:
             raise UserError(f"{where}: {key}: {value!r} is not supported; expected {expected!r}")
@@ -31,12 +31,14 @@ def refuse_other_values(fields: dict[str, Any], only: dict[str, Any], where: str
 
 def command_line(main: Callable[[], None]) -> int:
     """Run `main` as a command: bad input becomes one line and exit code 2, Ctrl-C exit code 130."""
+    # The hub's client announces each of its retries; that it cannot be reached is one line, and ours to say.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(str(interruption) or "interrupted", file=sys.stderr)
         return 130
     return 0

@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--paraphrases", action="store_true", help="use all captions but the first of each group")
     parser.add_argument("--guidance-scale", type=float, help="default: as sample.py")
     parser.add_argument("--steps", type=int, help="timesteps to visit (default: the whole chain)")
+    parser.add_argument("--seed", type=int, default=0, help="of each prompt's first picture (default: %(default)s)")
     arguments = parser.parse_args()
 
     folder = find_checkpoint(arguments.checkpoint)
@@ -121,7 +122,9 @@ def main() -> None:
         )
     each = arguments.samples // len(prompts)
     options = {} if arguments.guidance_scale is None else {"guidance_scale": arguments.guidance_scale}
-    images = pipe([prompt for prompt, _ in prompts], num_images=each, steps=arguments.steps, **options)
+    images = pipe(
+        [prompt for prompt, _ in prompts], num_images=each, steps=arguments.steps, seed=arguments.seed, **options
+    )
     right = recognised(classifier, images, [group for _, group in prompts for _ in range(each)])
     for (prompt, _), share in sorted(zip(prompts, right.reshape(-1, each).float().mean(1), strict=True)):
         print(f"{prompt:32} {share:7.1%}")

@@ -6,6 +6,7 @@ head.
 """
 
 import math
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 KeysValues = tuple[Float[Tensor, "b n l k"], Float[Tensor, "b n l k"]]
+
+ProjectedContext = list[tuple[Tensor, Tensor]]
+"""The context's keys and values for each transformer of a network, by its number."""
 
 
 def timestep_embedding(t: Int64[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
@@ -79,7 +83,7 @@ class Attention(nn.Module):
 
 
 class GatedLinear(nn.Module):
-    """GEGLU (Shazeer 2020, eq. 6): one half of the projection gates the other."""
+    """GEGLU (Shazeer 2020): one half of the projection gates the other."""
 
     def __init__(self, dim: int, inner_dim: int) -> None:
         super().__init__()
@@ -137,10 +141,14 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, num_heads)])
         self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Float[Tensor, "b c h w"], context: KeysValues) -> Float[Tensor, "b c h w"]:
+    def keys_values(self, context: Float[Tensor, "b l d"]) -> KeysValues:
+        """Project the context for the cross-attention in here."""
+        return cast(TransformerBlock, self.transformer_blocks[0]).attn2.keys_values(context)
+
+    def forward(self, x: Float[Tensor, "b c h w"], context: ProjectedContext) -> Float[Tensor, "b c h w"]:
         places = rearrange(self.norm(x), "b c h w -> b (h w) c")
         places = F.linear(places, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        places = self.transformer_blocks[0](places, context)
+        places = self.transformer_blocks[0](places, context[self.number])
         places = F.linear(places, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + rearrange(places, "b (h w) c -> b c h w", h=x.shape[2])
 

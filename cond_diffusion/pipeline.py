@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cond_diffusion.errors import UserError, did_you_mean, first_line
 from cond_diffusion.guidance import guided
 from cond_diffusion.pictures import grid, output_path
 from cond_diffusion.randomness import generator
-from cond_diffusion.samplers import Denoiser, Step, ddpm
+from cond_diffusion.samplers import Denoiser, ddpm
 from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.text import TextEncoder
 from cond_diffusion.unet import UNet
@@ -37,6 +37,9 @@ class TextToImage:
     """A text encoder, a UNet and a noise schedule: prompts in, PIL images out."""
 
     def __init__(self, unet: UNet, text_encoder: TextEncoder, noise_schedule: NoiseSchedule, patch_size: int) -> None:
+        if unet.config.in_channels is None or unet.config.sample_size is None:
+            raise UserError("UNet config: sample_size is not given; expected the side of the pictures that it draws")
+        self.shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         self.unet = unet
         self.text_encoder = text_encoder
         self.schedule = noise_schedule
@@ -56,7 +59,7 @@ class TextToImage:
             UNet.from_pretrained(folder / "unet"),
             TextEncoder.from_pretrained(folder, max_length=None),
             NoiseSchedule(schedule.from_diffusers(_read_json(folder / "scheduler" / "scheduler_config.json"))),
-            patch_size=index["patch_size"],
+            patch_size=index.get("patch_size", 1),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -114,10 +117,8 @@ class TextToImage:
         with tqdm(total=len(batches) * len(timesteps), desc="drawing", unit=" steps", disable=not progress) as bar:
             for batch in batches:
                 denoiser = self._denoiser([prompt for prompt, _ in batch], negative_prompt, guidance_scale)
-                for step in self._chain(denoiser, timesteps, [seed for _, seed in batch]):
-                    x_0 = step.x
-                    bar.update()
-                images += _to_pillow(latents.decode(x_0, self.patch_size))
+                x = self._chain(denoiser, timesteps, [seed for _, seed in batch], bar)
+                images += _to_pillow(latents.decode(x, self.patch_size))
         return images
 
     def _check(
@@ -146,19 +147,21 @@ class TextToImage:
         null_context = self.text_encoder([negative_prompt]).expand_as(context)
         return guided(self.unet, context, null_context, guidance_scale, project=self.unet.project_context)
 
-    def _chain(self, denoiser: Denoiser, timesteps: list[int], seeds: list[int]) -> Iterator[Step]:
-        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
+    def _chain(self, denoiser: Denoiser, timesteps: list[int], seeds: list[int], bar: tqdm) -> Float[Tensor, "b c h w"]:
         device = self.unet.conv_in.weight.device
         # On the CPU whatever the device, so that a seed means the same picture everywhere.
         draws = [generator("sample", seed) for seed in seeds]
 
         def noise() -> Float[Tensor, "b c h w"]:
-            return torch.stack([torch.randn(channels, size, size, generator=draw) for draw in draws]).to(device)
+            return torch.stack([torch.randn(self.shape, generator=draw) for draw in draws]).to(device)
 
-        config = self.schedule.config
-        return ddpm(
-            denoiser, self.schedule, noise(), timesteps, noise, variance=config.variance, clip_x_0=config.clip_x_0
-        )
+        x, config = noise(), self.schedule.config
+        for step in ddpm(
+            denoiser, self.schedule, x, timesteps, noise, variance=config.variance, clip_x_0=config.clip_x_0
+        ):
+            x = step.x
+            bar.update()
+        return x
 
 
 def find_checkpoint(source: str | Path | None) -> Path:

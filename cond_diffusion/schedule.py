@@ -76,7 +76,7 @@ class NoiseSchedule:
     def predict_x_0(
         self, x_t: Float[Tensor, "b *chw"], t: int, eps_hat: Float[Tensor, "b *chw"]
     ) -> Float[Tensor, "b *chw"]:
-        """Solve `q_sample` for x_0, with eps_hat in the place of eps (below eq. 9)."""
+        """Solve `q_sample` for x_0, with eps_hat in the place of eps (eq. 15)."""
         alpha_bar = self.alpha_bar[t].item()
         return (x_t - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5
 
@@ -101,7 +101,7 @@ class NoiseSchedule:
         """Return the timesteps that a chain of `steps` steps visits, the noisiest first; None visits all of them.
 
         The spacing is "trailing": equal gaps counted from the end, so that T - 1, where sampling starts from pure
-        noise, is always visited (Lin et al. 2023, table 2).
+        noise, is always visited (Lin et al. 2023, section 3.3).
         """
         total = self.num_timesteps
         if steps is None:

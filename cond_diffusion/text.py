@@ -61,8 +61,10 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, max_length: int | None) -> "TextEncoder":
-        """Load from "builtin", a folder or a hub id; raise UserError, in one line, if it is none or cannot be
-        reached."""
+        """Load from "builtin", a folder or a hub id; raise UserError if it is none or cannot be reached.
+
+        max_length: None takes the length that the tokenizer was saved with.
+        """
         folder = BUILT_IN_ENCODER if source == "builtin" else Path(source)
         # diffusers' layout keeps the two halves in folders of their own, transformers' in one.
         in_two = (folder / "text_encoder").is_dir()
@@ -81,9 +83,11 @@ class TextEncoder(nn.Module):
                 f"text.encoder: {source}: a file is damaged or was cut short: {first_line(error)}"
             ) from error
         except OSError as error:
+            if folder.is_dir():
+                raise UserError(f"text.encoder: {source} holds no whole CLIP: {first_line(error)}") from error
             raise UserError(
-                f"text.encoder: cannot load {source}: no such folder with a CLIP and its tokenizer, and the hub does "
-                "not give it (no network, or no such id); use text.encoder=builtin, or download it elsewhere and give "
+                f"text.encoder: cannot load {source}: there is no such folder, and the hub does not give it (no "
+                "network, or no such id); use text.encoder=builtin, or download it elsewhere and give "
                 "the folder"
             ) from error
         return cls(tokenizer, clip, max_length)
@@ -142,8 +146,7 @@ class ContextTable:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars, and its report that a CLIP's vision half is left out (which is what we want), to
-    itself."""
+    """Silence transformers' own bars, and its report that a CLIP's vision half is left out, which is what we want."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,11 +1,10 @@
-"""Training: the loop, and what it does every so many steps. The only user of Accelerate.
+"""Training: the loop, and what a step is made of.
 
 A step draws `gradient_accumulation_steps` x processes micro-batches. Everything random in micro-batch m of step s is a
 function of (seed, s, m): which samples, which of their captions, noise, timesteps, dropped captions. So a resumed run
 equals one that was never stopped, and 2 processes equal 1 with twice the accumulation.
 """
 
-import json
 import logging
 import math
 import os
@@ -13,14 +12,12 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cond_diffusion import latents
 from cond_diffusion.checkpoint import checkpoints, load_state, new_run_dir, save_checkpoint, save_state
@@ -30,12 +27,13 @@ from cond_diffusion.ema import EMA
 from cond_diffusion.errors import UserError
 from cond_diffusion.guidance import drop_captions
 from cond_diffusion.objective import epsilon_loss, uniform_timesteps
-from cond_diffusion.pictures import grid
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.randomness import generator
+from cond_diffusion.reporting import Reporter
 from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.text import ContextTable, TextEncoder
 from cond_diffusion.unet import UNet
+from cond_diffusion.unet_config import UNetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +45,16 @@ def train(config: Config) -> Path:
     )
     if accelerator.device.type == "cpu":
         _share_cores()
-    run_dir = _open_run(config, accelerator)
+    run_dir = _find_run(config)
     with accelerator.main_process_first():  # the others then read what the first one has cached
         data = load_captioned_images(config.data, progress=accelerator.is_main_process)
     text_encoder = TextEncoder.from_pretrained(config.text.encoder, config.text.max_length).to(accelerator.device)
-    captions = ["", *dict.fromkeys(caption for group in data.caption_groups for caption in group)]
-    batches = Batches(config, data, text_encoder.table(captions, progress=accelerator.is_main_process), accelerator)
+    captions = dict.fromkeys(["", *(caption for group in data.caption_groups for caption in group)])
+    contexts = text_encoder.table(list(captions), progress=accelerator.is_main_process)
+    batches = Batches(config, data, contexts, accelerator)
 
     torch.manual_seed(config.seed)  # torch draws initial weights from the global state; nothing else here does
     unet = UNet(complete_unet_config(config, text_encoder.context_dim)).to(accelerator.device)
-    # No weight decay in the rate: learning rates are set from the step, and the fused kernel does all tensors at once.
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
     )
@@ -64,21 +62,23 @@ def train(config: Config) -> Path:
     pipe = TextToImage(ema.network, text_encoder, batches.schedule, config.latent.patch_size)
     start = _resume(run_dir, unet, ema, optimizer)
     network, optimizer = accelerator.prepare(unet, optimizer)
+    _make_run(run_dir, config, accelerator)
 
     reporter = Reporter(config, run_dir, start, accelerator)
     for step in reporter.steps():
         loss = _accumulate_gradients(network, batches, step, accelerator)
         gradient_norm = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
+        rate = learning_rate(config.train, step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.train, step)
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         ema.update(unet, step + 1)
 
         done = step + 1
-        reporter.log(done, loss, gradient_norm)
+        reporter.log(done, loss, gradient_norm, rate)
         if accelerator.is_main_process:
-            if _is_due(done, config.train.sample_every):
+            if config.sample.prompts and _is_due(done, config.train.sample_every):
                 reporter.draw(done, pipe)
             if _is_due(done, config.train.checkpoint_every) or done == config.train.max_steps:
                 _save(run_dir, config, done, pipe, unet, optimizer)
@@ -87,7 +87,7 @@ def train(config: Config) -> Path:
     return reporter.last_words()
 
 
-def complete_unet_config(config: Config, context_dim: int) -> Any:
+def complete_unet_config(config: Config, context_dim: int) -> UNetConfig:
     """Return `config.unet` with what the data and the text encoder decide filled in; raise UserError where they
     differ."""
     side, patch = config.data.resolution, config.latent.patch_size
@@ -179,76 +179,6 @@ def _accumulate_gradients(network: Any, batches: Batches, step: int, accelerator
     return total
 
 
-class Reporter:
-    """What a run shows: the progress bar, `metrics.jsonl`, grids of samples, and the last line."""
-
-    def __init__(self, config: Config, run_dir: Path, start: int, accelerator: Accelerator) -> None:
-        self.config = config
-        self.run_dir = run_dir
-        self.start = start
-        self.accelerator = accelerator
-        self.bar: Any = None
-        self.images_per_step = (
-            config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
-        )
-        self.metrics = run_dir / "metrics.jsonl"
-        if accelerator.is_main_process:
-            _drop_metrics_after(self.metrics, start)
-        self.last_log = (start, monotonic())
-
-    def steps(self) -> Iterator[int]:
-        """Count the steps that are left, behind a progress bar."""
-        total, quiet = self.config.train.max_steps, not self.accelerator.is_main_process
-        with tqdm(total=total, initial=self.start, desc="training", unit=" steps", disable=quiet) as self.bar:
-            for step in range(self.start, total):
-                yield step
-                self.bar.update()
-
-    def log(self, done: int, loss: Float[Tensor, ""], gradient_norm: Any) -> None:
-        """Every `log_every` steps: average the loss over processes, write a line, show it."""
-        if done % self.config.train.log_every and done != self.config.train.max_steps:
-            return
-        mean_loss = self.accelerator.reduce(loss, "mean").item()
-        if not self.accelerator.is_main_process:
-            return
-        steps, seconds = done - self.last_log[0], monotonic() - self.last_log[1]
-        self.last_log = (done, monotonic())
-        line = {
-            "step": done,
-            "images": done * self.images_per_step,
-            "loss": mean_loss,
-            "gradient_norm": float(gradient_norm),
-            "learning_rate": learning_rate(self.config.train, done - 1),
-            "images_per_second": round(steps * self.images_per_step / seconds, 1),
-        }
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.bar.set_postfix(loss=f"{mean_loss:.4f}", **{"images/s": f"{line['images_per_second']:.0f}"})
-
-    def draw(self, done: int, pipe: TextToImage) -> None:
-        """Draw the fixed prompts, one a column, always with the same noise, so that the grids show the progress."""
-        sample = self.config.sample
-        images = pipe(
-            sample.prompts,
-            num_images=sample.num_images,
-            guidance_scale=sample.guidance_scale,
-            steps=min(sample.steps, pipe.schedule.num_timesteps),
-            progress=False,
-        )
-        by_row = [image for i in range(sample.num_images) for image in images[i :: sample.num_images]]
-        folder = self.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        grid(by_row, columns=len(sample.prompts)).save(folder / f"step-{done:08d}.png")
-
-    def last_words(self) -> Path:
-        """Say where the result is and what to type next."""
-        newest = checkpoints(self.run_dir)[-1]
-        if self.accelerator.is_main_process:
-            prompt = self.config.sample.prompts[0] if self.config.sample.prompts else "a prompt"
-            print(f'wrote {newest}; next: python sample.py "{prompt}" --checkpoint {self.run_dir}')
-        return newest
-
-
 def _is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
@@ -276,19 +206,22 @@ def _share_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _open_run(config: Config, accelerator: Accelerator) -> Path:
-    """Return the run's folder: a new one, or with `resume` the one that is there, if it was made by the same config."""
-    if config.resume:
-        run_dir = Path(config.run_dir)
-        if newest := checkpoints(run_dir)[-1:]:
-            _check_unchanged(config, load_config(Config, newest[0] / "config.yaml"))
-    else:
-        run_dir = new_run_dir(config.run_dir)
-    accelerator.wait_for_everyone()  # nobody makes the folder before all have seen that it was not there
+def _find_run(config: Config) -> Path:
+    """Return the folder for a new run, or with `resume` that of the run that is there, if it has the same config."""
+    if not config.resume:
+        return new_run_dir(config.run_dir)
+    run_dir = Path(config.run_dir)
+    if newest := checkpoints(run_dir)[-1:]:
+        _check_unchanged(config, load_config(Config, newest[0] / "config.yaml"))
+    return run_dir
+
+
+def _make_run(run_dir: Path, config: Config, accelerator: Accelerator) -> None:
+    """Make the run's folder, now that nothing in the config has turned out to be wrong."""
+    accelerator.wait_for_everyone()  # until all processes have seen that it was not there
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
-    return run_dir
 
 
 def _check_unchanged(config: Config, before: Config) -> None:
@@ -314,11 +247,3 @@ def _save(run_dir: Path, config: Config, done: int, pipe: TextToImage, unet: UNe
         save_state(folder / "state", unet, optimizer, {"step": done})
 
     save_checkpoint(run_dir, done, write, keep=config.train.keep_checkpoints)
-
-
-def _drop_metrics_after(file: Path, step: int) -> None:
-    """Forget the lines of steps that a resumed run does again."""
-    if file.exists():
-        lines = file.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        file.write_text("".join(kept))

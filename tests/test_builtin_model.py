@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cond_diffusion import TextToImage
 from cond_diffusion.config import Config, load_config
 from cond_diffusion.data import load_captioned_images
+from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation import accuracy_on_real_images, recognised, train_classifier
 from cond_diffusion.pipeline import BUILT_IN_MODEL
 
@@ -19,26 +21,29 @@ def pipe() -> TextToImage:
 
 @pytest.mark.slow
 def test_a_classifier_of_real_digits_recognises_what_the_model_draws(pipe: TextToImage):
-    """In short: one epoch of training, 100 steps of the chain, and every wording of every digit once."""
+    """In short: one epoch of training, 50 steps of the chain, and every wording of every digit once."""
     config = load_config(Config, BUILT_IN_MODEL / "config.yaml").data
     train, test = (load_captioned_images(config, split, progress=False) for split in ("train", "test"))
     classifier = train_classifier(train, epochs=1)
     assert accuracy_on_real_images(classifier, train, test) > 0.98
     prompts = [(caption, group) for group, captions in enumerate(train.caption_groups) for caption in captions]
-    images = pipe([caption for caption, _ in prompts], steps=100, progress=False)
+    images = pipe([caption for caption, _ in prompts], steps=50, progress=False)
     assert len(images) == 120
     right = recognised(classifier, images, [group for _, group in prompts])
     assert right.float().mean() > 0.9
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(pipe: TextToImage):
-    import numpy as np
-
     together = pipe(["a digit two", "seven"], num_images=3, steps=10, seed=5, batch_size=4, progress=False)
     alone = pipe("seven", num_images=1, steps=10, seed=7, progress=False)
     difference = np.asarray(together[5], dtype=int) - np.asarray(alone[0], dtype=int)
     assert np.abs(difference).max() <= 1  # a rounding of the last bit
     assert together[3].tobytes() != together[4].tobytes()
+
+
+def test_no_prompts_are_refused(pipe: TextToImage):
+    with pytest.raises(UserError, match="prompts: none given; expected at least one"):
+        pipe([])
 
 
 def test_drawing_does_not_touch_the_global_random_state(pipe: TextToImage):

@@ -100,7 +100,8 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(bars_overrides: 
     words = [*bars_overrides, "train.max_steps=60", "train.keep_checkpoints=2"]
     straight = launch([*words, f"run_dir={tmp_path / 'straight'}"])
     killed_words = [*words, "resume=true", f"run_dir={tmp_path / 'killed'}"]
-    assert straight.wait() == 0
+    _, errors = straight.communicate()
+    assert straight.returncode == 0, errors
     for kill_after in (3, 20, 41):
         process = launch(killed_words)
         file = tmp_path / "killed" / "metrics.jsonl"

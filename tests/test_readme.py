@@ -1,0 +1,113 @@
+"""The README tells the truth: every command and code block in it runs, and its tables are complete."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, bar
+from PIL import Image
+
+from cond_diffusion.config import Config
+from cond_diffusion.pipeline import BUILT_IN_MODEL
+
+README = (ROOT / "README.md").read_text()
+
+# What is added to each command to make it short; None where continuous integration runs it before the tests.
+COMMANDS = {
+    'pip install -e . && python sample.py "a digit seven"': "--steps 10",
+    'pip install -e ".[test]" && pytest': None,
+    'python sample.py "a digit seven" "the number 2" --num-images 4 --output digits.png': "--steps 10",
+    'python sample.py "a handwritten nine" --guidance-scale 2 --steps 100 --seed 7 --checkpoint runs/mnist': "",
+    "accelerate launch train.py": "train.max_steps=2 train.batch_size=4",
+    "accelerate launch train.py resume=true": "train.max_steps=3 train.batch_size=4",
+    "python train.py --config configs/mnist.yaml train.batch_size=64 run_dir=runs/x": "train.max_steps=1",
+    "torchrun --nproc_per_node 2 train.py run_dir=runs/two": "train.max_steps=1 train.batch_size=4",
+    "python train.py --config configs/folder.yaml data.source=my_pictures run_dir=runs/mine": (
+        "train.max_steps=1 train.batch_size=2 unet.channels=[32,32,32]"
+    ),
+    "python -m cond_diffusion.evaluation": "--samples 10 --steps 2",
+    "python -m cond_diffusion.clip_pretraining --config configs/clip_mnist.yaml": "max_steps=2 warmup_steps=1",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts and configs in a folder of their own, so that runs and pictures do not land in the project."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("train.py", "sample.py"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    pictures = folder / "my_pictures"
+    pictures.mkdir()
+    lines = []
+    for i in range(4):
+        Image.fromarray(bar(i % 2, i).numpy()).save(pictures / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": "a bar"}))
+    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.slow
+def test_every_command_runs(clone: Path):
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    assert sorted(commands) == sorted(COMMANDS)
+    ci = (ROOT / ".ci" / "run").read_text()
+    for command in commands:
+        more = COMMANDS[command]
+        if more is None:
+            assert command.replace("[", r"\[").replace("]", r"\]") in ci
+            continue
+        command = command.removeprefix("pip install -e . && ")
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        result = subprocess.run(
+            f"{command} {more}",
+            shell=True,
+            cwd=clone,
+            env={**os.environ, "PATH": path, "XDG_CACHE_HOME": str(clone / "cache")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    assert (clone / "digits.png").exists()
+    assert (clone / "runs" / "mnist" / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_every_python_block_runs(clone: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a shorter chain, and the built-in model in the place of a run's checkpoint."""
+    monkeypatch.chdir(clone)
+    checkpoint = clone / "runs" / "mnist" / "checkpoints" / "step-00001000"
+    shutil.copytree(BUILT_IN_MODEL, checkpoint)
+    names: dict[str, Any] = {}
+    for block in blocks("python"):
+        exec(block.replace("steps=None", "steps=5"), names)
+    assert len(names["images"]) == 8
+    assert (clone / "seven.png").exists()
+    shutil.rmtree(checkpoint)
+
+
+def keys(config: Any, prefix: str = "") -> list[str]:
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found += keys(value, f"{prefix}{field.name}.") if dataclasses.is_dataclass(value) else [prefix + field.name]
+    return found
+
+
+def test_the_config_table_has_every_key_and_the_map_every_file():
+    table = README[README.index("## The config") : README.index("## Measured")]
+    assert re.findall(r"^\| `([\w.]+)`", table, flags=re.MULTILINE) == keys(Config())
+    files = README[README.index("## The files") : README.index("## The config")]
+    modules = {file.name for file in (ROOT / "cond_diffusion").glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"`(\w+\.py)`", files)) - {"sample.py", "train.py"} == modules
