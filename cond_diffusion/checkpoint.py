@@ -12,6 +12,7 @@ complete whenever the process or the machine stopped. Nothing in it can run code
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,21 +26,33 @@ from torch import nn
 from cond_diffusion.errors import UserError, first_line
 
 
-def new_run_dir(path: str) -> Path:
-    """Return the folder for a new run, or raise UserError: what an earlier run left there is never overwritten."""
+def new_run_dir(path: str, or_else: str = "") -> Path:
+    """Return the folder for a new run, or raise UserError: what an earlier run left there is never overwritten.
+
+    or_else: what the message offers beside another name.
+    """
     run_dir = Path(path)
-    if run_dir.is_dir() and not any(run_dir.iterdir()):
-        return run_dir
-    if run_dir.exists():
-        raise UserError(
-            f"run_dir: {run_dir} exists; go on with it by resume=true, or name another, run_dir={run_dir}-2"
-        )
+    if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
+        raise UserError(f"run_dir: {run_dir} exists and is not overwritten; name another, run_dir={run_dir}-2{or_else}")
     return run_dir
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Make the folder; raise UserError where that cannot be."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir: {run_dir} cannot be made: {error.strerror}") from error
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, the oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*"))
+    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, if it has one."""
+    return next(reversed(checkpoints(run_dir)), None)
 
 
 def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:

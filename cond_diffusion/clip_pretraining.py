@@ -26,18 +26,22 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from cond_diffusion.checkpoint import new_run_dir
 from cond_diffusion.config import parse_config
 from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices, to_model
-from cond_diffusion.errors import command_line
+from cond_diffusion.errors import UserError, command_line
 from cond_diffusion.randomness import generator
 from cond_diffusion.text import quiet_transformers
 
 
 @dataclass(frozen=True)
 class ClipPretrainingConfig:
-    """A small CLIP: both halves have the same width, depth and number of heads."""
+    """A small CLIP: both halves have the same width, depth and number of heads.
+
+    test_split: the split that the zero-shot accuracy is measured on.
+    """
 
     run_dir: str = "runs/clip"
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
+    test_split: str = "test"
     vocab_size: int = 1000
     max_length: int = 16
     patch_size: int = 4
@@ -49,6 +53,16 @@ class ClipPretrainingConfig:
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_steps < self.max_steps:
+            raise UserError(f"warmup_steps: {self.warmup_steps} must lie between 0 and max_steps ({self.max_steps})")
+        if self.num_heads < 1 or self.width % self.num_heads:
+            raise UserError(f"width: {self.width} must be divisible by num_heads ({self.num_heads})")
+        if self.data.resolution % self.patch_size:
+            raise UserError(f"patch_size: {self.patch_size} does not divide data.resolution ({self.data.resolution})")
+        if self.vocab_size < 514:
+            raise UserError(f"vocab_size: {self.vocab_size} must be at least 514: all bytes twice, and two marks")
 
 
 def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
@@ -127,7 +141,7 @@ def zero_shot_accuracy(
 def pretrain(config: ClipPretrainingConfig) -> Path:
     """Train, save into `config.run_dir`, and return that folder."""
     run_dir = new_run_dir(config.run_dir)
-    data = load_captioned_images(config.data)
+    data, test = load_captioned_images(config.data), load_captioned_images(config.data, config.test_split)
     tokenizer = train_tokenizer(
         [c for group in data.caption_groups for c in group], config.vocab_size, config.max_length
     )
@@ -154,9 +168,8 @@ def pretrain(config: ClipPretrainingConfig) -> Path:
         clip.eval().save_pretrained(run_dir)
         tokenizer.save_pretrained(run_dir)
 
-    test = load_captioned_images(config.data, "test")
     for caption, accuracy in zero_shot_accuracy(clip, tokenizer, test, config.max_length).items():
-        print(f"zero-shot accuracy on the test images, captions like {caption!r}: {accuracy:.2%}")
+        print(f"zero-shot accuracy on the {config.test_split} images, captions like {caption!r}: {accuracy:.2%}")
     print(f"wrote {run_dir}; train with it: accelerate launch train.py text.encoder={run_dir} run_dir=runs/new")
     return run_dir
 

@@ -111,20 +111,17 @@ def parse_config(
         "--config", type=Path, default=default, metavar="FILE", help=f"a YAML file (default: {default})"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.batch_size=64")
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
     return load_config(schema, parsed.config, parsed.overrides)
 
 
 def load_config(schema: type[Schema], file: Path | None = None, overrides: list[str] | None = None) -> Schema:
     """Merge the defaults of `schema`, then the file, then the `key=value` words, the later one winning."""
-    for word in overrides or []:
-        if "=" not in word:
-            raise UserError(f"{word!r} is no override; expected key=value, for example train.batch_size=64")
     merged = OmegaConf.structured(schema)
     try:
         if file is not None:
             merged = OmegaConf.merge(merged, _read_yaml(file))
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(overrides or []))
+        merged = OmegaConf.merge(merged, _read_words(overrides or []))
         config: Any = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         known = list(_keys(asdict(schema())))  # type: ignore[call-overload]
@@ -140,6 +137,17 @@ def load_config(schema: type[Schema], file: Path | None = None, overrides: list[
 def save_config(config: Any, file: Path) -> None:
     """Write every key of `config`, defaults too, as YAML that `load_config` reads back."""
     file.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _read_words(words: list[str]) -> Any:
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"{word!r} is no override; expected key=value, for example train.batch_size=64")
+        try:
+            OmegaConf.from_dotlist([word])
+        except yaml.YAMLError as error:
+            raise UserError(f"{word!r} cannot be read as key=value: {' '.join(str(error).split())}") from error
+    return OmegaConf.from_dotlist(words)
 
 
 def _read_yaml(file: Path) -> Any:

@@ -96,11 +96,18 @@ def load_captioned_images(config: DataConfig, split: str = "train", *, progress:
     cells = table.data.column(config.caption_column).to_pylist()
     group_of = [group_numbers.setdefault(captions_of(cell), len(group_numbers)) for cell in cells]
 
-    pictures = table.select_columns(config.image_column).cast_column(config.image_column, datasets.Image())
     decoded = np.empty((len(table), config.resolution, config.resolution, config.channels), dtype=np.uint8)
-    bar = tqdm(pictures, desc=f"reading {config.source} ({split})", unit=" images", disable=not progress, leave=False)
-    for i, row in enumerate(bar):
-        decoded[i] = _fit(row[config.image_column], config)
+    number = 0
+    try:
+        pictures = table.select_columns(config.image_column).cast_column(config.image_column, datasets.Image())
+        for row in tqdm(pictures, f"reading {config.source} ({split})", disable=not progress, leave=False):
+            decoded[number] = _fit(row[config.image_column], config)
+            number += 1
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(
+            f"data.image_column: {config.image_column!r} of {config.source} holds no picture that can be read in row "
+            f"{number} of {len(table)}, counted from 0 ({first_line(error)})"
+        ) from error
     return CaptionedImages(
         images=rearrange(torch.from_numpy(decoded), "n h w c -> n c h w").contiguous(),
         group_of=torch.tensor(group_of),
@@ -139,16 +146,20 @@ def _open_source(source: str, split: str) -> datasets.Dataset:
     folder: str | None = None
     files: dict[str, list[str]] | None = None
     if path.is_dir():
-        parquet = sorted(map(str, path.glob("*.parquet")))
-        own_split = [file for file in parquet if Path(file).stem.startswith(split)]
+        parquet = sorted(path.glob("*.parquet"))
+        of_split = [file for file in parquet if file.stem.startswith(split)]
+        if parquet and not of_split and split == "train":  # files that are named after no split are for training
+            of_split = [file for file in parquet if not file.stem.startswith(("test", "val"))]
         if (path / "metadata.parquet").exists() or not parquet:
             builder, folder = "imagefolder", str(path)
+        elif not of_split:
+            raise UserError(f"data.source: {source} has no split {split!r}: no file {split}*.parquet")
         else:
-            builder, files = "parquet", {split: own_split or parquet}
+            builder, files = "parquet", {split: list(map(str, of_split))}
     elif path.is_file():
         if path.suffix != ".parquet":
             raise UserError(f"data.source: {source} is no Parquet file; expected a .parquet file, a folder or a hub id")
-        builder, files = "parquet", {split: [str(path)]}
+        builder, files = "parquet", {"train": [str(path)]}
     elif path.is_absolute() or source.startswith(".") or path.suffix or source.count("/") != 1:
         raise UserError(
             f"data.source: no file or folder {source}{did_you_mean(source, BUILT_IN_SOURCES)}; "
@@ -160,7 +171,7 @@ def _open_source(source: str, split: str) -> datasets.Dataset:
         found = datasets.load_dataset(builder, data_dir=folder, data_files=files)
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
         raise UserError(f"data.source: {source} holds no pictures and no Parquet files") from error
-    except (FileNotFoundError, ConnectionError, DatasetNotFoundError) as error:
+    except (OSError, DatasetNotFoundError) as error:
         raise UserError(
             f"data.source: cannot open {source}: there is no such file or folder, and as a hub id it cannot be fetched "
             f"({first_line(error)}); check the name and the network, or download it and give the folder"
@@ -222,12 +233,14 @@ def _words_in_braces(template: str) -> list[str]:
 def _texts(cell: Any, column: str) -> tuple[str, ...]:
     texts = (cell,) if isinstance(cell, str) else tuple(cell) if isinstance(cell, list) else ()
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"data.caption_column: {column!r} holds {cell!r}; expected a text or a list of texts")
+        raise UserError(f"data.caption_column: {column!r} holds {repr(cell)[:60]}; expected a text or a list of texts")
     return texts
 
 
-def _fit(picture: Image.Image, config: DataConfig) -> UInt8[np.ndarray, "h w c"]:
+def _fit(picture: Image.Image | None, config: DataConfig) -> UInt8[np.ndarray, "h w c"]:
     """Turn upright, resize the short side to the resolution with antialiasing, and crop the centre."""
+    if picture is None:
+        raise ValueError("the cell is empty")
     size = (config.resolution, config.resolution)
     picture = ImageOps.exif_transpose(picture).convert(PILLOW_MODES[config.channels])
     if picture.size != size:

@@ -66,7 +66,8 @@ def train_classifier(data: CaptionedImages, *, epochs: int = EPOCHS) -> Classifi
 
 def kept_classifier(config: DataConfig, data: CaptionedImages) -> Classifier:
     """Return the classifier for a data set, trained if this machine has not done so before."""
-    key = repr((asdict(config), len(data), EPOCHS, BATCH_SIZE, LEARNING_RATE))
+    pixels = hashlib.blake2b(data.images.numpy().data, digest_size=8).hexdigest()
+    key = repr((asdict(config), pixels, EPOCHS, BATCH_SIZE, LEARNING_RATE))
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cond_diffusion"
     file = folder / f"classifier-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.safetensors"
     if file.exists():
@@ -75,14 +76,17 @@ def kept_classifier(config: DataConfig, data: CaptionedImages) -> Classifier:
         return classifier.eval()
     classifier = train_classifier(data)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(classifier.state_dict(), file)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    save_file(classifier.state_dict(), unfinished)
+    unfinished.replace(file)
     return classifier
 
 
 def accuracy_on_real_images(classifier: Classifier, train: CaptionedImages, test: CaptionedImages) -> float:
     """Return the share of real test images that the classifier gets right."""
     number = {captions: i for i, captions in enumerate(train.caption_groups)}
-    labels = torch.tensor([number[captions] for captions in test.caption_groups])[test.group_of]
+    # Captions that training never saw have number -1, and no picture is recognised as theirs.
+    labels = torch.tensor([number.get(captions, -1) for captions in test.caption_groups])[test.group_of]
     return (classifier.classify(to_model(test.images)) == labels).float().mean().item()
 
 
@@ -116,6 +120,8 @@ def main() -> None:
 
     wanted = slice(1, None) if arguments.paraphrases else slice(0, 1)
     prompts = [(prompt, i) for i, captions in enumerate(train.caption_groups) for prompt in captions[wanted]]
+    if not prompts:
+        raise UserError("--paraphrases: every picture has one caption only in this checkpoint's data")
     if arguments.samples < len(prompts):
         raise UserError(
             f"--samples: {arguments.samples} is fewer than the {len(prompts)} prompts; draw at least one of each"

@@ -109,7 +109,7 @@ class TextToImage:
         batch_size: how many pictures are in work at once.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        self._check(prompts, num_images, guidance_scale, negative_prompt, sampler)
+        self._check(prompts, num_images, guidance_scale, negative_prompt, sampler, batch_size)
         timesteps = self.schedule.shorter_chain(steps)
         jobs = [(prompt, seed + i) for prompt in prompts for i in range(num_images)]
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
@@ -122,12 +122,20 @@ class TextToImage:
         return images
 
     def _check(
-        self, prompts: list[str], num_images: int, guidance_scale: float, negative_prompt: str, sampler: str
+        self,
+        prompts: list[str],
+        num_images: int,
+        guidance_scale: float,
+        negative_prompt: str,
+        sampler: str,
+        batch_size: int,
     ) -> None:
         if not prompts:
             raise UserError('prompts: none given; expected at least one, for example "a digit seven"')
         if num_images < 1:
             raise UserError(f"num_images: {num_images} must be at least 1")
+        if batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} must be at least 1")
         if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
             raise UserError(f"guidance_scale: {guidance_scale} must be a number from 0 on")
         if sampler not in SAMPLERS:
@@ -181,7 +189,7 @@ def find_checkpoint(source: str | Path | None) -> Path:
     try:
         wanted = ["*.json", "*.safetensors", "*.txt"]
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except (OSError, ValueError) as error:  # HfHubHTTPError and its kin are OSErrors
         raise UserError(
             f"there is no folder {source}, and as a hub id it cannot be fetched ({first_line(error)}); "
             "check the name and the network"
@@ -216,7 +224,7 @@ def draw_to_file(
 ) -> None:
     """What sample.py does: draw, write one PNG with a row for each prompt, and print its path."""
     pipe = TextToImage.from_pretrained(checkpoint)
-    if (accelerator := torch.accelerator.current_accelerator()) is not None:
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
         pipe.to(accelerator)
     path = output_path(output, prompts[0])
     try:

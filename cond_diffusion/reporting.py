@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.checkpoint import checkpoints
+from cond_diffusion.checkpoint import newest_checkpoint
 from cond_diffusion.config import Config
 from cond_diffusion.pictures import grid
 from cond_diffusion.pipeline import TextToImage
@@ -20,15 +20,15 @@ from cond_diffusion.pipeline import TextToImage
 class Reporter:
     """Counts the steps and tells of them; only the main process shows anything."""
 
-    def __init__(self, config: Config, run_dir: Path, start: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, start: int, images_per_step: int, accelerator: Accelerator
+    ) -> None:
         self.config = config
         self.run_dir = run_dir
         self.start = start
         self.accelerator = accelerator
+        self.images_per_step = images_per_step
         self.bar: Any = None
-        self.images_per_step = (
-            config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
-        )
         self.metrics = run_dir / "metrics.jsonl"
         if accelerator.is_main_process:
             _drop_metrics_after(self.metrics, start)
@@ -80,7 +80,8 @@ class Reporter:
 
     def last_words(self) -> Path:
         """Say where the result is and what to type next."""
-        newest = checkpoints(self.run_dir)[-1]
+        newest = newest_checkpoint(self.run_dir)
+        assert newest is not None  # the last step has written one
         if self.accelerator.is_main_process:
             prompt = self.config.sample.prompts[0] if self.config.sample.prompts else "a prompt"
             print(f'wrote {newest}; next: python sample.py "{prompt}" --checkpoint {self.run_dir}')
@@ -92,4 +93,6 @@ def _drop_metrics_after(file: Path, step: int) -> None:
     if file.exists():
         lines = file.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        file.write_text("".join(kept))
+        aside = file.with_suffix(".part")  # replaced in one go, so that being killed here costs nothing
+        aside.write_text("".join(kept))
+        aside.replace(file)

@@ -162,7 +162,10 @@ def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
 
 def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
     """Invert `to_diffusers`; raise UserError, naming the field, for what our schedule does not do."""
+    if (kind := fields.get("_class_name", "DDPMScheduler")) != "DDPMScheduler":
+        raise UserError(f"scheduler config: _class_name: {kind!r} is not supported; expected 'DDPMScheduler'")
     fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
+    fields.setdefault("timestep_spacing", "leading")  # diffusers' default, not ours
     refuse_other_values(fields, _DOES_ONLY, "scheduler config")
     variances: dict[str, Any] = {theirs: ours for ours, theirs in _VARIANCE_TYPES.items()}
     variance_type = fields.pop("variance_type", "fixed_small")

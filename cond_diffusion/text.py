@@ -6,7 +6,6 @@ tokens of it, without a mask. The context of the empty caption is the *null cont
 CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from cond_diffusion.errors import UserError, first_line
 
-BUILT_IN_ENCODER = Path(__file__).parent / "assets" / "mnist_model"
+BUILT_IN_ENCODER = Path(__file__).parent / "assets" / "mnist_clip"
 
 
 @dataclass(frozen=True)
@@ -77,19 +76,31 @@ class TextEncoder(nn.Module):
                 raise UserError(f"text.encoder: {source} is a {kind!r} model; expected a CLIP")
             with quiet_transformers():
                 tokenizer = CLIPTokenizer.from_pretrained(where["tokenizer"])
-                clip = CLIPTextModel.from_pretrained(where["text_encoder"], use_safetensors=True)
-        except (SafetensorError, json.JSONDecodeError) as error:
+                # fp32, whatever it was stored in: what training reads, and what a CPU is fast at.
+                clip, report = CLIPTextModel.from_pretrained(
+                    where["text_encoder"], use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                )
+        except UserError:
+            raise
+        except (SafetensorError, ValueError, RuntimeError) as error:  # JSON that is cut short is a ValueError, too
             raise UserError(
-                f"text.encoder: {source}: a file is damaged or was cut short: {first_line(error)}"
+                f"text.encoder: {source}: a file is damaged, was cut short or is no CLIP's: {first_line(error)}"
             ) from error
         except OSError as error:
             if folder.is_dir():
                 raise UserError(f"text.encoder: {source} holds no whole CLIP: {first_line(error)}") from error
             raise UserError(
-                f"text.encoder: cannot load {source}: there is no such folder, and the hub does not give it (no "
-                "network, or no such id); use text.encoder=builtin, or download it elsewhere and give "
+                f"text.encoder: cannot load {source}: there is no such folder, and the hub does not give it "
+                f"({first_line(error)}); use text.encoder=builtin, or download it elsewhere and give "
                 "the folder"
             ) from error
+        # Transformers would go on with random weights in their place, and with a tokenizer that knows no words.
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(f"text.encoder: {source} lacks {len(missing)} of CLIP's weights, {missing[0]} among them")
+        if len(tokenizer) != clip.config.vocab_size:
+            raise UserError(
+                f"text.encoder: {source}: the tokenizer has {len(tokenizer)} tokens, the CLIP {clip.config.vocab_size}"
+            )
         return cls(tokenizer, clip, max_length)
 
     def save_pretrained(self, folder: Path) -> None:

@@ -20,7 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cond_diffusion import latents
-from cond_diffusion.checkpoint import checkpoints, load_state, new_run_dir, save_checkpoint, save_state
+from cond_diffusion.checkpoint import (
+    load_state,
+    make_run_dir,
+    new_run_dir,
+    newest_checkpoint,
+    save_checkpoint,
+    save_state,
+)
 from cond_diffusion.config import Config, TrainConfig, load_config, save_config
 from cond_diffusion.data import CaptionedImages, load_captioned_images, sample_indices, to_model
 from cond_diffusion.ema import EMA
@@ -40,18 +47,18 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config) -> Path:
     """Train as `config` says, or go on with a run; return the newest checkpoint's folder."""
-    accelerator = Accelerator(
-        cpu=torch.accelerator.current_accelerator() is None, mixed_precision=_precision(config.train)
-    )
-    if accelerator.device.type == "cpu":
+    on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
+    if on_cpu:
         _share_cores()
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=_precision(config.train, on_cpu))
     run_dir = _find_run(config)
     with accelerator.main_process_first():  # the others then read what the first one has cached
         data = load_captioned_images(config.data, progress=accelerator.is_main_process)
-    text_encoder = TextEncoder.from_pretrained(config.text.encoder, config.text.max_length).to(accelerator.device)
-    captions = dict.fromkeys(["", *(caption for group in data.caption_groups for caption in group)])
-    contexts = text_encoder.table(list(captions), progress=accelerator.is_main_process)
-    batches = Batches(config, data, contexts, accelerator)
+    # A resumed run reads with the encoder that its checkpoint holds, whatever has become of the one that it began with.
+    newest = newest_checkpoint(run_dir)
+    encoder = config.text.encoder if newest is None else newest
+    text_encoder = TextEncoder.from_pretrained(encoder, config.text.max_length).to(accelerator.device)
+    batches = Batches(config, data, _embed_captions(data, text_encoder, accelerator), accelerator)
 
     torch.manual_seed(config.seed)  # torch draws initial weights from the global state; nothing else here does
     unet = UNet(complete_unet_config(config, text_encoder.context_dim)).to(accelerator.device)
@@ -60,11 +67,11 @@ def train(config: Config) -> Path:
     )
     ema = EMA(unet, config.train.ema_width)
     pipe = TextToImage(ema.network, text_encoder, batches.schedule, config.latent.patch_size)
-    start = _resume(run_dir, unet, ema, optimizer)
+    start = 0 if newest is None else _resume(newest, batches.per_step, unet, ema, optimizer)
     network, optimizer = accelerator.prepare(unet, optimizer)
     _make_run(run_dir, config, accelerator)
 
-    reporter = Reporter(config, run_dir, start, accelerator)
+    reporter = Reporter(config, run_dir, start, batches.per_step, accelerator)
     for step in reporter.steps():
         loss = _accumulate_gradients(network, batches, step, accelerator)
         gradient_norm = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
@@ -78,10 +85,10 @@ def train(config: Config) -> Path:
         done = step + 1
         reporter.log(done, loss, gradient_norm, rate)
         if accelerator.is_main_process:
+            if _is_due(done, config.train.checkpoint_every) or done == config.train.max_steps:
+                _save(run_dir, config, {"step": done, "samples_per_step": batches.per_step}, pipe, unet, optimizer)
             if config.sample.prompts and _is_due(done, config.train.sample_every):
                 reporter.draw(done, pipe)
-            if _is_due(done, config.train.checkpoint_every) or done == config.train.max_steps:
-                _save(run_dir, config, done, pipe, unet, optimizer)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return reporter.last_words()
@@ -142,6 +149,7 @@ class Batches:
         self.schedule = NoiseSchedule(config.schedule)
         self.processes, self.process = accelerator.num_processes, accelerator.process_index
         self.device = accelerator.device
+        self.per_step = config.train.batch_size * config.train.gradient_accumulation_steps * self.processes
 
     def of_step(self, step: int) -> Iterator[MicroBatch]:
         """Yield this process's share of a step."""
@@ -172,8 +180,7 @@ def _accumulate_gradients(network: Any, batches: Batches, step: int, accelerator
     for i, batch in enumerate(batches.of_step(step)):
         # Processes exchange gradients once a step, with the last micro-batch.
         with nullcontext() if i == rounds - 1 else accelerator.no_sync(network):
-            with accelerator.autocast():
-                loss = epsilon_loss(network, batches.schedule, batch.x_0, batch.t, batch.eps, batch.context)
+            loss = epsilon_loss(network, batches.schedule, batch.x_0, batch.t, batch.eps, batch.context)
             accelerator.backward(loss / rounds)
         total += loss.detach() / rounds
     return total
@@ -183,13 +190,9 @@ def _is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _precision(config: TrainConfig) -> str:
+def _precision(config: TrainConfig, on_cpu: bool) -> str:
     """Return the mixed precision to use: on a CPU without bf16 instructions bf16 is many times slower than fp32."""
-    if (
-        config.mixed_precision == "bf16"
-        and torch.accelerator.current_accelerator() is None
-        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
+    if config.mixed_precision == "bf16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         logger.warning("train.mixed_precision=bf16: this CPU has no bf16 instructions; training in fp32")
         return "no"
     return config.mixed_precision
@@ -206,13 +209,29 @@ def _share_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def _embed_captions(data: CaptionedImages, text_encoder: TextEncoder, accelerator: Accelerator) -> ContextTable:
+    """Embed each unique caption, and the empty one, once; say how many are longer than the encoder reads."""
+    captions = list(dict.fromkeys(["", *(caption for group in data.caption_groups for caption in group)]))
+    if accelerator.is_main_process and (cut := [caption for caption in captions if text_encoder.words_cut(caption)]):
+        logger.warning(
+            "%d of %d captions are longer than text.max_length (%d tokens) and are cut, for example %r",
+            len(cut),
+            len(captions),
+            text_encoder.max_length,
+            cut[0],
+        )
+    return text_encoder.table(captions, progress=accelerator.is_main_process)
+
+
 def _find_run(config: Config) -> Path:
     """Return the folder for a new run, or with `resume` that of the run that is there, if it has the same config."""
     if not config.resume:
-        return new_run_dir(config.run_dir)
+        return new_run_dir(config.run_dir, or_else=", or go on with it by resume=true")
     run_dir = Path(config.run_dir)
-    if newest := checkpoints(run_dir)[-1:]:
-        _check_unchanged(config, load_config(Config, newest[0] / "config.yaml"))
+    if not (run_dir / "config.yaml").exists():
+        return new_run_dir(config.run_dir, or_else="; it is no run that could be resumed")
+    if newest := newest_checkpoint(run_dir):
+        _check_unchanged(config, load_config(Config, newest / "config.yaml"))
     return run_dir
 
 
@@ -220,11 +239,14 @@ def _make_run(run_dir: Path, config: Config, accelerator: Accelerator) -> None:
     """Make the run's folder, now that nothing in the config has turned out to be wrong."""
     accelerator.wait_for_everyone()  # until all processes have seen that it was not there
     if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_run_dir(run_dir)
         save_config(config, run_dir / "config.yaml")
 
 
 def _check_unchanged(config: Config, before: Config) -> None:
+    """Raise UserError for a key that decides what the weights mean, or what the next step sees."""
+    if config.seed != before.seed:
+        raise UserError(f"resume: seed was {before.seed} in this run and is now {config.seed}")
     for section in ("data", "text", "latent", "unet", "schedule"):
         now, then = asdict(getattr(config, section)), asdict(getattr(before, section))
         for key in now:
@@ -232,18 +254,24 @@ def _check_unchanged(config: Config, before: Config) -> None:
                 raise UserError(f"resume: {section}.{key} was {then[key]!r} in this run and is now {now[key]!r}")
 
 
-def _resume(run_dir: Path, unet: UNet, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint, if there is one; return the number of steps that are done."""
-    if not (newest := checkpoints(run_dir)[-1:]):
-        return 0
-    ema.network.load_state_dict(UNet.from_pretrained(newest[0] / "unet").state_dict())
-    return load_state(newest[0] / "state", unet, optimizer)["step"]
+def _resume(newest: Path, per_step: int, unet: UNet, ema: EMA[UNet], optimizer: torch.optim.Optimizer) -> int:
+    """Load a checkpoint; return the number of steps that are done."""
+    ema.network.load_state_dict(UNet.from_pretrained(newest / "unet").state_dict())
+    progress = load_state(newest / "state", unet, optimizer)
+    if progress["samples_per_step"] != per_step:
+        raise UserError(
+            f"resume: a step saw {progress['samples_per_step']} samples in this run and would now see {per_step}; keep "
+            "train.batch_size x train.gradient_accumulation_steps x processes the same"
+        )
+    return progress["step"]
 
 
-def _save(run_dir: Path, config: Config, done: int, pipe: TextToImage, unet: UNet, optimizer: Any) -> None:
+def _save(
+    run_dir: Path, config: Config, progress: dict[str, int], pipe: TextToImage, unet: UNet, optimizer: Any
+) -> None:
     def write(folder: Path) -> None:
         pipe.save_pretrained(folder)
         save_config(config, folder / "config.yaml")
-        save_state(folder / "state", unet, optimizer, {"step": done})
+        save_state(folder / "state", unet, optimizer, progress)
 
-    save_checkpoint(run_dir, done, write, keep=config.train.keep_checkpoints)
+    save_checkpoint(run_dir, progress["step"], write, keep=config.train.keep_checkpoints)

@@ -48,6 +48,10 @@ class UNetConfig:
                 raise UserError(f"unet.channels: {width} must be divisible by unet.num_groups ({self.num_groups})")
             if heads < 1 or width % heads:
                 raise UserError(f"unet.channels: {width} must be divisible by its unet.num_heads ({heads})")
+        if self.channels[0] % 2:
+            raise UserError(f"unet.channels: {self.channels[0]} must be even: half of it are cosines of t, half sines")
+        if not self.norm_eps > 0:
+            raise UserError(f"unet.norm_eps: {self.norm_eps} must be above 0")
         if self.blocks_per_level < 1:
             raise UserError(f"unet.blocks_per_level: {self.blocks_per_level} must be at least 1")
 
@@ -121,6 +125,8 @@ def to_diffusers(config: UNetConfig) -> dict[str, Any]:
 
 def from_diffusers(fields: dict[str, Any]) -> UNetConfig:
     """Invert `to_diffusers`; raise UserError, naming the field, for what our UNet does not do."""
+    if (kind := fields.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
+        raise UserError(f"UNet config: _class_name: {kind!r} is not supported; expected 'UNet2DConditionModel'")
     fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
 
     def take(key: str, default: Any) -> Any:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIDE
+from conftest import ROOT, SIDE
 from transformers import CLIPModel, CLIPTokenizer
 
 from cond_diffusion.clip_pretraining import (
@@ -13,9 +13,10 @@ from cond_diffusion.clip_pretraining import (
     train_tokenizer,
     zero_shot_accuracy,
 )
+from cond_diffusion.config import load_config
 from cond_diffusion.data import DataConfig, load_captioned_images
 from cond_diffusion.errors import UserError
-from cond_diffusion.text import TextEncoder
+from cond_diffusion.text import BUILT_IN_ENCODER, TextEncoder
 
 
 def test_the_loss_is_clip_s_where_every_caption_means_something_else():
@@ -51,6 +52,16 @@ def test_the_vocabulary_joins_what_is_common_and_reads_everything():
     assert tokenizer.unk_token_id not in ids[:-1]
 
 
+def test_the_built_in_clip_recognises_mnist_by_its_captions():
+    """Zero-shot on the 10,000 test images, by every wording of the captions it was trained with."""
+    config = load_config(ClipPretrainingConfig, ROOT / "configs" / "clip_mnist.yaml")
+    clip = CLIPModel.from_pretrained(BUILT_IN_ENCODER).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(BUILT_IN_ENCODER)
+    accuracy = zero_shot_accuracy(clip, tokenizer, load_captioned_images(config.data, "test"), config.max_length)
+    assert len(accuracy) == 12
+    assert min(accuracy.values()) > 0.97
+
+
 @pytest.mark.slow
 def test_a_small_clip_learns_to_tell_pictures_by_their_captions(bars_parquet: Path, tmp_path: Path):
     data = DataConfig(
@@ -62,6 +73,7 @@ def test_a_small_clip_learns_to_tell_pictures_by_their_captions(bars_parquet: Pa
     config = ClipPretrainingConfig(
         run_dir=str(tmp_path / "clip"),
         data=data,
+        test_split="train",
         vocab_size=600,
         patch_size=4,
         width=32,
@@ -79,4 +91,4 @@ def test_a_small_clip_learns_to_tell_pictures_by_their_captions(bars_parquet: Pa
     assert accuracy == {"a bar that is upright": 1.0, "upright": 1.0}
     assert TextEncoder.from_pretrained(folder, max_length=16)(["level"]).shape == (1, 16, 32)
     with pytest.raises(UserError, match="run_dir: .* exists"):
-        pretrain(replace(config, max_steps=1))
+        pretrain(config)

@@ -152,7 +152,10 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(
         ("--config no-such.yaml", "--config: no file no-such.yaml"),
         ("data.source=no/such/folder", "data.source: no file or folder no/such/folder"),
         ("data.caption_column=words", "no column 'words'"),
-        ("run_dir=taken", "run_dir: taken exists; go on with it by resume=true"),
+        (
+            "run_dir=taken",
+            "run_dir: taken exists and is not overwritten; name another, run_dir=taken-2, or go on with it by resume",
+        ),
         ("text.encoder=no/such/clip", "text.encoder: cannot load no/such/clip"),
         ("latent.patch_size=3", "latent.patch_size: 3 does not divide data.resolution (8)"),
     ],

@@ -47,6 +47,7 @@ def test_every_config_that_comes_with_the_project_loads(file: Path):
         ("train.learning_rate=-1", "train.learning_rate: -1.0 must be above 0"),
         ("schedule.beta_end=1.5", "schedule.beta_start, schedule.beta_end: 0.0001 and 1.5"),
         ("unet.channels=[30,64]", "unet.channels: 30 must be divisible by unet.num_groups"),
+        ("unet.channels=[32", r"'unet.channels=\[32' cannot be read as key=value"),
         ("train=3", "Merge error"),
         ("64", "'64' is no override; expected key=value"),
     ],

@@ -121,6 +121,7 @@ def test_every_sample_is_seen_once_an_epoch_in_an_order_of_its_own():
         ),
         ({"image_column": "picture"}, r"data.image_column: no column 'picture' in .*; it has 'image', 'text'"),
         ({"caption_column": "image"}, "data.caption_column: 'image' holds"),
+        ({"image_column": "text"}, "data.image_column: 'text' of .* holds no picture that can be read in row 0 of 6"),
         ({"caption_templates": ("a {colour} bar",)}, "asks for 'colour', which data.label_names does not list"),
         ({"caption_templates": ("a {bar",)}, "data.caption_templates: 'a {bar'"),
         ({"source": "mnits"}, r"no file or folder mnits \(did you mean 'mnist'\?\)"),
@@ -143,7 +144,13 @@ def test_labels_want_templates_and_names(bars_parquet: Path):
         load(short)
 
 
-def test_an_empty_set_a_missing_split_and_a_broken_file_are_refused(tmp_path: Path):
+def test_training_data_is_never_taken_for_a_test_set(bars_parquet: Path):
+    for source in (bars_parquet, bars_parquet.parent):
+        with pytest.raises(UserError, match="has no split 'test'"):
+            load(replace(BARS, source=str(source)), "test")
+
+
+def test_an_empty_set_and_a_broken_file_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="holds no pictures and no Parquet files"):
         load(replace(BARS, source=str(tmp_path)))
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})

@@ -41,10 +41,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
     """The scripts and configs in a folder of their own, so that runs and pictures do not land in the project."""
-    folder = tmp_path_factory.mktemp("clone")
+    folder = tmp_path / "clone"
+    folder.mkdir()
     for name in ("train.py", "sample.py"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "configs", folder / "configs")
@@ -94,7 +95,6 @@ def test_every_python_block_runs(clone: Path, monkeypatch: pytest.MonkeyPatch):
         exec(block.replace("steps=None", "steps=5"), names)
     assert len(names["images"]) == 8
     assert (clone / "seven.png").exists()
-    shutil.rmtree(checkpoint)
 
 
 def keys(config: Any, prefix: str = "") -> list[str]:

@@ -91,7 +91,9 @@ def test_two_processes_equal_one_with_twice_the_accumulation(bars_overrides: lis
     assert len(losses[1]) == 20
     np.testing.assert_allclose(losses[2], losses[1], atol=1e-5)
     one, two = (weights(checkpoints(runs[n])[-1]) for n in (1, 2))
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    for name in one:  # Adam's second moments are far below 1e-4 themselves
+        small = one[name].abs().max().item() if name.endswith("exp_avg_sq") else 1.0
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-4 * small, msg=name)
 
 
 @pytest.mark.slow
@@ -152,21 +154,18 @@ def test_the_learning_rate_is_a_function_of_the_step():
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
 def test_the_average_of_the_weights_is_the_power_function_of_its_width(width: float):
-    """The average over steps 1 .. n weighs step s in proportion to s^gamma, and has the asked deviation in time."""
-    gamma, steps = power_of_width(width), 2000
-    network = torch.nn.Linear(1, 1, bias=False).double()
+    """An average that weighs step s of n in proportion to s^gamma has moments that are integrals of powers of s."""
+    gamma, steps = power_of_width(width), 3000
+    network = torch.nn.Linear(2, 1, bias=False).double()
     ema = EMA(network, width)
-    profile = torch.zeros(steps, dtype=torch.float64)
     for step in range(1, steps + 1):
-        profile *= (1 - 1 / step) ** (gamma + 1)
-        profile[step - 1] += 1 - (1 - 1 / step) ** (gamma + 1)
-        torch.nn.init.constant_(network.weight, step)
+        with torch.no_grad():
+            network.weight.copy_(torch.tensor([[step / steps, (step / steps) ** 2]]))
         ema.update(network, step)
-    time_of = torch.arange(1, steps + 1, dtype=torch.float64)
-    mean = (profile * time_of).sum()
-    assert ema.network.weight.item() == pytest.approx(mean.item())
-    deviation = (profile * (time_of - mean).square()).sum().sqrt() / steps
-    assert deviation.item() == pytest.approx(width, rel=0.01)
+    mean, square = ema.network.weight.flatten().tolist()
+    assert mean == pytest.approx((gamma + 1) / (gamma + 2), rel=2e-3)
+    assert square == pytest.approx((gamma + 1) / (gamma + 3), rel=2e-3)
+    assert (square - mean**2) ** 0.5 == pytest.approx(width, rel=0.01)
 
 
 def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path: Path):
@@ -189,17 +188,24 @@ def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path: Path):
 def test_an_existing_run_is_never_overwritten_and_a_changed_one_not_resumed(bars_config: Config):
     newest = train(bars_config)
     before = weights(newest)
-    with pytest.raises(UserError, match=r"exists; go on with it by resume=true, or name another, run_dir="):
+    with pytest.raises(
+        UserError, match=r"exists and is not overwritten; name another, run_dir=.*-2, or go on with it by resume=true"
+    ):
         train(bars_config)
     wider = replace(bars_config, resume=True, unet=replace(bars_config.unet, channels=(32, 64)))
     with pytest.raises(UserError, match=r"resume: unet.channels was \(32, 32\) in this run and is now \(32, 64\)"):
         train(wider)
+    with pytest.raises(UserError, match="resume: seed was 0 in this run and is now 1"):
+        train(replace(bars_config, resume=True, seed=1))
+    with pytest.raises(UserError, match="a step saw 8 samples in this run and would now see 16"):
+        train(replace(changed(bars_config, batch_size=16), resume=True))
+    after = weights(newest)
+    assert all(torch.equal(before[name], after[name]) for name in before)
     state = newest / "state" / "optimizer.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(UserError, match="resume: .* is damaged"):
         train(replace(changed(bars_config, max_steps=6), resume=True))
     assert [c.name for c in checkpoints(Path(bars_config.run_dir))] == ["step-00000002", "step-00000004"]
-    assert before.keys()
 
 
 def test_what_the_data_decides_about_the_unet_is_filled_in_or_checked(bars_config: Config):
