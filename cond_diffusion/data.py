@@ -6,12 +6,12 @@ the same ("a digit seven", "7"), and an image belongs to one group. Images live 
 `to_model` on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -100,7 +100,8 @@ def load_captioned_images(config: DataConfig, split: str = "train", *, progress:
     number = 0
     try:
         pictures = table.select_columns(config.image_column).cast_column(config.image_column, datasets.Image())
-        for row in tqdm(pictures, f"reading {config.source} ({split})", disable=not progress, leave=False):
+        rows = tqdm(pictures, f"reading {config.source} ({split})", disable=not progress, leave=False)
+        for row in cast(Iterable[dict[str, Any]], rows):
             decoded[number] = _fit(row[config.image_column], config)
             number += 1
     except (OSError, ValueError, TypeError, NotImplementedError) as error:

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -32,7 +32,8 @@ class EMA(Generic[Network]):
         beta = (1 - 1 / step)^(exponent + 1) is 0 at the first step, which therefore replaces the start.
         """
         beta = (1 - 1 / step) ** (self.exponent + 1)
-        averages, weights = list(self.network.parameters()), list(network.parameters())
+        averages: list[Tensor] = list(self.network.parameters())
+        weights: list[Tensor] = list(network.parameters())
         torch._foreach_lerp_(averages, weights, 1 - beta)  # pyright: ignore[reportPrivateImportUsage]
 
 

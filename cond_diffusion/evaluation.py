@@ -47,11 +47,11 @@ class Classifier(nn.Sequential):
         return torch.cat([self(batch).argmax(1) for batch in images.split(500)])
 
 
-def train_classifier(data: CaptionedImages, *, epochs: int = EPOCHS) -> Classifier:
+def train_classifier(data: CaptionedImages) -> Classifier:
     """Train on `data`, the learning rate falling to 0."""
     torch.manual_seed(0)
     classifier = Classifier(data.images.shape[1], len(data.caption_groups))
-    steps = epochs * len(data) // BATCH_SIZE
+    steps = EPOCHS * len(data) // BATCH_SIZE
     optimizer = torch.optim.AdamW(classifier.parameters(), fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for step in tqdm(range(steps), desc="training the classifier", unit=" steps", leave=False):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -77,9 +77,10 @@ class TextEncoder(nn.Module):
             with quiet_transformers():
                 tokenizer = CLIPTokenizer.from_pretrained(where["tokenizer"])
                 # fp32, whatever it was stored in: what training reads, and what a CPU is fast at.
-                clip, report = CLIPTextModel.from_pretrained(
+                loaded = CLIPTextModel.from_pretrained(
                     where["text_encoder"], use_safetensors=True, dtype=torch.float32, output_loading_info=True
                 )
+                clip, report = cast(tuple[CLIPTextModel, dict[str, Any]], loaded)
         except UserError:
             raise
         except (SafetensorError, ValueError, RuntimeError) as error:  # JSON that is cut short is a ValueError, too

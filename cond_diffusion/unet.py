@@ -7,6 +7,7 @@ other wrote.
 import json
 from itertools import zip_longest
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -134,7 +135,7 @@ class UNet(nn.Module):
         self._transformers = tuple(module for module in self.modules() if isinstance(module, SpatialTransformer))
         for number, transformer in enumerate(self._transformers):
             transformer.number = number
-        self._start_as_identity(blocks[-1].conv_shortcut)
+        self._start_as_copy()
 
     def project_context(self, context: Float[Tensor, "b l d"]) -> ProjectedContext:
         """Return the context's keys and values for every cross-attention, to be given to `forward` in its place."""
@@ -159,12 +160,12 @@ class UNet(nn.Module):
             x = level(x, time, projected, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def _start_as_identity(self, last_shortcut: nn.Conv2d | None) -> None:
+    def _start_as_copy(self) -> None:
         """Begin with eps_hat = x_t, normalised: right where noise is nearly all there is, and a place to learn from.
 
-        The last layer of every branch that is added to its input starts at zero (Dhariwal and Nichol 2021), so every
-        block starts as the identity. What `conv_in` makes of x_t reaches `conv_out` through the last shortcut, and x
-        = silu(x) - silu(-x): a pair of channels carries each channel of x_t past the last activation unharmed.
+        The last layer of every branch that is added to its input starts at zero (Dhariwal and Nichol 2021), so that at
+        first nothing is added. What `conv_in` makes of x_t reaches `conv_out` through the last block's shortcut, and
+        x = silu(x) - silu(-x): a pair of channels carries each channel of x_t past the last activation unharmed.
         """
         for module in self.modules():
             if isinstance(module, ResidualBlock):
@@ -172,6 +173,8 @@ class UNet(nn.Module):
             elif isinstance(module, SpatialTransformer):
                 _zero(module.proj_out)
         _zero(self.conv_out)
+        last_block = cast(ResidualBlock, cast(UpLevel, self.up_blocks[-1]).resnets[-1])
+        last_shortcut = last_block.conv_shortcut
         assert last_shortcut is not None  # the last block reads x_t's map beside its own input, so it has one
         assert self.conv_in.bias is not None
         _zero(last_shortcut)
