@@ -95,8 +95,7 @@ def train(config: Config) -> Path:
 
 
 def complete_unet_config(config: Config, context_dim: int) -> UNetConfig:
-    """Return `config.unet` with what the data and the text encoder decide filled in; raise UserError where they
-    differ."""
+    """Fill in what the data and the text encoder decide; raise UserError where `config.unet` says otherwise."""
     side, patch = config.data.resolution, config.latent.patch_size
     if side % patch:
         raise UserError(f"latent.patch_size: {patch} does not divide data.resolution ({side})")
