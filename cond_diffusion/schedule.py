@@ -135,6 +135,7 @@ _VARIANCE_TYPES = {"posterior": "fixed_small", "beta": "fixed_large"}
 
 # What diffusers' DDPMScheduler can be told, and ours does in one way only.
 _DOES_ONLY = {
+    "_class_name": "DDPMScheduler",
     "beta_schedule": "linear",
     "clip_sample_range": 1.0,
     "prediction_type": "epsilon",
@@ -150,7 +151,6 @@ _IGNORED = {"dynamic_thresholding_ratio", "sample_max_value", "steps_offset"}
 def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
     """Return the `scheduler_config.json` that `DDPMScheduler` reads."""
     return {
-        "_class_name": "DDPMScheduler",
         "num_train_timesteps": config.num_timesteps,
         "beta_start": config.beta_start,
         "beta_end": config.beta_end,
@@ -162,11 +162,9 @@ def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
 
 def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
     """Invert `to_diffusers`; raise UserError, naming the field, for what our schedule does not do."""
-    if (kind := fields.get("_class_name", "DDPMScheduler")) != "DDPMScheduler":
-        raise UserError(f"scheduler config: _class_name: {kind!r} is not supported; expected 'DDPMScheduler'")
-    fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
-    fields.setdefault("timestep_spacing", "leading")  # diffusers' default, not ours
+    fields = {"timestep_spacing": "leading", **fields}  # diffusers' default, not ours
     refuse_other_values(fields, _DOES_ONLY, "scheduler config")
+    fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
     variances: dict[str, Any] = {theirs: ours for ours, theirs in _VARIANCE_TYPES.items()}
     variance_type = fields.pop("variance_type", "fixed_small")
     if variance_type not in variances:

@@ -63,6 +63,7 @@ class UNetConfig:
 
 # What diffusers' UNet can be told, and ours does in one way only.
 _DOES_ONLY: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
     "addition_embed_type": None,
     "addition_embed_type_num_heads": 64,
@@ -106,7 +107,7 @@ _IGNORED = {"upcast_attention"}
 def to_diffusers(config: UNetConfig) -> dict[str, Any]:
     """Return the `config.json` that `UNet2DConditionModel` reads."""
     return {
-        "_class_name": "UNet2DConditionModel",
+        "_class_name": _DOES_ONLY["_class_name"],
         "sample_size": config.sample_size,
         "in_channels": config.in_channels,
         "out_channels": config.in_channels,
@@ -125,8 +126,8 @@ def to_diffusers(config: UNetConfig) -> dict[str, Any]:
 
 def from_diffusers(fields: dict[str, Any]) -> UNetConfig:
     """Invert `to_diffusers`; raise UserError, naming the field, for what our UNet does not do."""
-    if (kind := fields.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
-        raise UserError(f"UNet config: _class_name: {kind!r} is not supported; expected 'UNet2DConditionModel'")
+    fields = dict(fields)
+    refuse_other_values(fields, _DOES_ONLY, "UNet config")
     fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
 
     def take(key: str, default: Any) -> Any:
@@ -141,7 +142,6 @@ def from_diffusers(fields: dict[str, Any]) -> UNetConfig:
     def refuse(key: str, value: Any, expected: Any) -> UserError:
         return UserError(f"UNet config: {key}: {value!r} is not supported; expected {expected}")
 
-    refuse_other_values(fields, _DOES_ONLY, "UNet config")
     channels = take("block_out_channels", (320, 640, 1280, 1280))
     down = take("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
     up = take("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
