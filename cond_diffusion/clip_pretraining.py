@@ -25,8 +25,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from cond_diffusion.checkpoint import new_run_dir
 from cond_diffusion.config import parse_config
-from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices, to_model
+from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices
 from cond_diffusion.errors import UserError, command_line
+from cond_diffusion.pictures import to_model
 from cond_diffusion.randomness import generator
 from cond_diffusion.text import quiet_transformers
 

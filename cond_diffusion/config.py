@@ -16,7 +16,10 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from cond_diffusion.data import DataConfig
 from cond_diffusion.errors import UserError, did_you_mean, first_line
 from cond_diffusion.latents import LatentConfig
-from cond_diffusion.schedule import ScheduleConfig
+from cond_diffusion.objective import ObjectiveConfig
+from cond_diffusion.prediction import Prediction
+from cond_diffusion.schedule import NoiseSchedule
+from cond_diffusion.schedule_config import ScheduleConfig
 from cond_diffusion.text import TextConfig
 from cond_diffusion.unet_config import UNetConfig
 
@@ -98,8 +101,12 @@ class Config:
     latent: LatentConfig = field(default_factory=LatentConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        Prediction(self.objective.prediction, NoiseSchedule(self.schedule))  # raises where the two do not go together
 
 
 def parse_config(

@@ -2,8 +2,7 @@
 
 Every source goes through one path: `datasets` opens it, the configured columns are decoded, pictures are resized and
 cropped to `resolution` x `resolution`. Captions are kept once each: a *caption group* is a list of captions that mean
-the same ("a digit seven", "7"), and an image belongs to one group. Images live in uint8 here, in [-1, 1] from
-`to_model` on.
+the same ("a digit seven", "7"), and an image belongs to one group.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,16 +18,15 @@ import torch
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from einops import rearrange
-from jaxtyping import Float, Int64, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
 from cond_diffusion.errors import UserError, did_you_mean, first_line
+from cond_diffusion.pictures import PILLOW_MODES, fit
 from cond_diffusion.randomness import generator
 
 BUILT_IN_SOURCES = {"mnist": Path(__file__).parent / "assets" / "mnist"}
-PILLOW_MODES = {1: "L", 3: "RGB"}
 
 
 @dataclass(frozen=True)
@@ -96,13 +94,15 @@ def load_captioned_images(config: DataConfig, split: str = "train", *, progress:
     cells = table.data.column(config.caption_column).to_pylist()
     group_of = [group_numbers.setdefault(captions_of(cell), len(group_numbers)) for cell in cells]
 
-    decoded = np.empty((len(table), config.resolution, config.resolution, config.channels), dtype=np.uint8)
+    size = (config.resolution, config.resolution)
+    shape = (*size, config.channels)
+    decoded = np.empty((len(table), *shape), dtype=np.uint8)
     number = 0
     try:
         pictures = table.select_columns(config.image_column).cast_column(config.image_column, datasets.Image())
         rows = tqdm(pictures, f"reading {config.source} ({split})", disable=not progress, leave=False)
         for row in cast(Iterable[dict[str, Any]], rows):
-            decoded[number] = _fit(row[config.image_column], config)
+            decoded[number] = np.asarray(fit(row[config.image_column], size, config.channels)).reshape(shape)
             number += 1
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         raise UserError(
@@ -114,16 +114,6 @@ def load_captioned_images(config: DataConfig, split: str = "train", *, progress:
         group_of=torch.tensor(group_of),
         caption_groups=tuple(group_numbers),
     )
-
-
-def to_model(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Map bytes 0..255 to [-1, 1], where diffusion happens."""
-    return images.float() / 127.5 - 1
-
-
-def to_bytes(x_0: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
-    """Map [-1, 1] back to bytes, rounding to the nearest and clipping what lies outside."""
-    return ((x_0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def sample_indices(num_samples: int, seed: int, start: int, count: int) -> Int64[Tensor, " count"]:
@@ -236,14 +226,3 @@ def _texts(cell: Any, column: str) -> tuple[str, ...]:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"data.caption_column: {column!r} holds {repr(cell)[:60]}; expected a text or a list of texts")
     return texts
-
-
-def _fit(picture: Image.Image | None, config: DataConfig) -> UInt8[np.ndarray, "h w c"]:
-    """Turn upright, resize the short side to the resolution with antialiasing, and crop the centre."""
-    if picture is None:
-        raise ValueError("the cell is empty")
-    size = (config.resolution, config.resolution)
-    picture = ImageOps.exif_transpose(picture).convert(PILLOW_MODES[config.channels])
-    if picture.size != size:
-        picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
-    return np.asarray(picture).reshape(*size, config.channels)

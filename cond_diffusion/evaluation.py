@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from cond_diffusion.config import Config, load_config
-from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices, to_model
+from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices
 from cond_diffusion.errors import UserError, command_line
+from cond_diffusion.pictures import to_model
 from cond_diffusion.pipeline import TextToImage, find_checkpoint
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 4, 128, 2e-3
@@ -102,18 +103,19 @@ def main() -> None:
         description="Count the samples that a classifier recognises as what the prompt says."
     )
     parser.add_argument(
-        "--checkpoint", help="a run folder, a checkpoint folder or a hub id (default: the built-in model)"
+        "--checkpoint", default="builtin", help="a run folder, a checkpoint folder or a hub id (default: %(default)s)"
     )
     parser.add_argument("--samples", type=int, default=1000, help="how many pictures to draw (default: %(default)s)")
     parser.add_argument("--paraphrases", action="store_true", help="use all captions but the first of each group")
-    parser.add_argument("--guidance-scale", type=float, help="default: as sample.py")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="(default: %(default)s)")
+    parser.add_argument("--sampler", default="ddpm", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, help="timesteps to visit (default: the whole chain)")
     parser.add_argument("--seed", type=int, default=0, help="of each prompt's first picture (default: %(default)s)")
     arguments = parser.parse_args()
 
     folder = find_checkpoint(arguments.checkpoint)
     config = load_config(Config, folder / "config.yaml").data
-    pipe = TextToImage.from_pretrained(folder)
+    pipe = TextToImage.from_pretrained(folder).to_accelerator()
     train, test = load_captioned_images(config), load_captioned_images(config, "test")
     classifier = kept_classifier(config, train)
     print(f"the classifier recognises {accuracy_on_real_images(classifier, train, test):.2%} of the real test images")
@@ -127,9 +129,13 @@ def main() -> None:
             f"--samples: {arguments.samples} is fewer than the {len(prompts)} prompts; draw at least one of each"
         )
     each = arguments.samples // len(prompts)
-    options = {} if arguments.guidance_scale is None else {"guidance_scale": arguments.guidance_scale}
     images = pipe(
-        [prompt for prompt, _ in prompts], num_images=each, steps=arguments.steps, seed=arguments.seed, **options
+        [prompt for prompt, _ in prompts],
+        num_images=each,
+        guidance_scale=arguments.guidance_scale,
+        sampler=arguments.sampler,
+        steps=arguments.steps,
+        seed=arguments.seed,
     )
     right = recognised(classifier, images, [group for _, group in prompts for _ in range(each)])
     for (prompt, _), share in sorted(zip(prompts, right.reshape(-1, each).float().mean(1), strict=True)):

@@ -1,30 +1,117 @@
-"""What training minimises: the epsilon loss (Ho et al. 2020, eq. 14), with uniform t."""
+"""What training minimises. Three choices, kept apart: what the network predicts, how the loss weighs the timesteps, and
+how often each of them is drawn.
+
+Whatever the network predicts, its loss is the squared error of x_0_hat times a weight of the timestep, a function of
+the signal-to-noise ratio. What is called "the epsilon loss" is one of those weights:
+
+    name               weight                       source
+    epsilon            snr                          Ho et al. 2020, eq. 14
+    sample             1                            the picture's own squared error
+    v_prediction       snr + 1                      Salimans and Ho 2022, section 4
+    min_snr            min(snr, min_snr_gamma)      Hang et al. 2023, section 3.4
+    variational_bound  (snr_{t-1} - snr_t) / 2      Kingma et al. 2021, eq. 14: the likelihood's own
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn import functional as F
 
+from cond_diffusion.errors import UserError
+from cond_diffusion.prediction import Prediction, PredictionKind
 from cond_diffusion.schedule import NoiseSchedule
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t, t, context) -> eps_hat, for a batch with a timestep each."""
+"""(x_t, t, context) -> what the network predicts, for a batch with a timestep each."""
+
+Loss = Literal["epsilon", "sample", "v_prediction", "min_snr", "variational_bound"]
+TimestepDensity = Literal["uniform", "logit_normal", "loss_weight"]
 
 
-def epsilon_loss(
-    network: Network,
-    schedule: NoiseSchedule,
-    x_0: Float[Tensor, "b *chw"],
-    t: Int64[Tensor, " b"],
-    eps: Float[Tensor, "b *chw"],
-    context: Float[Tensor, "b l d"],
-) -> Float[Tensor, ""]:
-    """Return the mean of (eps - eps_hat(x_t, t, context))^2, x_t being x_0 noised with eps."""
-    return F.mse_loss(network(schedule.q_sample(x_0, t, eps), t, context), eps)
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """prediction, loss: see `prediction.py` and above.
+
+    min_snr_gamma: gamma of the loss min_snr.
+    timesteps: which t training draws more often, the loss being divided by the density, so that its mean over t stays
+        what it is and only its variance changes: "uniform"; "logit_normal", those in the middle (Esser et al. 2024, eq.
+        19, with m = 0 and s = 1); "loss_weight", those that the loss weighs most.
+    """
+
+    prediction: PredictionKind = "epsilon"
+    loss: Loss = "epsilon"
+    min_snr_gamma: float = 5.0
+    timesteps: TimestepDensity = "uniform"
+
+    def __post_init__(self) -> None:
+        if not self.min_snr_gamma > 0:
+            raise UserError(f"objective.min_snr_gamma: {self.min_snr_gamma} must be above 0")
 
 
-def uniform_timesteps(num_timesteps: int, count: int, draw: torch.Generator) -> Int64[Tensor, " count"]:
-    """Draw t uniformly from 0 .. num_timesteps - 1."""
-    return torch.randint(num_timesteps, (count,), generator=draw, device=draw.device)
+class Objective:
+    """The loss of one config under one schedule, as a table of weights and a density of timesteps, in float64."""
+
+    def __init__(self, config: ObjectiveConfig, schedule: NoiseSchedule) -> None:
+        self.schedule = schedule
+        self.prediction = Prediction(config.prediction, schedule)
+        every_t = torch.arange(schedule.num_timesteps)
+        # The error of x_0_hat, seen from the output: there nothing cancels, however little signal x_t holds.
+        weight = _weight(config, schedule) * self.prediction.x_0_error(every_t) ** 2
+        # One factor for all t changes nothing but what `train.max_grad_norm` means; with a mean of 1 it means the same
+        # for every objective.
+        weight = weight / weight.mean()
+        self.density = _density(config.timesteps, weight)
+        self.weight = weight / (self.density * schedule.num_timesteps)
+
+    def draw_timesteps(self, count: int, draw: torch.Generator) -> Int64[Tensor, " count"]:
+        """Draw t from the density, on the CPU, where the tables are: looking them up then waits for no accelerator."""
+        places = torch.rand(count, generator=draw, dtype=torch.float64)
+        return torch.searchsorted(self.density.cumsum(0), places).clamp(max=self.schedule.num_timesteps - 1)
+
+    def loss(
+        self,
+        network: Network,
+        x_0: Float[Tensor, "b *chw"],
+        t: Int64[Tensor, " b"],
+        eps: Float[Tensor, "b *chw"],
+        context: Float[Tensor, "b l d"],
+    ) -> Float[Tensor, ""]:
+        """Return the mean over the batch of weight_t (target - output(x_t, t, context))^2, x_t being x_0 with eps."""
+        output = network(self.schedule.q_sample(x_0, t, eps), t.to(x_0.device), context)
+        error = (output - self.prediction.of(x_0, eps, t)).square().flatten(1).mean(1)
+        return (self.weight[t.cpu()].to(error) * error).mean()
+
+
+def _weight(config: ObjectiveConfig, schedule: NoiseSchedule) -> Float[Tensor, " T"]:
+    """Return the weight of the squared error of x_0_hat at every t, up to one factor for all."""
+    snr = schedule.snr
+    match config.loss:
+        case "epsilon":
+            return snr
+        case "sample":
+            return torch.ones_like(snr)
+        case "v_prediction":
+            return snr + 1
+        case "min_snr":
+            return snr.clamp(max=config.min_snr_gamma)
+        case "variational_bound":
+            # Behind t = 0 stands the decoder, a Gaussian around x_0_hat (`NoiseSchedule.decoder_variance`).
+            decoder = torch.tensor([1 / schedule.decoder_variance], dtype=snr.dtype)
+            return torch.cat([decoder, snr[:-1] - snr[1:]]) / 2
+
+
+def _density(kind: TimestepDensity, weight: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """Return how likely each t is drawn. Half of every density is uniform, so no loss is multiplied by more than 2."""
+    match kind:
+        case "uniform":
+            density = torch.ones_like(weight)
+        case "logit_normal":
+            share = (torch.arange(len(weight), dtype=weight.dtype) + 0.5) / len(weight)
+            density = torch.exp(-(share.logit() ** 2) / 2) / (share * (1 - share))
+        case "loss_weight":
+            density = weight
+    uniform = torch.full_like(weight, 1 / len(weight))
+    return (density / density.sum() + uniform) / 2

@@ -1,11 +1,56 @@
-"""Pictures on disk: grids of them, and file names that do not overwrite."""
+"""Pictures: bytes outside, [-1, 1] inside; grids of them; and files that remember how they were drawn.
 
+A PNG that sample.py writes carries its settings in text chunks, one for each, in the form in which they are typed. So
+reading them back is reading a command line.
+"""
+
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
 
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import UserError, first_line
+
+PILLOW_MODES = {1: "L", 3: "RGB"}
+CHUNK_PREFIX = "cond_diffusion:"
+
+
+def to_model(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Map bytes 0..255 to [-1, 1], where diffusion happens."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(x_0: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
+    """Map [-1, 1] back to bytes, rounding to the nearest and clipping what lies outside."""
+    return ((x_0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pillow(images: Float[Tensor, "b c h w"]) -> list[Image.Image]:
+    """Turn pictures in [-1, 1] into PIL's, grey or RGB."""
+    arrays = rearrange(to_bytes(images), "b c h w -> b h w c").cpu().numpy()
+    return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in arrays]
+
+
+def from_pillow(picture: Image.Image) -> Float[Tensor, "c h w"]:
+    """Turn a grey or RGB picture of PIL's into one in [-1, 1]."""
+    shape = (picture.height, picture.width, len(picture.getbands()))
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(shape)
+    return to_model(rearrange(pixels, "h w c -> 1 c h w"))[0]
+
+
+def fit(picture: Image.Image | None, size: tuple[int, int], channels: int) -> Image.Image:
+    """Turn upright, resize the short side to the size (width, height) with antialiasing, and crop the centre."""
+    if picture is None:
+        raise ValueError("the cell is empty")
+    picture = ImageOps.exif_transpose(picture).convert(PILLOW_MODES[channels])
+    return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
 
 
 def grid(images: list[Image.Image], columns: int) -> Image.Image:
@@ -18,25 +63,72 @@ def grid(images: list[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
-def output_path(wanted: str | None, prompt: str) -> Path:
-    """Return where to write: `wanted`, or a name made of the prompt that is still free.
+def enlarged(picture: Image.Image, width: int) -> Image.Image:
+    """Repeat the pixels of a small picture until it is at least so wide."""
+    factor = max(1, -(-width // picture.width))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def open_picture(path: str, option: str) -> Image.Image:
+    """Read the whole picture at `path`; raise UserError, naming the option that gave it, where there is none."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError as error:
+        raise UserError(f"{option}: there is no file {path}") from error
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{option}: {path} holds no picture that can be read ({first_line(error)})") from error
+
+
+def save_png(picture: Image.Image, path: Path, settings: dict[str, str | list[str]]) -> None:
+    """Write a PNG with its settings in text chunks."""
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in settings.items():
+        chunks.add_itxt(CHUNK_PREFIX + name, json.dumps(value, ensure_ascii=False))
+    picture.save(path, pnginfo=chunks)
+
+
+def settings_of(path: str) -> dict[str, str | list[str]]:
+    """Return what `save_png` put into the text chunks; raise UserError where nothing did."""
+    chunks = getattr(open_picture(path, "--from-image"), "text", {})
+    try:
+        settings = {
+            name.removeprefix(CHUNK_PREFIX): json.loads(value)
+            for name, value in chunks.items()
+            if name.startswith(CHUNK_PREFIX)
+        }
+    except json.JSONDecodeError as error:
+        raise UserError(f"--from-image: the settings in {path} are damaged: {first_line(error)}") from error
+    if not settings:
+        raise UserError(f"--from-image: {path} does not say how it was drawn; expected a PNG that sample.py wrote")
+    return settings
+
+
+@contextmanager
+def claimed_path(wanted: str | None, prompt: str, option: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Claim a path to write to, `wanted` or a name made of the prompt that is still free; give it up on an error.
 
     Raises UserError, before any work is done, if the path exists already or could not be written.
     """
     if wanted is None:
         name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
-        path, number = Path(f"{name}.png"), 1
+        path, number = Path(f"{name}{suffixes[0]}"), 1
         while path.exists():
             number += 1
-            path = Path(f"{name}-{number}.png")
+            path = Path(f"{name}-{number}{suffixes[0]}")
     else:
         path = Path(wanted)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--output: {path} must end in .png")
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{option}: {path} must end in {' or '.join(suffixes)}")
     try:
         path.open("xb").close()  # claims the name, and shows that it can be written
     except FileExistsError as error:
-        raise UserError(f"--output: {path} exists already and is not overwritten; give another name") from error
+        raise UserError(f"{option}: {path} exists already and is not overwritten; give another name") from error
     except OSError as error:
-        raise UserError(f"--output: {path} cannot be written: {error.strerror}") from error
-    return path
+        raise UserError(f"{option}: {path} cannot be written: {error.strerror}") from error
+    try:
+        yield path
+    except BaseException:
+        path.unlink()  # the name was claimed, but there is nothing to show under it
+        raise

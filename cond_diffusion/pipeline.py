@@ -2,10 +2,11 @@
 
 import json
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import huggingface_hub
 import torch
@@ -14,40 +15,46 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion import latents, schedule
+from cond_diffusion import latents, schedule_config
 from cond_diffusion.checkpoint import checkpoints
-from cond_diffusion.data import to_bytes
-from cond_diffusion.errors import UserError, did_you_mean, first_line
-from cond_diffusion.guidance import guided
-from cond_diffusion.pictures import grid, output_path
+from cond_diffusion.editing import Edit
+from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.guidance import GuidanceConfig, guided, scale_of_each, threshold_dynamically
+from cond_diffusion.pictures import fit, from_pillow, to_pillow
+from cond_diffusion.prediction import Prediction, PredictionKind, denoiser
 from cond_diffusion.randomness import generator
-from cond_diffusion.samplers import Denoiser, ddpm
+from cond_diffusion.sampler_config import SamplerConfig
+from cond_diffusion.samplers import Noise, Step
 from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.text import TextEncoder
 from cond_diffusion.unet import UNet
 
 BUILT_IN_MODEL = Path(__file__).parent / "assets" / "mnist_model"
-SAMPLERS = ("ddpm",)
 INDEX_NAME = "model_index.json"
+DEFAULT_STRENGTH = 0.8
+
+Watch = Callable[[Step, int, int], None]
+"""(step, its number from 0, how many there are), the pictures in pixels."""
 
 logger = logging.getLogger(__name__)
 
 
 class TextToImage:
-    """A text encoder, a UNet and a noise schedule: prompts in, PIL images out."""
+    """A text encoder, a UNet, and what its output means under a noise schedule: prompts in, PIL images out."""
 
-    def __init__(self, unet: UNet, text_encoder: TextEncoder, noise_schedule: NoiseSchedule, patch_size: int) -> None:
+    def __init__(self, unet: UNet, text_encoder: TextEncoder, prediction: Prediction, patch_size: int) -> None:
         if unet.config.in_channels is None or unet.config.sample_size is None:
             raise UserError("UNet config: sample_size is not given; expected the side of the pictures that it draws")
         self.shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         self.unet = unet
         self.text_encoder = text_encoder
-        self.schedule = noise_schedule
+        self.prediction = prediction
+        self.schedule = prediction.schedule
         self.patch_size = patch_size
 
     @classmethod
-    def from_pretrained(cls, source: str | Path | None = None) -> "TextToImage":
-        """Load the built-in model (None), a run's newest checkpoint, a checkpoint folder, or a hub id.
+    def from_pretrained(cls, source: str | Path = "builtin") -> "TextToImage":
+        """Load the built-in model, a run's newest checkpoint, a checkpoint folder, or a hub id.
 
         Raises UserError where there is none, or where a file of it is missing, damaged or for another kind of pipeline.
         """
@@ -58,7 +65,7 @@ class TextToImage:
         return cls(
             UNet.from_pretrained(folder / "unet"),
             TextEncoder.from_pretrained(folder, max_length=None),
-            NoiseSchedule(schedule.from_diffusers(_read_json(folder / "scheduler" / "scheduler_config.json"))),
+            _read_scheduler(folder / "scheduler" / "scheduler_config.json"),
             patch_size=index.get("patch_size", 1),
         )
 
@@ -68,7 +75,11 @@ class TextToImage:
         self.unet.save_pretrained(folder / "unet")
         self.text_encoder.save_pretrained(folder)
         (folder / "scheduler").mkdir(exist_ok=True)
-        scheduler = schedule.to_diffusers(self.schedule.config)
+        # diffusers has no name for score; its schedulers refuse ours, by name, at their first step.
+        scheduler = {
+            **schedule_config.to_diffusers(self.schedule.config),
+            "prediction_type": self.prediction.kind,
+        }
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
         index = {
             "_class_name": type(self).__name__,
@@ -80,10 +91,24 @@ class TextToImage:
         }
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def side(self) -> int:
+        """Of the pictures, in pixels."""
+        return self.shape[1] * self.patch_size
+
     def to(self, device: torch.device | str) -> "TextToImage":
         self.unet.to(device)
         self.text_encoder.to(device)
         return self
+
+    def to_accelerator(self) -> "TextToImage":
+        """Move to the accelerator, where the machine has one."""
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return self if accelerator is None else self.to(accelerator)
 
     @torch.inference_mode()
     def __call__(
@@ -91,57 +116,87 @@ class TextToImage:
         prompts: str | Sequence[str],
         *,
         num_images: int = 1,
-        guidance_scale: float = 3.0,
+        guidance_scale: float | Sequence[float] = 3.0,
         negative_prompt: str = "",
+        guidance_interval: Sequence[int] | None = None,
+        guidance_rescale: float = 0.0,
+        dynamic_thresholding: float | None = None,
         sampler: str = "ddpm",
         steps: int | None = None,
+        variance: str | None = None,
+        eta: float | None = None,
+        order: int | None = None,
+        image: Image.Image | None = None,
+        strength: float | None = None,
+        mask: Image.Image | None = None,
+        resamplings: int = 1,
         seed: int = 0,
         batch_size: int = 64,
         progress: bool = True,
+        watch: Watch | None = None,
     ) -> list[Image.Image]:
         """Draw `num_images` pictures of each prompt; those of the first prompt come first.
 
         Picture i of a prompt depends on the prompt and seed + i alone.
 
-        guidance_scale: w; 1 asks for no more than the prompt says, more makes pictures clearer and more alike.
+        guidance_scale: w, one for all prompts or one for each; 1 asks for no more than the prompt says, more makes
+            pictures clearer and more alike.
         negative_prompt: what to steer away from, instead of from the empty caption.
+        guidance_interval, guidance_rescale, dynamic_thresholding: see `GuidanceConfig`.
+        sampler, variance, eta, order: see `SamplerConfig`.
         steps: how many of the chain's timesteps to visit; None visits all.
+        image: a picture to begin with, resized and cropped to the model's. strength, 0 to 1, is how much of the chain
+            it goes through: 0.8, or all of it (1) where there is a mask.
+        mask: of the size of `image`: what is white is drawn anew, what is black stays.
+        resamplings: how often inpainting goes through every ten steps, so that the new fits the old better.
         batch_size: how many pictures are in work at once.
+        watch: called after each step of each batch.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        self._check(prompts, num_images, guidance_scale, negative_prompt, sampler, batch_size)
-        timesteps = self.schedule.shorter_chain(steps)
-        jobs = [(prompt, seed + i) for prompt in prompts for i in range(num_images)]
+        self._check(prompts, num_images, negative_prompt, batch_size)
+        scales = scale_of_each(guidance_scale, len(prompts))
+        guidance = GuidanceConfig(guidance_interval, guidance_rescale, dynamic_thresholding)
+        choice = SamplerConfig(sampler, variance, eta, order)
+        edit = self._edit(image, mask, strength, resamplings)
+        timesteps = edit.timesteps(self.schedule.shorter_chain(steps))
+        run = edit.around(choice.sampler(self.schedule.config, len(timesteps)))
+
+        context = dict(zip(prompts, self.text_encoder(prompts), strict=True))
+        null_context = self.text_encoder([negative_prompt])
+        jobs = [(context[p], w, seed + i) for p, w in zip(prompts, scales, strict=True) for i in range(num_images)]
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
+        total = len(timesteps) * resamplings
         images: list[Image.Image] = []
-        with tqdm(total=len(batches) * len(timesteps), desc="drawing", unit=" steps", disable=not progress) as bar:
+        with tqdm(total=len(batches) * total, desc="drawing", unit=" steps", disable=not progress) as bar:
             for batch in batches:
-                denoiser = self._denoiser([prompt for prompt, _ in batch], negative_prompt, guidance_scale)
-                x = self._chain(denoiser, timesteps, [seed for _, seed in batch], bar)
-                images += _to_pillow(latents.decode(x, self.patch_size))
+                contexts = torch.stack([context for context, _, _ in batch])
+                weights = torch.tensor([w for _, w, _ in batch])
+                network = guided(
+                    self.unet,
+                    contexts,
+                    null_context.expand_as(contexts),
+                    weights,
+                    guidance,
+                    project=self.unet.project_context,
+                )
+                denoise = denoiser(network, self.prediction, self.range_of_pixels(guidance), edit.keep)
+                noise = self._noise([seed for _, _, seed in batch])
+                x = edit.begin(noise(), self.schedule, timesteps)
+                for number, step in enumerate(run(denoise, self.schedule, x, timesteps, noise)):
+                    x = step.x
+                    bar.update()
+                    if watch is not None:
+                        watch(replace(step, x=self._to_pixels(x), x_0_hat=self._to_pixels(step.x_0_hat)), number, total)
+                images += to_pillow(self._to_pixels(x))
         return images
 
-    def _check(
-        self,
-        prompts: list[str],
-        num_images: int,
-        guidance_scale: float,
-        negative_prompt: str,
-        sampler: str,
-        batch_size: int,
-    ) -> None:
+    def _check(self, prompts: list[str], num_images: int, negative_prompt: str, batch_size: int) -> None:
         if not prompts:
             raise UserError('prompts: none given; expected at least one, for example "a digit seven"')
         if num_images < 1:
             raise UserError(f"num_images: {num_images} must be at least 1")
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} must be at least 1")
-        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-            raise UserError(f"guidance_scale: {guidance_scale} must be a number from 0 on")
-        if sampler not in SAMPLERS:
-            raise UserError(
-                f"sampler: {sampler!r} is unknown{did_you_mean(sampler, SAMPLERS)}; there is {', '.join(SAMPLERS)}"
-            )
         for prompt in [*prompts, negative_prompt]:
             if cut := self.text_encoder.words_cut(prompt):
                 logger.warning(
@@ -150,31 +205,51 @@ class TextToImage:
                     cut,
                 )
 
-    def _denoiser(self, prompts: list[str], negative_prompt: str, guidance_scale: float) -> Denoiser:
-        context = self.text_encoder(prompts)
-        null_context = self.text_encoder([negative_prompt]).expand_as(context)
-        return guided(self.unet, context, null_context, guidance_scale, project=self.unet.project_context)
+    def _edit(
+        self, image: Image.Image | None, mask: Image.Image | None, strength: float | None, resamplings: int
+    ) -> Edit:
+        """Bring image and mask to the model's size; raise UserError where the options do not go together."""
+        if image is None:
+            for name, value in (("mask", mask), ("strength", strength)):
+                if value is not None:
+                    raise UserError(f"{name}: means nothing without an image to begin with; give image, too")
+        if mask is None and resamplings != 1:
+            raise UserError(f"resamplings: {resamplings} means nothing without a mask; give image and mask, too")
+        if image is None:
+            return Edit()
+        if mask is not None and mask.size != image.size:
+            (width, height), (wide, high) = mask.size, image.size
+            raise UserError(f"mask: {width} x {height} pixels do not fit the image's {wide} x {high}")
+        channels = self.shape[0] // self.patch_size**2
 
-    def _chain(self, denoiser: Denoiser, timesteps: list[int], seeds: list[int], bar: tqdm) -> Float[Tensor, "b c h w"]:
-        device = self.unet.conv_in.weight.device
+        def fitted(picture: Image.Image) -> Float[Tensor, "1 c h w"]:
+            pixels = from_pillow(fit(picture, (self.side, self.side), channels)).to(self.device)
+            return latents.encode(pixels[None], self.patch_size)
+
+        drawn_anew = None if mask is None else (fitted(mask) + 1) / 2
+        if strength is None:
+            strength = DEFAULT_STRENGTH if drawn_anew is None else 1.0
+        return Edit(fitted(image), drawn_anew, strength, resamplings)
+
+    def range_of_pixels(self, guidance: GuidanceConfig) -> Callable[[Tensor], Tensor]:
+        """Return what keeps x_0_hat in [-1, 1]."""
+        if guidance.dynamic_thresholding is not None:
+            return partial(threshold_dynamically, share=guidance.dynamic_thresholding)
+        return (lambda x_0_hat: x_0_hat.clamp(-1, 1)) if self.schedule.config.clip_x_0 else (lambda x_0_hat: x_0_hat)
+
+    def _noise(self, seeds: list[int]) -> Noise:
+        """Return the noise of one batch, each picture's out of a stream of its own."""
         # On the CPU whatever the device, so that a seed means the same picture everywhere.
         draws = [generator("sample", seed) for seed in seeds]
+        return lambda: torch.stack([torch.randn(self.shape, generator=draw) for draw in draws]).to(self.device)
 
-        def noise() -> Float[Tensor, "b c h w"]:
-            return torch.stack([torch.randn(self.shape, generator=draw) for draw in draws]).to(device)
-
-        x, config = noise(), self.schedule.config
-        for step in ddpm(
-            denoiser, self.schedule, x, timesteps, noise, variance=config.variance, clip_x_0=config.clip_x_0
-        ):
-            x = step.x
-            bar.update()
-        return x
+    def _to_pixels(self, x: Float[Tensor, "b c_pp h_p w_p"]) -> Float[Tensor, "b c h w"]:
+        return latents.decode(x, self.patch_size)
 
 
-def find_checkpoint(source: str | Path | None) -> Path:
+def find_checkpoint(source: str | Path) -> Path:
     """Return the folder that holds `model_index.json`."""
-    if source is None:
+    if source == "builtin":
         return BUILT_IN_MODEL
     folder = Path(source)
     if (folder / INDEX_NAME).is_file():
@@ -196,6 +271,14 @@ def find_checkpoint(source: str | Path | None) -> Path:
         ) from error
 
 
+def _read_scheduler(file: Path) -> Prediction:
+    fields = _read_json(file)
+    kind, kinds = fields.pop("prediction_type", "epsilon"), get_args(PredictionKind)
+    if kind not in kinds:
+        raise UserError(f"scheduler config: prediction_type: {kind!r} is not supported; expected {', '.join(kinds)}")
+    return Prediction(kind, NoiseSchedule(schedule_config.from_diffusers(fields)))
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
@@ -203,42 +286,3 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file.parent} is no complete checkpoint: there is no {file.name}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is damaged or was cut short: {first_line(error)}") from error
-
-
-def _to_pillow(images: Float[Tensor, "b c h w"]) -> list[Image.Image]:
-    arrays = to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in arrays]
-
-
-def draw_to_file(
-    prompts: Sequence[str],
-    *,
-    checkpoint: str | None,
-    num_images: int,
-    guidance_scale: float,
-    negative_prompt: str,
-    sampler: str,
-    steps: int | None,
-    seed: int,
-    output: str | None,
-) -> None:
-    """What sample.py does: draw, write one PNG with a row for each prompt, and print its path."""
-    pipe = TextToImage.from_pretrained(checkpoint)
-    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        pipe.to(accelerator)
-    path = output_path(output, prompts[0])
-    try:
-        images = pipe(
-            prompts,
-            num_images=num_images,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            sampler=sampler,
-            steps=steps,
-            seed=seed,
-        )
-        grid(images, columns=num_images).save(path)
-    except BaseException:
-        path.unlink()  # the name was claimed, but there is nothing to show under it
-        raise
-    print(path)

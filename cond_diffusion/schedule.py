@@ -16,38 +16,15 @@ Vocabulary of the whole package:
     guidance_scale    w in uncond + w (cond - uncond): 1 is unguided, 0 unconditional
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cond_diffusion.errors import UserError, refuse_other_values
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """beta rises linearly from beta_start to beta_end over num_timesteps (Ho et al. 2020, section 4).
-
-    variance: of a step of ancestral sampling, the posterior's or beta itself, its lower and upper bound (section 3.2).
-    clip_x_0: whether sampling keeps x_0_hat in [-1, 1], the range of pixels.
-    """
-
-    num_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    variance: Literal["posterior", "beta"] = "posterior"
-    clip_x_0: bool = True
-
-    def __post_init__(self) -> None:
-        if self.num_timesteps < 1:
-            raise UserError(f"schedule.num_timesteps: {self.num_timesteps} must be at least 1")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise UserError(
-                f"schedule.beta_start, schedule.beta_end: {self.beta_start} and {self.beta_end}; "
-                "expected 0 < beta_start <= beta_end < 1"
-            )
+from cond_diffusion.errors import UserError
+from cond_diffusion.schedule_config import ScheduleConfig
 
 
 class NoiseSchedule:
@@ -59,12 +36,17 @@ class NoiseSchedule:
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
-        self.betas = torch.linspace(config.beta_start, config.beta_end, config.num_timesteps, dtype=torch.float64)
+        self.betas = _betas(config)
         self.alpha_bar = (1 - self.betas).cumprod(0)
 
     @property
     def num_timesteps(self) -> int:
         return len(self.betas)
+
+    @property
+    def snr(self) -> Float[Tensor, " T"]:
+        """alpha_bar / (1 - alpha_bar) at every t."""
+        return self.alpha_bar / (1 - self.alpha_bar)
 
     def q_sample(
         self, x_0: Float[Tensor, "b *chw"], t: Int64[Tensor, " b"], eps: Float[Tensor, "b *chw"]
@@ -73,12 +55,10 @@ class NoiseSchedule:
         alpha_bar = self.alpha_bar[t.cpu()]
         return per_example(alpha_bar.sqrt(), x_0) * x_0 + per_example((1 - alpha_bar).sqrt(), x_0) * eps
 
-    def predict_x_0(
-        self, x_t: Float[Tensor, "b *chw"], t: int, eps_hat: Float[Tensor, "b *chw"]
-    ) -> Float[Tensor, "b *chw"]:
-        """Solve `q_sample` for x_0, with eps_hat in the place of eps (eq. 15)."""
-        alpha_bar = self.alpha_bar[t].item()
-        return (x_t - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5
+    def level(self, t: int | None) -> "NoiseLevel":
+        """Return how much signal and noise x_t holds; None stands for the step behind t = 0, the picture."""
+        alpha_bar = 1.0 if t is None else self.alpha_bar[t].item()
+        return NoiseLevel(alpha=alpha_bar**0.5, sigma=(1 - alpha_bar) ** 0.5)
 
     def posterior(self, t: int, t_prev: int | None) -> "Posterior":
         """Return q(x_{t_prev} | x_t, x_0) for a chain that jumps from t to t_prev (eq. 6 and 7).
@@ -97,18 +77,61 @@ class NoiseSchedule:
             beta=beta,
         )
 
+    @property
+    def decoder_variance(self) -> float:
+        """Return the variance of p(x_0 | x_1), the Gaussian that the chain's last step is in the likelihood.
+
+        The posterior's own is 0 there; the next one stands in for it, as in the code of Ho et al. 2020 and Nichol and
+        Dhariwal 2021.
+        """
+        return self.posterior(1, 0).variance if self.num_timesteps > 1 else self.betas[0].item()
+
     def shorter_chain(self, steps: int | None) -> list[int]:
         """Return the timesteps that a chain of `steps` steps visits, the noisiest first; None visits all of them.
 
-        The spacing is "trailing": equal gaps counted from the end, so that T - 1, where sampling starts from pure
-        noise, is always visited (Lin et al. 2023, section 3.3).
+        They lie in equal gaps, as `config.spacing` says (the names are diffusers'; Lin et al. 2023, table 2):
+        "trailing" counts the gaps from the end, so that T - 1, where sampling starts from pure noise, is always
+        visited; "leading" counts them from steps_offset up and leaves T - 1 out; "linspace" visits both ends.
         """
         total = self.num_timesteps
-        if steps is None:
-            steps = total
+        if steps is None or steps == total:
+            return list(reversed(range(total)))
         if not 1 <= steps <= total:
             raise UserError(f"steps: {steps} must lie between 1 and the {total} steps of the chain")
-        return [round(total - i * total / steps) - 1 for i in range(steps)]
+        match self.config.spacing:
+            case "trailing":
+                return [round(total - i * total / steps) - 1 for i in range(steps)]
+            case "leading":
+                timesteps = [i * (total // steps) + self.config.steps_offset for i in reversed(range(steps))]
+                if timesteps[0] >= total:
+                    raise UserError(
+                        f"steps: {steps} with schedule.steps_offset={self.config.steps_offset} reach beyond the "
+                        f"{total} steps of the chain; expected fewer"
+                    )
+                return timesteps
+            case "linspace":
+                return [round(i * (total - 1) / max(1, steps - 1)) for i in reversed(range(steps))]
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """x_t = alpha x_0 + sigma eps, with alpha^2 + sigma^2 = 1, alpha^2 being alpha_bar.
+
+    Solvers see the same level on two other scales, each infinite where nothing but noise or nothing but signal is left.
+    """
+
+    alpha: float
+    sigma: float
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha: the noise of x_t / alpha, which is x_0 with noise added. The sigma of Karras et al. 2022."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+    @property
+    def half_log_snr(self) -> float:
+        """log(alpha / sigma), the lambda of Lu et al. 2022."""
+        return -math.log(self.ratio) if self.sigma else math.inf
 
 
 @dataclass(frozen=True)
@@ -131,53 +154,28 @@ def per_example(coefficient: Float[Tensor, " n"], x: Float[Tensor, "b *chw"]) ->
     return coefficient.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
-_VARIANCE_TYPES = {"posterior": "fixed_small", "beta": "fixed_large"}
-
-# What diffusers' DDPMScheduler can be told, and ours does in one way only.
-_DOES_ONLY = {
-    "_class_name": "DDPMScheduler",
-    "beta_schedule": "linear",
-    "clip_sample_range": 1.0,
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "thresholding": False,
-    "timestep_spacing": "trailing",
-    "trained_betas": None,
-}
-# Of no consequence beside the values above.
-_IGNORED = {"dynamic_thresholding_ratio", "sample_max_value", "steps_offset"}
-
-
-def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
-    """Return the `scheduler_config.json` that `DDPMScheduler` reads."""
-    return {
-        "num_train_timesteps": config.num_timesteps,
-        "beta_start": config.beta_start,
-        "beta_end": config.beta_end,
-        "variance_type": _VARIANCE_TYPES[config.variance],
-        "clip_sample": config.clip_x_0,
-        **_DOES_ONLY,
-    }
+def _betas(config: ScheduleConfig) -> Float[Tensor, " T"]:
+    """Return beta_t at every t, in float64."""
+    if config.betas:
+        betas = torch.tensor(config.betas, dtype=torch.float64)
+    else:
+        steps, start, end = config.num_timesteps, config.beta_start, config.beta_end
+        match config.beta_schedule:
+            case "linear":
+                betas = torch.linspace(start, end, steps, dtype=torch.float64)
+            case "scaled_linear":
+                betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+            case "cosine":
+                share_done = torch.arange(steps + 1, dtype=torch.float64) / steps
+                alpha_bar = ((share_done + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+                betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+            case "sigmoid":  # its flat ends are cut at -6 and 6, as diffusers does
+                betas = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
+    return _with_zero_terminal_snr(betas) if config.zero_terminal_snr else betas
 
 
-def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
-    """Invert `to_diffusers`; raise UserError, naming the field, for what our schedule does not do."""
-    fields = {"timestep_spacing": "leading", **fields}  # diffusers' default, not ours
-    refuse_other_values(fields, _DOES_ONLY, "scheduler config")
-    fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
-    variances: dict[str, Any] = {theirs: ours for ours, theirs in _VARIANCE_TYPES.items()}
-    variance_type = fields.pop("variance_type", "fixed_small")
-    if variance_type not in variances:
-        raise UserError(
-            f"scheduler config: variance_type: {variance_type!r} is not supported; expected {list(variances)}"
-        )
-    config = ScheduleConfig(
-        num_timesteps=fields.pop("num_train_timesteps", 1000),
-        beta_start=fields.pop("beta_start", 1e-4),
-        beta_end=fields.pop("beta_end", 0.02),
-        variance=variances[variance_type],
-        clip_x_0=fields.pop("clip_sample", True),
-    )
-    if fields:
-        raise UserError(f"scheduler config: {min(fields)} is not a field that this schedule knows")
-    return config
+def _with_zero_terminal_snr(betas: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """Bend sqrt(alpha_bar) so that its last value is 0 and its first stays (Lin et al. 2023, algorithm 1)."""
+    root = (1 - betas).cumprod(0).sqrt()
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])

@@ -6,6 +6,7 @@ tokens of it, without a mask. The context of the empty caption is the *null cont
 CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,6 +138,19 @@ class TextEncoder(nn.Module):
         offsets: Any = encoding["offset_mapping"]
         room = self.max_length - 2
         return "" if len(offsets) <= room else caption[offsets[room][0] :]
+
+    def words(self, prompt: str) -> list[tuple[str, list[int]]]:
+        """Return each word of the prompt that is read, with the places of its tokens in the context."""
+        encoding = self.tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=False)
+        offsets: Any = encoding["offset_mapping"]
+        offsets = offsets[: self.max_length - 2]
+        found = []
+        for word in re.finditer(r"\S+", prompt):
+            # Place 0 is the mark that every caption begins with.
+            tokens = [i + 1 for i, (start, end) in enumerate(offsets) if start < word.end() and end > word.start()]
+            if tokens:
+                found.append((word.group(), tokens))
+        return found
 
     def table(self, captions: Sequence[str], *, batch_size: int = 256, progress: bool = True) -> "ContextTable":
         """Embed every caption once. With the frozen encoder that is all that training ever asks of it."""

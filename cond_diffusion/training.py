@@ -29,11 +29,12 @@ from cond_diffusion.checkpoint import (
     save_state,
 )
 from cond_diffusion.config import Config, TrainConfig, load_config, save_config
-from cond_diffusion.data import CaptionedImages, load_captioned_images, sample_indices, to_model
+from cond_diffusion.data import CaptionedImages, load_captioned_images, sample_indices
 from cond_diffusion.ema import EMA
 from cond_diffusion.errors import UserError
 from cond_diffusion.guidance import drop_captions
-from cond_diffusion.objective import epsilon_loss, uniform_timesteps
+from cond_diffusion.objective import Objective
+from cond_diffusion.pictures import to_model
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.randomness import generator
 from cond_diffusion.reporting import Reporter
@@ -66,7 +67,7 @@ def train(config: Config) -> Path:
         unet.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
     )
     ema = EMA(unet, config.train.ema_width)
-    pipe = TextToImage(ema.network, text_encoder, batches.schedule, config.latent.patch_size)
+    pipe = TextToImage(ema.network, text_encoder, batches.objective.prediction, config.latent.patch_size)
     start = 0 if newest is None else _resume(newest, batches.per_step, unet, ema, optimizer)
     network, optimizer = accelerator.prepare(unet, optimizer)
     _make_run(run_dir, config, accelerator)
@@ -145,7 +146,7 @@ class Batches:
         self.config = config
         self.data = data
         self.contexts = contexts
-        self.schedule = NoiseSchedule(config.schedule)
+        self.objective = Objective(config.objective, NoiseSchedule(config.schedule))
         self.processes, self.process = accelerator.num_processes, accelerator.process_index
         self.device = accelerator.device
         self.per_step = config.train.batch_size * config.train.gradient_accumulation_steps * self.processes
@@ -167,7 +168,7 @@ class Batches:
         return MicroBatch(
             x_0=x_0,
             context=drop_captions(self.contexts[captions], null_context, train.caption_dropout, draw),
-            t=uniform_timesteps(self.schedule.num_timesteps, train.batch_size, draw),
+            t=self.objective.draw_timesteps(train.batch_size, generator("timesteps", seed, step, number)),
             eps=torch.randn(x_0.shape, generator=draw, device=self.device),
         )
 
@@ -179,7 +180,7 @@ def _accumulate_gradients(network: Any, batches: Batches, step: int, accelerator
     for i, batch in enumerate(batches.of_step(step)):
         # Processes exchange gradients once a step, with the last micro-batch.
         with nullcontext() if i == rounds - 1 else accelerator.no_sync(network):
-            loss = epsilon_loss(network, batches.schedule, batch.x_0, batch.t, batch.eps, batch.context)
+            loss = batches.objective.loss(network, batch.x_0, batch.t, batch.eps, batch.context)
             accelerator.backward(loss / rounds)
         total += loss.detach() / rounds
     return total
@@ -246,7 +247,7 @@ def _check_unchanged(config: Config, before: Config) -> None:
     """Raise UserError for a key that decides what the weights mean, or what the next step sees."""
     if config.seed != before.seed:
         raise UserError(f"resume: seed was {before.seed} in this run and is now {config.seed}")
-    for section in ("data", "text", "latent", "unet", "schedule"):
+    for section in ("data", "text", "latent", "unet", "schedule", "objective"):
         now, then = asdict(getattr(config, section)), asdict(getattr(before, section))
         for key in now:
             if now[key] != then[key]:

@@ -87,7 +87,7 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(type_in, caplog: pytest.LogC
         ("seven --steps 1001", "steps: 1001 must lie between 1 and the 1000 steps of the chain"),
         ("seven --guidance-scale -1", "guidance_scale: -1.0 must be a number from 0 on"),
         ("seven --guidance-scale nan", "guidance_scale: nan must be"),
-        ("seven --sampler dpm", "sampler: 'dpm' is unknown (did you mean 'ddpm'?); there is ddpm"),
+        ("seven --sampler dpm", "sampler: 'dpm' is unknown (did you mean 'ddpm'?); there are ddpm, ddim"),
         ("seven --checkpoint no/such/run", "there is no checkpoint no/such/run"),
         ("seven --checkpoint runs", "there is no checkpoint runs"),
         ("seven --output no-such-folder/x.png", "--output: no-such-folder/x.png cannot be written: No such file"),

@@ -9,8 +9,9 @@ import torch
 from conftest import SIDE, bar
 from PIL import Image
 
-from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices, to_bytes, to_model
+from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices
 from cond_diffusion.errors import UserError
+from cond_diffusion.pictures import to_bytes, to_model
 
 LABELS = ["a bar that is upright", "a bar that is level"]
 BARS = DataConfig(resolution=SIDE, caption_column="text")

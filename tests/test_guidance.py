@@ -1,12 +1,22 @@
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
-from cond_diffusion.guidance import drop_captions, guided
+from cond_diffusion.errors import UserError
+from cond_diffusion.guidance import (
+    GuidanceConfig,
+    drop_captions,
+    guided,
+    rescale,
+    scale_of_each,
+    threshold_dynamically,
+)
 
 X_T = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 CONTEXT = torch.full((3, 2, 5), 7.0)
 NULL_CONTEXT = torch.full((3, 2, 5), 2.0)
+PLAIN = GuidanceConfig()
 
 
 class Network:
@@ -17,22 +27,31 @@ class Network:
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         assert len(x_t) == len(t) == len(context)
-        assert set(t.tolist()) == {9}
         self.batches.append(len(x_t))
         return torch.ones_like(x_t) * context.mean((1, 2)).reshape(-1, 1, 1, 1) + x_t
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
-def test_guidance_is_uncond_plus_w_times_the_difference(scale: float):
-    eps_hat = guided(Network(), CONTEXT, NULL_CONTEXT, scale)(X_T, 9)
-    torch.testing.assert_close(eps_hat, X_T + 2 + scale * (7 - 2))
+@pytest.mark.parametrize("scales", [[0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0], [3.0, 1.0, 0.0]])
+def test_guidance_is_uncond_plus_w_times_the_difference_for_each(scales: list[float]):
+    w = torch.tensor(scales)
+    output = guided(Network(), CONTEXT, NULL_CONTEXT, w, PLAIN)(X_T, 9)
+    torch.testing.assert_close(output, X_T + 2 + w.reshape(-1, 1, 1, 1) * (7 - 2))
 
 
-def test_both_passes_are_one_batch_and_scale_1_runs_one_alone():
+def test_both_passes_are_one_batch_and_scale_1_costs_one_alone():
+    for scales, expected in (([3.0, 3.0, 3.0], 6), ([1.0, 1.0, 1.0], 3), ([1.0, 3.0, 1.0], 4)):
+        network = Network()
+        guided(network, CONTEXT, NULL_CONTEXT, torch.tensor(scales), PLAIN)(X_T, 9)
+        assert network.batches == [expected]
+
+
+def test_outside_the_interval_the_unconditional_pass_is_not_run():
     network = Network()
-    guided(network, CONTEXT, NULL_CONTEXT, 3.0)(X_T, 9)
-    guided(network, CONTEXT, NULL_CONTEXT, 1.0)(X_T, 9)
-    assert network.batches == [6, 3]
+    denoise = guided(network, CONTEXT, NULL_CONTEXT, torch.full((3,), 3.0), GuidanceConfig(interval=(5, 8)))
+    outputs = [denoise(X_T, t) for t in (4, 5, 8, 9)]
+    assert network.batches == [3, 6, 6, 3]
+    for output, expected in zip(outputs, (7, 17, 17, 7), strict=True):
+        torch.testing.assert_close(output, X_T + expected)
 
 
 def test_the_context_is_projected_once():
@@ -42,10 +61,40 @@ def test_the_context_is_projected_once():
         calls.append(len(context))
         return context
 
-    denoiser = guided(Network(), CONTEXT, NULL_CONTEXT, 3.0, project=project)
-    denoiser(X_T, 9)
-    denoiser(X_T, 9)
-    assert calls == [6]
+    denoise = guided(Network(), CONTEXT, NULL_CONTEXT, torch.full((3,), 3.0), PLAIN, project=project)
+    denoise(X_T, 9)
+    denoise(X_T, 9)
+    assert calls == [3, 6]
+
+
+@pytest.mark.parametrize("phi", [0.3, 1.0])
+def test_rescaling_is_that_of_diffusers(phi: float):
+    guided_output, cond = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(1)).unbind(0)
+    guided_output = 4 * guided_output
+    torch.testing.assert_close(
+        rescale(guided_output, cond, phi), rescale_noise_cfg(guided_output, cond, guidance_rescale=phi)
+    )
+
+
+def test_whole_rescaling_takes_back_all_of_the_deviation():
+    network = Network()
+    scales = torch.tensor([5.0, 1.0, 5.0])
+    plain = guided(network, CONTEXT, NULL_CONTEXT * X_T.flatten(1)[:, :2, None], scales, PLAIN)(X_T, 9)
+    tamed = guided(network, CONTEXT, NULL_CONTEXT * X_T.flatten(1)[:, :2, None], scales, GuidanceConfig(rescale=1.0))(
+        X_T, 9
+    )
+    torch.testing.assert_close(tamed.flatten(1).std(1), X_T.flatten(1).std(1))  # the conditional output's
+    torch.testing.assert_close(tamed[1], plain[1])
+
+
+def test_dynamic_thresholding_cuts_at_the_quantile_and_leaves_alone_what_fits():
+    x_0_hat = torch.linspace(-3, 3, 101).reshape(1, 1, 101).repeat(2, 1, 1)
+    x_0_hat[1] /= 4
+    cut = threshold_dynamically(x_0_hat, 0.9)
+    s = x_0_hat[0].abs().quantile(0.9)
+    torch.testing.assert_close(cut[0], x_0_hat[0].clamp(-s, s) / s)
+    assert torch.equal(cut[1], x_0_hat[1])
+    assert cut.abs().max() <= 1
 
 
 def test_captions_are_dropped_with_the_given_probability():
@@ -54,3 +103,27 @@ def test_captions_are_dropped_with_the_given_probability():
     assert kept.mean().item() == pytest.approx(0.9, abs=4 * (0.1 * 0.9 / 10_000) ** 0.5)
     assert torch.equal(drop_captions(context, null_context, 0.0, torch.Generator()), context)
     assert drop_captions(context, null_context, 1.0, torch.Generator()).sum() == 0
+
+
+def test_one_scale_is_for_all_prompts_and_a_list_for_each():
+    assert scale_of_each(3.0, 2) == [3.0, 3.0]
+    assert scale_of_each([1.0, 2.0], 2) == [1.0, 2.0]
+    with pytest.raises(UserError, match="guidance_scale: 3 values for 2 prompts; expected one, or one for each"):
+        scale_of_each((1.0, 2.0, 3.0), 2)
+    with pytest.raises(UserError, match="guidance_scale: inf must be a number from 0 on"):
+        scale_of_each([1.0, float("inf")], 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interval": (800, 200)}, "guidance_interval: 800 to 200 holds no timestep; expected the lower one first"),
+        ({"interval": (-1, 200)}, "guidance_interval: -1 to 200"),
+        ({"rescale": 1.5}, "guidance_rescale: 1.5 must lie between 0"),
+        ({"dynamic_thresholding": 0.0}, "dynamic_thresholding: 0.0 is a share"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict, message: str):
+    with pytest.raises(UserError) as refusal:
+        GuidanceConfig(**options)
+    assert message in str(refusal.value)

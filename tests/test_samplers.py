@@ -1,121 +1,309 @@
-"""Samplers against models whose answer is known, and against diffusers."""
+"""Samplers against models whose answer is known in closed form, by their order, and against diffusers."""
 
-from typing import Literal
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
 
+import diffusers
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
-from cond_diffusion.samplers import ddpm
-from cond_diffusion.schedule import NoiseSchedule, ScheduleConfig, to_diffusers
+from cond_diffusion import samplers
+from cond_diffusion.errors import UserError
+from cond_diffusion.prediction import Denoised, Denoiser, Prediction, PredictionKind, denoiser
+from cond_diffusion.sampler_config import SamplerConfig
+from cond_diffusion.samplers import Sampler, ddim, ddpm, dpm_solver, euler, heun, unipc
+from cond_diffusion.schedule import NoiseSchedule
+from cond_diffusion.schedule_config import ScheduleConfig, to_diffusers
 
-Variance = Literal["posterior", "beta"]
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": partial(ddpm, variance="posterior"),
+    "ddpm beta": partial(ddpm, variance="beta"),
+    "ddim": partial(ddim, eta=0.0),
+    "ddim 0.5": partial(ddim, eta=0.5),
+    "ddim 1": partial(ddim, eta=1.0),
+    "euler": euler,
+    "heun": heun,
+    "dpm_solver": partial(dpm_solver, eta=0.0, order=2),
+    "dpm_solver 1": partial(dpm_solver, eta=0.0, order=1),
+    "dpm_solver sde": partial(dpm_solver, eta=1.0, order=2),
+    "unipc": partial(unipc, order=2),
+    "unipc 3": partial(unipc, order=3),
+}
 
 
-def gaussian_denoiser(schedule: NoiseSchedule, mean: float, deviation: float):
-    """The best eps_hat for data N(mean, deviation^2): E[eps | x_t], eps and x_t being jointly Gaussian."""
-
-    def denoiser(x_t: Tensor, t: int) -> Tensor:
-        alpha_bar = schedule.alpha_bar[t].item()
-        variance = alpha_bar * deviation**2 + 1 - alpha_bar
-        return (1 - alpha_bar) ** 0.5 * (x_t - alpha_bar**0.5 * mean) / variance
-
-    return denoiser
-
-
-@pytest.mark.parametrize("variance", ["posterior", "beta"])
-@pytest.mark.parametrize(("mean", "deviation"), [(0.3, 0.5), (-1.0, 0.3), (2.0, 1.0)])
-def test_ddpm_draws_the_gaussian_that_its_denoiser_knows(variance: Variance, mean: float, deviation: float):
-    schedule = NoiseSchedule(ScheduleConfig())
-    draw = torch.Generator().manual_seed(0)
-    count = 40_000
-
-    def noise() -> Tensor:
-        return torch.randn(count, 1, generator=draw)
-
-    chain = ddpm(
-        gaussian_denoiser(schedule, mean, deviation),
-        schedule,
-        noise(),
-        schedule.shorter_chain(None),
-        noise,
-        variance=variance,
-        clip_x_0=False,
+def mixture_denoiser(
+    schedule: NoiseSchedule, means: list[float], deviations: list[float], weights: list[float]
+) -> Denoiser:
+    """The best x_0_hat for data that is a mixture of Gaussians: E[x_0 | x_t], each part's by Bayes."""
+    mean, variance, weight = (
+        torch.tensor(values, dtype=torch.float64) for values in (means, [d**2 for d in deviations], weights)
     )
-    *_, last = chain
+
+    def denoise(x_t: Tensor, t: int) -> Denoised:
+        alpha_bar = schedule.alpha_bar[t]
+        alpha = alpha_bar.sqrt()
+        noised = alpha_bar * variance + 1 - alpha_bar
+        off = x_t[..., None].double() - alpha * mean
+        share = (weight.log() - noised.log() / 2 - off**2 / (2 * noised)).softmax(-1)
+        x_0 = (share * (mean + alpha * variance / noised * off)).sum(-1)
+        eps = (x_t.double() - alpha * x_0) / (1 - alpha_bar).sqrt()
+        return Denoised(x_0.to(x_t), eps.to(x_t))
+
+    return denoise
+
+
+def run(sampler: Sampler, denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: list[int]) -> Tensor:
+    draw = torch.Generator().manual_seed(1)
+    *_, last = sampler(denoise, schedule, x, timesteps, lambda: torch.randn(x.shape, generator=draw, dtype=x.dtype))
+    return last.x
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(("mean", "deviation"), [(-1.0, 0.3), (2.0, 1.0)])
+def test_a_gaussian_is_drawn_by_whoever_knows_it(name: str, mean: float, deviation: float):
+    schedule, count = NoiseSchedule(ScheduleConfig()), 10_000
+    denoise = mixture_denoiser(schedule, [mean], [deviation], [1.0])
+    x_T = torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
+    x = run(SAMPLERS[name], denoise, schedule, x_T, schedule.shorter_chain(None))
     # Four standard errors of the estimates, and 1% for the chain's own discretisation (more than it is from 0.3 up).
-    assert last.x.mean().item() == pytest.approx(mean, abs=4 * deviation / count**0.5 + 0.01 * deviation)
-    assert last.x.std().item() == pytest.approx(deviation, rel=4 / (2 * count) ** 0.5 + 0.01)
+    assert x.mean().item() == pytest.approx(mean, abs=4 * deviation / count**0.5 + 0.01 * deviation)
+    assert x.std().item() == pytest.approx(deviation, rel=4 / (2 * count) ** 0.5 + 0.01)
 
 
-@pytest.mark.parametrize("variance", ["posterior", "beta"])
-@pytest.mark.parametrize("clip_x_0", [True, False])
-@pytest.mark.parametrize("steps", [None, 37])
-def test_ddpm_takes_the_steps_of_diffusers(variance: Variance, clip_x_0: bool, steps: int | None):
-    config = ScheduleConfig(200, 1e-4, 0.05, variance=variance, clip_x_0=clip_x_0)
-    schedule, theirs = NoiseSchedule(config), DDPMScheduler.from_config(to_diffusers(config))
-    theirs.set_timesteps(steps or config.num_timesteps)
-    weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(1)) / 3
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_mixture_of_gaussians_is_drawn_with_its_parts_and_their_weights(name: str):
+    schedule, count = NoiseSchedule(ScheduleConfig()), 10_000
+    means, deviations, weights = [-1.0, 0.5], [0.2, 0.1], [0.3, 0.7]
+    x_T = torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
+    denoise = mixture_denoiser(schedule, means, deviations, weights)
+    x = run(SAMPLERS[name], denoise, schedule, x_T, schedule.shorter_chain(None)).flatten().double()
+    x = x.sort().values
+    cumulative = sum(w * torch.special.ndtr((x - m) / d) for m, d, w in zip(means, deviations, weights, strict=True))
+    assert isinstance(cumulative, Tensor)
+    distance = (cumulative - torch.arange(1, count + 1) / count).abs().max().item()  # Kolmogorov and Smirnov's
+    assert distance < 1.95 / count**0.5 + 0.01  # 1.95: one in a thousand exceeds it by chance
 
-    def denoiser(x_t: Tensor, t: int) -> Tensor:
-        return torch.tanh(x_t @ weight + t / 200)
 
-    x = x_T = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
-    our_draw, their_draw = (torch.Generator().manual_seed(3) for _ in range(2))
-    chain = ddpm(
-        denoiser,
+def ode_solution(schedule: NoiseSchedule, x: Tensor, mean: float, deviation: float, start: int, end: int) -> Tensor:
+    """For a Gaussian, x_t / alpha - mean keeps its distance in deviations all along the probability-flow ODE."""
+    now, then = schedule.level(start), schedule.level(end)
+    stretch = ((deviation**2 + then.ratio**2) / (deviation**2 + now.ratio**2)) ** 0.5
+    return then.alpha * (mean + (x / now.alpha - mean) * stretch)
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("ddim", 1), ("euler", 1), ("dpm_solver 1", 1), ("heun", 2), ("dpm_solver", 2), ("unipc", 2), ("unipc 3", 3)],
+)
+def test_halving_the_step_divides_the_error_by_two_to_the_order(name: str, order: int):
+    schedule = NoiseSchedule(ScheduleConfig(num_timesteps=20_000, beta_start=5e-6, beta_end=1e-3))
+    start, end, mean, deviation = 19_000, 3_000, 0.4, 0.5
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    exact = ode_solution(schedule, x, mean, deviation, start, end)
+    denoise = mixture_denoiser(schedule, [mean], [deviation], [1.0])
+    errors = []
+    for gap in (200, 100, 50, 25):
+        chain = SAMPLERS[name](denoise, schedule, x, list(range(start, end - 1, -gap)), lambda: torch.zeros_like(x))
+        at_the_end = [step.x for step in chain][-2]  # the last step leaves for the picture
+        errors.append((at_the_end - exact).abs().max().item())
+    ratios = [coarse / fine for coarse, fine in pairwise(errors)]
+    assert errors[-1] > 1e-9  # far above rounding, so that the ratios mean something
+    # A method may do better than its order promises, as unipc does; it must not do worse.
+    assert ratios[-1] > 2**order * 0.9, ratios
+    if not name.startswith("unipc"):
+        assert ratios[-1] < 2**order * 1.1, ratios
+
+
+def test_ddim_is_ddpm_at_eta_1_and_euler_at_eta_0_and_dpm_solver_of_order_1():
+    schedule = NoiseSchedule(ScheduleConfig())
+    denoise = mixture_denoiser(schedule, [-0.5, 0.5], [0.1, 0.3], [0.5, 0.5])
+    x_T = torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = {name: run(SAMPLERS[name], denoise, schedule, x_T, schedule.shorter_chain(40)) for name in SAMPLERS}
+    torch.testing.assert_close(drawn["ddim 1"], drawn["ddpm"])
+    torch.testing.assert_close(drawn["ddim"], drawn["euler"])
+    torch.testing.assert_close(drawn["ddim"], drawn["dpm_solver 1"])
+    assert (drawn["ddim"] - drawn["dpm_solver"]).abs().max() > 1e-3
+
+
+# Our sampler, diffusers' scheduler of the same algorithm, and how that one is told to do the same.
+PAIRS: dict[str, tuple[Sampler, str, dict[str, Any], dict[str, Any]]] = {
+    "ddpm": (SAMPLERS["ddpm"], "DDPMScheduler", {"variance_type": "fixed_small"}, {}),
+    "ddpm beta": (SAMPLERS["ddpm beta"], "DDPMScheduler", {"variance_type": "fixed_large"}, {}),
+    "ddim": (SAMPLERS["ddim"], "DDIMScheduler", {}, {"eta": 0.0, "use_clipped_model_output": True}),
+    "ddim 0.5": (SAMPLERS["ddim 0.5"], "DDIMScheduler", {}, {"eta": 0.5, "use_clipped_model_output": True}),
+    "euler": (SAMPLERS["euler"], "EulerDiscreteScheduler", {}, {}),
+    "heun": (SAMPLERS["heun"], "HeunDiscreteScheduler", {}, {}),
+    "dpm_solver": (SAMPLERS["dpm_solver"], "DPMSolverMultistepScheduler", {}, {}),
+    "dpm_solver 1": (SAMPLERS["dpm_solver 1"], "DPMSolverMultistepScheduler", {"solver_order": 1}, {}),
+    "dpm_solver sde": (
+        SAMPLERS["dpm_solver sde"],
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++"},
+        {},
+    ),
+    "unipc": (SAMPLERS["unipc"], "UniPCMultistepScheduler", {}, {}),
+    "unipc 3": (SAMPLERS["unipc 3"], "UniPCMultistepScheduler", {"solver_order": 3}, {}),
+}
+
+
+def their_trajectory(
+    name: str, config: ScheduleConfig, kind: PredictionKind, network: Callable, x_T: Tensor, steps: int, eps: Tensor
+) -> Tensor:
+    """Take every step with diffusers' scheduler, which keeps x_t / alpha in places where we keep x_t."""
+    _, scheduler_class, options, step_options = PAIRS[name]
+    theirs = getattr(diffusers, scheduler_class)
+    fields = {**to_diffusers(config), "prediction_type": kind, **options}
+    known = inspect.signature(theirs.__init__).parameters  # not all of them know clip_sample and the like
+    scheduler = theirs(**{name: value for name, value in fields.items() if name in known})
+    scheduler.set_timesteps(steps)
+    keeps_x_over_alpha = scheduler_class in ("EulerDiscreteScheduler", "HeunDiscreteScheduler")
+    x = x_T
+    if keeps_x_over_alpha:
+        x = x_T / NoiseSchedule(config).level(int(scheduler.timesteps[0])).alpha
+    for number, t in enumerate(scheduler.timesteps):
+        output = network(scheduler.scale_model_input(x, t), int(t))
+        fresh = eps[number]
+        if scheduler_class == "DDPMScheduler":  # it takes a generator alone, not the noise itself
+            if steps < config.num_timesteps and number == steps - 1:
+                fresh = 0 * fresh  # it adds noise to the last step of a shorter chain, which leads to the picture
+            with patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", return_value=fresh):
+                x = scheduler.step(output, t, x).prev_sample
+        elif step_options.get("eta") or options.get("algorithm_type"):
+            x = scheduler.step(output, t, x, **step_options, variance_noise=fresh).prev_sample
+        else:
+            x = scheduler.step(output, t, x, **step_options).prev_sample
+    return x
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers, about numpy
+@pytest.mark.parametrize("steps", [10, 50, 200])
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_whole_trajectory_is_that_of_diffusers(name: str, kind: PredictionKind, steps: int):
+    """The same noise, the same network, whatever it predicts: latents equal within 1e-4."""
+    clip = name.startswith("dd")  # the only two of diffusers' that know clip_sample
+    config = ScheduleConfig(200, 1e-4, 0.05, clip_x_0=clip, variance="beta" if name == "ddpm beta" else "posterior")
+    schedule = NoiseSchedule(config)
+    weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 3
+
+    def network(x_t: Tensor, t: int) -> Tensor:
+        return torch.tanh(x_t @ weight.to(x_t) + t / 200)
+
+    x_T = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
+    eps = torch.randn(steps, 3, 6, generator=torch.Generator().manual_seed(3))
+    rest = iter(eps)
+    bounds = [lambda x_0: x_0.clamp(-1, 1)] if clip else []
+    chain = PAIRS[name][0](
+        denoiser(network, Prediction(kind, schedule), *bounds),
         schedule,
         x_T,
         schedule.shorter_chain(steps),
-        lambda: torch.randn(x_T.shape, generator=our_draw),
-        variance=variance,
-        clip_x_0=clip_x_0,
+        lambda: next(rest),
     )
-    visited = 0
-    for step, t in zip(chain, theirs.timesteps.tolist(), strict=True):
-        assert step.t == t
-        result = theirs.step(denoiser(x, t), t, x, generator=their_draw)
-        x = result.prev_sample
-        torch.testing.assert_close(step.x_0_hat, result.pred_original_sample, rtol=1e-3, atol=1e-3)
-        visited += 1
-        if visited == len(theirs.timesteps) and t > 0 and variance == "beta":
-            break  # diffusers adds noise to the last step of a shorter chain, which leads to the picture itself
-        torch.testing.assert_close(step.x, x, rtol=1e-4, atol=1e-4)
-    assert visited == (steps or 200)
+    *_, last = chain
+    theirs = their_trajectory(name, config, kind, network, x_T, steps, eps)
+    torch.testing.assert_close(last.x, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_other_spacings_are_those_of_diffusers(spacing: Any):
+    config = ScheduleConfig(spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
+    theirs = diffusers.DDPMScheduler.from_config(to_diffusers(config))
+    for steps in (1, 7, 10, 50, 999):
+        theirs.set_timesteps(steps)
+        assert NoiseSchedule(config).shorter_chain(steps) == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_from_a_start_without_signal_every_sampler_comes_to_the_gaussian(name: str):
+    """Zero terminal SNR: lambda and sigma / alpha are infinite at T - 1."""
+    schedule = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
+    assert schedule.alpha_bar[-1] == 0
+    mean, deviation, count = 0.4, 0.5, 10_000
+    x_T = torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
+    denoise = mixture_denoiser(schedule, [mean], [deviation], [1.0])
+    x = run(SAMPLERS[name], denoise, schedule, x_T, schedule.shorter_chain(None))
+    assert x.mean().item() == pytest.approx(mean, abs=0.03)
+    assert x.std().item() == pytest.approx(deviation, rel=0.04)
 
 
 def test_the_mean_is_equation_11_and_the_last_step_adds_no_noise():
     schedule = NoiseSchedule(ScheduleConfig(50, 1e-3, 0.2))
     eps_hat = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x_t = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    denoise = denoiser(lambda x, t: eps_hat, Prediction("epsilon", schedule))
 
     def fail() -> Tensor:
         raise AssertionError("the last step drew noise")
 
     for t, timesteps, noise in ((0, [0], fail), (20, [20, 19], lambda: torch.zeros(4, 2, dtype=torch.float64))):
-        chain = ddpm(lambda x, t: eps_hat, schedule, x_t, timesteps, noise, variance="beta", clip_x_0=False)
+        chain = ddpm(denoise, schedule, x_t, timesteps, noise, variance="beta")
         alpha, alpha_bar = 1 - schedule.betas[t], schedule.alpha_bar[t]
         mean = (x_t - (1 - alpha) / (1 - alpha_bar).sqrt() * eps_hat) / alpha.sqrt()
         torch.testing.assert_close(next(chain).x, mean)
 
 
-def test_clipping_keeps_the_last_picture_in_the_range_of_the_data():
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_last_step_ends_at_x_0_hat_itself(name: str):
     schedule = NoiseSchedule(ScheduleConfig(20, 1e-3, 0.5))
+    denoise = denoiser(lambda x, t: -2 * x, Prediction("epsilon", schedule), lambda x_0: x_0.clamp(-1, 1))
     draw = torch.Generator().manual_seed(0)
     x_T = torch.randn(16, 4, generator=draw)
+    *_, last = SAMPLERS[name](
+        denoise, schedule, x_T, schedule.shorter_chain(None), lambda: torch.randn(16, 4, generator=draw)
+    )
+    torch.testing.assert_close(last.x, last.x_0_hat)
+    assert last.x.abs().max() <= 1 + 1e-6
 
-    def last(clip_x_0: bool) -> Tensor:
-        *_, step = ddpm(
-            lambda x, t: -2 * x,
-            schedule,
-            x_T,
-            schedule.shorter_chain(None),
-            lambda: torch.randn(x_T.shape, generator=draw),
-            variance="posterior",
-            clip_x_0=clip_x_0,
-        )
-        return step.x
 
-    assert last(clip_x_0=True).abs().max() <= 1 + 1e-6
-    assert last(clip_x_0=False).abs().max() > 1
+def test_too_few_steps_do_not_walk_into_the_variance_beta(caplog: pytest.LogCaptureFixture):
+    beta = ScheduleConfig(variance="beta")
+    assert SamplerConfig().sampler(beta, 1000).keywords == {"variance": "beta"}  # type: ignore[attr-defined]
+    assert not caplog.text
+    assert SamplerConfig().sampler(beta, 199).keywords == {"variance": "posterior"}  # type: ignore[attr-defined]
+    assert "variance=beta insists" in caplog.text
+    insists = SamplerConfig(variance="beta").sampler(ScheduleConfig(), 10)
+    assert insists.keywords == {"variance": "beta"}  # type: ignore[attr-defined]
+
+
+def test_few_steps_with_the_variance_beta_are_worse_than_with_the_posterior():
+    """Why the default avoids it: what 50 steps leave of a point at 0, with either variance."""
+    schedule = NoiseSchedule(ScheduleConfig())
+    denoise = mixture_denoiser(schedule, [-1.0, 1.0], [0.05, 0.05], [0.5, 0.5])
+    x_T = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    off = {}
+    for name in ("ddpm", "ddpm beta"):
+        x = run(SAMPLERS[name], denoise, schedule, x_T, schedule.shorter_chain(20))
+        off[name] = (x.abs() - 1).abs().mean().item()
+    assert off["ddpm beta"] > off["ddpm"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "dpm"}, "sampler: 'dpm' is unknown (did you mean 'ddpm'?); there are ddpm, ddim, euler, heun"),
+        ({"eta": 0.5}, "eta: 0.5 means nothing to the sampler ddpm; it belongs to ddim and dpm_solver"),
+        ({"name": "euler", "order": 2}, "order: 2 means nothing to the sampler euler; it belongs to dpm_solver and"),
+        ({"name": "ddim", "variance": "beta"}, "variance: beta means nothing to the sampler ddim; it belongs to ddpm"),
+        ({"name": "ddim", "eta": 1.5}, "eta: 1.5 must lie between 0 (no noise) and 1"),
+        ({"name": "ddim", "eta": math.nan}, "eta: nan must lie between 0"),
+        ({"name": "dpm_solver", "order": 3}, "order: 3 must lie between 1 and 2 for the sampler dpm_solver"),
+        ({"variance": "learned"}, "variance: 'learned' is unknown; expected posterior or beta"),
+    ],
+)
+def test_combinations_that_mean_nothing_are_refused(options: dict[str, Any], message: str):
+    with pytest.raises(UserError) as refusal:
+        SamplerConfig(**options)
+    assert message in str(refusal.value)
+
+
+def test_every_name_is_a_sampler_of_that_name():
+    for name in ("ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"):
+        chosen = SamplerConfig(name).sampler(ScheduleConfig(), 10)
+        assert getattr(chosen, "func", chosen) is getattr(samplers, name)

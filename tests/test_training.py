@@ -20,8 +20,8 @@ from cond_diffusion.checkpoint import checkpoints, save_checkpoint
 from cond_diffusion.config import Config, TrainConfig
 from cond_diffusion.ema import EMA, power_of_width
 from cond_diffusion.errors import UserError
-from cond_diffusion.objective import epsilon_loss
-from cond_diffusion.schedule import NoiseSchedule, ScheduleConfig
+from cond_diffusion.objective import ObjectiveConfig
+from cond_diffusion.schedule_config import ScheduleConfig
 from cond_diffusion.training import complete_unet_config, learning_rate, train
 
 
@@ -37,16 +37,6 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def changed(config: Config, **train_changes: object) -> Config:
     return replace(config, train=replace(config.train, **train_changes))
-
-
-def test_the_loss_is_that_of_the_noise():
-    schedule = NoiseSchedule(ScheduleConfig())
-    x_0, eps = torch.randn(2, 5, 1, 4, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
-    t, context = torch.arange(5) * 200, torch.zeros(5, 1, 1)
-    knows = epsilon_loss(lambda x_t, t, context: eps, schedule, x_0, t, eps, context)
-    assert knows == 0
-    off_by_half = epsilon_loss(lambda x_t, t, context: eps + 0.5, schedule, x_0, t, eps, context)
-    assert off_by_half.item() == pytest.approx(0.25)
 
 
 def test_four_steps_equal_two_and_resumed_two(bars_config: Config, tmp_path: Path):
@@ -121,16 +111,27 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(bars_overrides: 
 
 
 @pytest.mark.slow
-def test_a_few_pictures_are_learned_by_heart_and_the_text_chooses_among_them(bars_config: Config):
-    """Overfit; then the words alone decide which way the bar lies."""
+@pytest.mark.parametrize(
+    ("prediction", "loss", "timesteps"),
+    [("epsilon", "epsilon", "uniform"), ("v_prediction", "min_snr", "logit_normal")],
+)
+def test_a_few_pictures_are_learned_by_heart_and_the_text_chooses_among_them(
+    bars_config: Config, prediction, loss, timesteps
+):
+    """Overfit; then the words alone decide which way the bar lies. Also where the last timestep holds no signal."""
     config = changed(
         bars_config, max_steps=300, batch_size=64, learning_rate=3e-3, warmup_steps=20, log_every=50, checkpoint_every=0
     )
-    config = replace(config, schedule=ScheduleConfig(100, 1e-3, 0.15))
+    config = replace(
+        config,
+        schedule=ScheduleConfig(100, 1e-3, 0.15, zero_terminal_snr=prediction != "epsilon"),
+        objective=ObjectiveConfig(prediction, loss, timesteps=timesteps),
+    )
     train(config)
     lines = metrics(Path(config.run_dir))
     assert lines[-1]["loss"] < 0.4 * lines[0]["loss"]
     pipe = TextToImage.from_pretrained(config.run_dir)
+    assert pipe.prediction.kind == prediction
     images = pipe(["a bar that is upright", "level"], num_images=16, guidance_scale=2.0, progress=False)
     all_bars = [torch.stack([bar(label, place) for place in range(SIDE)]).float() for label in (0, 1)]
     right = 0
@@ -197,6 +198,8 @@ def test_an_existing_run_is_never_overwritten_and_a_changed_one_not_resumed(bars
         train(wider)
     with pytest.raises(UserError, match="resume: seed was 0 in this run and is now 1"):
         train(replace(bars_config, resume=True, seed=1))
+    with pytest.raises(UserError, match="resume: objective.loss was 'epsilon' in this run and is now 'min_snr'"):
+        train(replace(bars_config, resume=True, objective=ObjectiveConfig(loss="min_snr")))
     with pytest.raises(UserError, match="a step saw 8 samples in this run and would now see 16"):
         train(replace(changed(bars_config, batch_size=16), resume=True))
     after = weights(newest)

@@ -1,0 +1,128 @@
+"""Which noise schedule, and its form on disk: the `scheduler_config.json` of diffusers' `DDPMScheduler`."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from cond_diffusion.errors import UserError, refuse_other_values
+
+BetaSchedule = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
+Spacing = Literal["trailing", "leading", "linspace"]
+Variance = Literal["posterior", "beta"]
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The variances that the steps add, and how sampling goes back over them.
+
+    beta_schedule: how beta rises from beta_start to beta_end over num_timesteps: "linear" (Ho et al. 2020, section 4),
+        "scaled_linear" (the square root of beta does, as in Stable Diffusion), "sigmoid"; or "cosine", where alpha_bar
+        itself falls along a squared cosine and the two ends do not count (Nichol and Dhariwal 2021, eq. 17).
+    betas: a list of them, in the place of all that.
+    zero_terminal_snr: bend the schedule so that no signal is left at T - 1 (Lin et al. 2023, algorithm 1).
+    spacing, steps_offset: which timesteps a shorter chain visits, see `NoiseSchedule.shorter_chain`.
+    variance: of a step of ancestral sampling, the posterior's or beta itself, its lower and its upper bound (Ho et al.
+        2020, section 3.2).
+    clip_x_0: whether sampling keeps x_0_hat in [-1, 1], the range of pixels.
+    """
+
+    num_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: BetaSchedule = "linear"
+    betas: tuple[float, ...] = ()
+    zero_terminal_snr: bool = False
+    spacing: Spacing = "trailing"
+    steps_offset: int = 0
+    variance: Variance = "posterior"
+    clip_x_0: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_timesteps < 1:
+            raise UserError(f"schedule.num_timesteps: {self.num_timesteps} must be at least 1")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise UserError(
+                f"schedule.beta_start, schedule.beta_end: {self.beta_start} and {self.beta_end}; "
+                "expected 0 < beta_start <= beta_end < 1"
+            )
+        if self.betas and len(self.betas) != self.num_timesteps:
+            raise UserError(
+                f"schedule.betas: {len(self.betas)} values for schedule.num_timesteps={self.num_timesteps}; "
+                "expected one for each"
+            )
+        for t, beta in enumerate(self.betas):
+            at_the_end = 0 < t == self.num_timesteps - 1
+            if not (0 < beta < 1 or (beta == 1 and at_the_end)):
+                raise UserError(f"schedule.betas: number {t} is {beta}; expected above 0 and below 1, or 1 at the end")
+        if self.zero_terminal_snr and self.num_timesteps < 2:
+            raise UserError("schedule.zero_terminal_snr: a chain of one step cannot end in pure noise; expected more")
+        if self.steps_offset < 0:
+            raise UserError(f"schedule.steps_offset: {self.steps_offset} must not be negative")
+        if self.steps_offset and self.spacing != "leading":
+            raise UserError(
+                f"schedule.steps_offset: {self.steps_offset} means nothing to schedule.spacing={self.spacing}; "
+                "it belongs to leading"
+            )
+
+
+# The field of diffusers' JSON and the one of ours that mean the same.
+_SAME = {
+    "num_train_timesteps": "num_timesteps",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+    "rescale_betas_zero_snr": "zero_terminal_snr",
+    "timestep_spacing": "spacing",
+    "steps_offset": "steps_offset",
+    "clip_sample": "clip_x_0",
+}
+_BETA_SCHEDULES = {name: name for name in get_args(BetaSchedule)} | {"cosine": "squaredcos_cap_v2"}
+_VARIANCE_TYPES = {"posterior": "fixed_small", "beta": "fixed_large"}
+
+# What diffusers' DDPMScheduler can be told, and ours does in one way only.
+_DOES_ONLY = {"_class_name": "DDPMScheduler", "clip_sample_range": 1.0, "thresholding": False}
+# Of no consequence beside the values above.
+_IGNORED = {"dynamic_thresholding_ratio", "sample_max_value"}
+# diffusers' default, where it is not ours.
+_THEIR_DEFAULTS = {"timestep_spacing": "leading"}
+
+
+def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
+    """Return the `scheduler_config.json` that `DDPMScheduler` reads, but for what the network predicts."""
+    return {
+        **{theirs: getattr(config, ours) for theirs, ours in _SAME.items()},
+        "beta_schedule": _BETA_SCHEDULES[config.beta_schedule],
+        "trained_betas": list(config.betas) or None,
+        "variance_type": _VARIANCE_TYPES[config.variance],
+        **_DOES_ONLY,
+    }
+
+
+def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
+    """Invert `to_diffusers`; raise UserError, naming the field, for what our schedule does not do."""
+    fields = {**_THEIR_DEFAULTS, **fields}
+    refuse_other_values(fields, _DOES_ONLY, "scheduler config")
+    fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
+    ours: dict[str, Any] = {ours: fields.pop(theirs) for theirs, ours in _SAME.items() if theirs in fields}
+    if ours.get("spacing") != "leading":
+        ours.pop("steps_offset", None)  # diffusers keeps it there, and does not read it
+    ours["beta_schedule"] = _translate(fields, "beta_schedule", _BETA_SCHEDULES, "linear")
+    ours["variance"] = _translate(fields, "variance_type", _VARIANCE_TYPES, "fixed_small")
+    ours["betas"] = tuple(fields.pop("trained_betas", None) or ())
+    if ours["betas"]:
+        ours["num_timesteps"] = len(ours["betas"])
+    if ours.get("spacing") not in get_args(Spacing):
+        raise UserError(
+            f"scheduler config: timestep_spacing: {ours['spacing']!r} is not supported; "
+            f"expected {', '.join(get_args(Spacing))}"
+        )
+    if fields:
+        raise UserError(f"scheduler config: {min(fields)} is not a field that this schedule knows")
+    return ScheduleConfig(**ours)
+
+
+def _translate(fields: dict[str, Any], key: str, names: dict[str, str], default: str) -> str:
+    """Take `key` out of `fields`; return our name for their value, or raise UserError where we have none."""
+    of_theirs = {theirs: ours for ours, theirs in names.items()}
+    value = fields.pop(key, default)
+    if value not in of_theirs:
+        raise UserError(f"scheduler config: {key}: {value!r} is not supported; expected {', '.join(of_theirs)}")
+    return of_theirs[value]
