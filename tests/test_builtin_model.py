@@ -1,10 +1,13 @@
 """The built-in data set and model are what their cards say."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from cond_diffusion import TextToImage
 from cond_diffusion.config import Config, load_config
@@ -12,6 +15,8 @@ from cond_diffusion.data import load_captioned_images
 from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation import accuracy_on_real_images, kept_classifier, recognised
 from cond_diffusion.pipeline import BUILT_IN_MODEL
+from cond_diffusion.prediction import Prediction, PredictionKind
+from cond_diffusion.samplers import Step
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +38,94 @@ def test_a_classifier_of_real_digits_recognises_what_the_model_draws(pipe: TextT
     assert right.float().mean() > 0.9
 
 
-def test_a_picture_depends_on_its_prompt_and_seed_alone(pipe: TextToImage):
-    together = pipe(["a digit two", "seven"], num_images=3, steps=10, seed=5, batch_size=4, progress=False)
-    alone = pipe("seven", num_images=1, steps=10, seed=7, progress=False)
-    difference = np.asarray(together[5], dtype=int) - np.asarray(alone[0], dtype=int)
-    assert np.abs(difference).max() <= 1  # a rounding of the last bit
-    assert together[3].tobytes() != together[4].tobytes()
+@pytest.mark.parametrize("options", [{"steps": 50}, {"steps": 20, "sampler": "ddim"}])
+def test_a_picture_depends_on_its_prompt_and_seed_alone(pipe: TextToImage, options: dict[str, Any]):
+    """In a batch of 1, 3 or 64, among other prompts or alone, before the pixels are rounded."""
+    last: list[Tensor] = []
+
+    def watch(step: Step, number: int, total: int) -> None:
+        if number == total - 1:
+            last.append(step.x)
+
+    for batch_size in (1, 3, 64):
+        pipe(["a digit two", "seven"], num_images=3, seed=5, batch_size=batch_size, watch=watch, **options)
+    alone, by_three, together = torch.cat(last).split(6)
+    torch.testing.assert_close(by_three, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    last.clear()
+    pipe("seven", seed=7, watch=watch, **options)
+    torch.testing.assert_close(last[0], alone[5:], rtol=0, atol=1e-5)
+    assert (alone[3] - alone[4]).abs().max() > 0.1
+
+
+def test_the_noise_of_a_seed_is_the_same_bit_for_bit(pipe: TextToImage):
+    together, alone = pipe._noise([5, 6, 7]), pipe._noise([6])
+    for _ in range(3):
+        assert torch.equal(together()[1], alone()[0])
+
+
+def test_each_prompt_can_have_its_own_scale(pipe: TextToImage):
+    both = pipe(["two", "seven"], guidance_scale=[1.0, 4.0], steps=5, batch_size=1, progress=False)
+    apart = [pipe(p, guidance_scale=w, steps=5, progress=False)[0] for p, w in (("two", 1.0), ("seven", 4.0))]
+    assert [image.tobytes() for image in both] == [image.tobytes() for image in apart]
+
+
+def test_a_picture_is_changed_as_much_as_its_strength_says(pipe: TextToImage):
+    image = pipe("a digit seven", steps=50, progress=False)[0]
+    original = np.asarray(image, dtype=float)
+    off = []
+    for strength in (0.0, 0.2, 0.4, 0.8):
+        (changed,) = pipe("a digit two", image=image, strength=strength, steps=50, progress=False)
+        off.append(np.abs(np.asarray(changed) - original).mean())
+    assert off[0] == 0
+    assert off[0] < off[1] < off[2] < off[3]
+
+
+def test_what_the_mask_keeps_stays_to_the_last_byte(pipe: TextToImage):
+    image = pipe("a digit seven", steps=50, progress=False)[0]
+    mask = Image.new("L", image.size)
+    mask.paste(255, (0, 14, 28, 28))  # the lower half is drawn anew
+    for sampler, resamplings in (("ddpm", 1), ("ddpm", 2), ("unipc", 1)):
+        (changed,) = pipe(
+            "a digit nine", image=image, mask=mask, resamplings=resamplings, sampler=sampler, steps=20, seed=3
+        )
+        before, after = np.asarray(image, dtype=int), np.asarray(changed, dtype=int)
+        assert (before[:14] == after[:14]).all()
+        assert np.abs(before[14:] - after[14:]).max() > 50
+
+
+def test_pictures_to_begin_with_are_made_to_fit(pipe: TextToImage):
+    image, mask = Image.new("RGB", (90, 60), "red"), Image.new("1", (90, 60), 1)
+    (drawn,) = pipe("two", image=image, mask=mask, steps=2, progress=False)
+    assert (drawn.size, drawn.mode) == ((28, 28), "L")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": 0.5}, "strength: means nothing without an image"),
+        ({"mask": Image.new("L", (28, 28))}, "mask: means nothing without an image"),
+        ({"resamplings": 2}, "resamplings: 2 means nothing without a mask"),
+        (
+            {"image": Image.new("L", (28, 28)), "mask": Image.new("L", (20, 30))},
+            "mask: 20 x 30 pixels do not fit the image's 28 x 28",
+        ),
+        ({"image": Image.new("L", (28, 28)), "strength": 2.0}, "strength: 2.0 must lie between 0"),
+        ({"guidance_scale": [1.0, 2.0]}, "guidance_scale: 2 values for 1 prompts"),
+    ],
+)
+def test_combinations_that_mean_nothing_are_refused(pipe: TextToImage, options: dict[str, Any], message: str):
+    with pytest.raises(UserError) as refusal:
+        pipe("seven", **options)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["score", "v_prediction"])
+def test_what_the_network_predicts_is_saved_with_it(pipe: TextToImage, tmp_path: Path, kind: PredictionKind):
+    TextToImage(pipe.unet, pipe.text_encoder, Prediction(kind, pipe.schedule), pipe.patch_size).save_pretrained(
+        tmp_path
+    )
+    assert TextToImage.from_pretrained(tmp_path).prediction.kind == kind
 
 
 def test_no_prompts_are_refused(pipe: TextToImage):
@@ -61,5 +148,5 @@ def test_a_saved_pipeline_draws_the_same(pipe: TextToImage, tmp_path: Path):
 
 def test_the_weights_are_small_and_cannot_run_code():
     files = [file for file in BUILT_IN_MODEL.rglob("*") if file.is_file()]
-    assert {file.suffix for file in files} <= {".safetensors", ".json", ".yaml", ".md", ".png"}
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".yaml", ".md", ".png", ".webp"}
     assert sum(file.stat().st_size for file in files) < 12e6

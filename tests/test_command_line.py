@@ -63,11 +63,51 @@ def test_a_grid_has_a_row_for_each_prompt_and_names_are_not_reused(type_in, tmp_
 
 def test_every_option_changes_the_picture(type_in, tmp_path: Path):
     drawn = {}
-    for option in ("", "--seed 1", "--guidance-scale 1", "--negative-prompt seven", "--steps 4"):
-        type_in("sample", "two", "--steps", "3", "--output", "x.png", *(option.rsplit(" ", 1) if option else []))
-        drawn[(tmp_path / "x.png").read_bytes()] = option
+    options = [
+        *["", "--seed 1", "--guidance-scale 1", "--negative-prompt seven", "--steps 4", "--guidance-interval 0,500"],
+        *["--guidance-rescale 0.7", "--dynamic-thresholding 0.9", "--sampler ddim", "--sampler ddim --eta 0.5"],
+        *["--sampler heun", "--sampler dpm_solver", "--sampler dpm_solver --order 1 --eta 0.5", "--sampler unipc"],
+        *["--sampler unipc --order 1", "--variance beta", "--image old.png", "--image old.png --strength 0.4"],
+        *["--image old.png --mask mask.png", "--image old.png --mask mask.png --resamplings 2"],
+    ]
+    assert type_in("sample", "seven", "--steps", "3", "--output", "old.png")[0] == 0
+    Image.linear_gradient("L").resize((28, 28)).save(tmp_path / "mask.png")
+    for option in options:
+        assert type_in("sample", "two", "--steps", "3", "--output", "x.png", *option.split())[0] == 0
+        with Image.open(tmp_path / "x.png") as picture:
+            drawn[picture.tobytes()] = option
         (tmp_path / "x.png").unlink()
-    assert len(drawn) == 5
+    assert len(drawn) == len(options)
+
+
+def test_a_picture_is_drawn_again_from_itself_and_with_changes(type_in, tmp_path: Path):
+    words = ["a digit two", "seven", "--num-images", "2", "--steps", "4", "--sampler", "dpm_solver", "--eta", "0.5"]
+    more = ["--guidance-scale", "2,4", "--guidance-interval", "0,900", "--seed=-3", "--negative-prompt=-one"]
+    assert type_in("sample", *words, *more, "--output", "first.png")[0] == 0
+    assert type_in("sample", "--from-image", "first.png", "--output", "again.png")[:2] == (0, "again.png\n")
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert type_in("sample", "three", "--from-image", "first.png", "--guidance-scale", "3")[:2] == (0, "three.png\n")
+    with Image.open(tmp_path / "three.png") as other:
+        assert other.size == (2 * 30 - 2, 28)
+        assert json.loads(other.text["cond_diffusion:eta"]) == "0.5"  # type: ignore[attr-defined]
+        assert json.loads(other.text["cond_diffusion:prompts"]) == ["three"]  # type: ignore[attr-defined]
+
+
+def test_a_film_and_attention_maps_lie_beside_the_picture(type_in, tmp_path: Path):
+    words = ["a seven", "two", "--num-images", "2", "--steps", "3", "--film", "f.gif", "--attention-maps", "maps.png"]
+    assert type_in("sample", *words)[:2] == (0, "a-seven.png\nf.gif\nmaps.png\n")
+    with Image.open(tmp_path / "f.gif") as film:
+        assert film.n_frames == 3  # type: ignore[attr-defined]
+    with Image.open(tmp_path / "maps.png") as maps:
+        assert maps.size == (3 * 114 - 2, 4 * (14 + 112 + 2) - 2)  # a row for each picture: it, and two words
+    before = sorted(tmp_path.iterdir())
+    code, _, errors = type_in("sample", "two", "--film", "new.gif", "--attention-maps", "maps.png", "--output", "y.png")
+    assert code == 2
+    assert "--attention-maps: maps.png exists already" in errors
+    code, _, errors = type_in("sample", "two", "--image", "a-seven.png", "--strength", "0", "--film", "new.gif")
+    assert code == 2
+    assert "strength: 0.0 leaves no steps to show" in errors
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_prompt_that_is_too_long_says_what_is_cut(type_in, caplog: pytest.LogCaptureFixture):
@@ -95,6 +135,18 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(type_in, caplog: pytest.LogC
         ("seven --output x.jpg", "--output: x.jpg must end in .png"),
         ("seven --checkpoint empty-run", "empty-run holds no complete checkpoint"),
         ("seven --stepps 5", "--stepps"),
+        ("seven --guidance-scale 2,x", "--guidance-scale"),
+        ("seven --guidance-scale 2,3", "guidance_scale: 2 values for 1 prompts; expected one, or one for each"),
+        ("seven --guidance-interval 800,200", "guidance_interval: 800 to 200 holds no timestep"),
+        ("seven --guidance-interval 800", "--guidance-interval"),
+        ("seven --eta 0.5", "eta: 0.5 means nothing to the sampler ddpm; it belongs to ddim and dpm_solver"),
+        ("seven --sampler euler --order 2", "order: 2 means nothing to the sampler euler; it belongs to dpm_solver"),
+        ("seven --strength 0.5", "strength: means nothing without an image"),
+        ("seven --image no-such.png", "--image: there is no file no-such.png"),
+        ("seven --image taken.png", "--image: taken.png holds no picture that can be read"),
+        ("seven --from-image taken.png", "--from-image: taken.png holds no picture that can be read"),
+        ("seven --film x.mp4", "--film: x.mp4 must end in .gif or .webp"),
+        ("--steps 3", "no PROMPT; expected at least one"),
     ],
 )
 def test_bad_input_to_sample_is_one_line_and_exit_code_2(type_in, tmp_path: Path, arguments: str, message: str):
@@ -158,6 +210,8 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(
         ),
         ("text.encoder=no/such/clip", "text.encoder: cannot load no/such/clip"),
         ("latent.patch_size=3", "latent.patch_size: 3 does not divide data.resolution (8)"),
+        ("schedule.zero_terminal_snr=true", "objective.prediction: epsilon tells nothing of the picture where"),
+        ("objective.prediction=x_0", "objective.prediction: "),
     ],
 )
 def test_bad_input_to_train_is_one_line_and_exit_code_2(

@@ -78,7 +78,7 @@ def test_attention_weights_are_those_that_the_attention_uses():
 
 
 def test_maps_average_over_all_that_was_heard_and_leave_the_network_as_it_was(pipe: TextToImage):
-    drawn = pipe(["a digit seven", "two"], num_images=2, steps=3, sampler="heun", progress=False)
+    drawn = pipe(["a digit seven", "two"], num_images=2, steps=3, sampler="heun", batch_size=3)
     with AttentionMaps(pipe.unet, pipe.side) as maps:
         again = pipe(["a digit seven", "two"], num_images=2, steps=3, sampler="heun", batch_size=3, watch=maps)
     assert [image.tobytes() for image in drawn] == [image.tobytes() for image in again]

@@ -32,6 +32,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm_solver": partial(dpm_solver, eta=0.0, order=2),
     "dpm_solver 1": partial(dpm_solver, eta=0.0, order=1),
     "dpm_solver sde": partial(dpm_solver, eta=1.0, order=2),
+    "dpm_solver 1 sde": partial(dpm_solver, eta=1.0, order=1),
     "unipc": partial(unipc, order=2),
     "unipc 3": partial(unipc, order=3),
 }
@@ -120,12 +121,13 @@ def test_halving_the_step_divides_the_error_by_two_to_the_order(name: str, order
         assert ratios[-1] < 2**order * 1.1, ratios
 
 
-def test_ddim_is_ddpm_at_eta_1_and_euler_at_eta_0_and_dpm_solver_of_order_1():
+def test_the_first_order_samplers_are_one_at_eta_0_and_ddpm_at_eta_1():
     schedule = NoiseSchedule(ScheduleConfig())
     denoise = mixture_denoiser(schedule, [-0.5, 0.5], [0.1, 0.3], [0.5, 0.5])
     x_T = torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     drawn = {name: run(SAMPLERS[name], denoise, schedule, x_T, schedule.shorter_chain(40)) for name in SAMPLERS}
     torch.testing.assert_close(drawn["ddim 1"], drawn["ddpm"])
+    torch.testing.assert_close(drawn["dpm_solver 1 sde"], drawn["ddpm"])
     torch.testing.assert_close(drawn["ddim"], drawn["euler"])
     torch.testing.assert_close(drawn["ddim"], drawn["dpm_solver 1"])
     assert (drawn["ddim"] - drawn["dpm_solver"]).abs().max() > 1e-3

@@ -49,12 +49,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--predictions", nargs="+", default=get_args(PredictionKind), help="default: all")
+    parser.add_argument("--losses", nargs="+", default=get_args(Loss), help="default: all")
     parser.add_argument("--timesteps", choices=get_args(TimestepDensity), default="uniform")
     parser.add_argument("--folder", help="where to leave the runs (default: nowhere)")
     arguments = parser.parse_args()
 
     python("-m", "cond_diffusion.evaluation", "--samples", "10", "--steps", "1")  # trains the classifier, once
-    predictions, losses = arguments.predictions, get_args(Loss)
+    predictions, losses = arguments.predictions, arguments.losses
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
         folder = arguments.folder or scratch
         cells = {
