@@ -9,7 +9,7 @@ from cond_diffusion.samplers import Step
 
 FRAMES = 60
 FRAME_MS, LAST_FRAME_MS = 80, 2000
-WIDTH = 112  # pixels that a grid is at least wide
+WIDTH = 84  # pixels that a picture is at least wide
 
 
 class Film:
@@ -34,13 +34,16 @@ class Film:
 
     def save(self, path: Path, columns: int) -> None:
         """Write an animation, GIF or WebP by the path's suffix."""
-        sheets = [_side_by_side(grid(left, columns), grid(right, columns)) for left, right in self.frames]
+        sheets = [_side_by_side(*(_sheet(half, columns) for half in frame)) for frame in self.frames]
         durations = [FRAME_MS] * (len(sheets) - 1) + [LAST_FRAME_MS]
         sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=durations, loop=0)
 
 
+def _sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
+    return grid([enlarged(picture, WIDTH).convert("RGB") for picture in pictures], columns)
+
+
 def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    left, right = (enlarged(sheet, WIDTH).convert("RGB") for sheet in (left, right))
     both = Image.new("RGB", (2 * left.width + 8, left.height), "white")
     both.paste(left, (0, 0))
     both.paste(right, (left.width + 8, 0))

@@ -24,7 +24,11 @@ COMMANDS = {
     'pip install -e . && python sample.py "a digit seven"': "--steps 10",
     'pip install -e ".[test]" && pytest': None,
     'python sample.py "a digit seven" "the number 2" --num-images 4 --output digits.png': "--steps 10",
-    'python sample.py "a handwritten nine" --guidance-scale 2 --steps 100 --seed 7': "",
+    'python sample.py "a handwritten nine" --sampler dpm_solver --steps 20 --guidance-scale 2 --seed 7': "",
+    "python sample.py --from-image digits.png --seed 8 --output more.png": "",
+    'python sample.py "a digit two" --image a-digit-seven.png --strength 0.8 --sampler ddim --steps 50': "",
+    'python sample.py "a digit seven" --num-images 3 --steps 24 --film seven.webp --attention-maps words.png '
+    "--output seven.png": "",
     'python sample.py "a digit seven" --checkpoint runs/mnist': "--steps 10",
     "accelerate launch train.py": "train.max_steps=2 train.batch_size=4",
     "accelerate launch train.py resume=true": "train.max_steps=3 train.batch_size=4",
@@ -33,7 +37,11 @@ COMMANDS = {
     "python train.py --config configs/folder.yaml data.source=my_pictures run_dir=runs/mine": (
         "train.max_steps=1 train.batch_size=2 unet.channels=[32,32,32]"
     ),
+    "python train.py objective.prediction=v_prediction objective.loss=min_snr schedule.zero_terminal_snr=true "
+    "run_dir=runs/v": "train.max_steps=1 train.batch_size=4",
+    "python tests/benchmarks/objectives.py": "--predictions sample --losses sample --steps 1 --samples 10",
     "python -m cond_diffusion.evaluation": "--samples 10 --steps 2",
+    "python -m cond_diffusion.likelihood": "--samples 2",
     "python -m cond_diffusion.clip_pretraining --config configs/clip_mnist.yaml": "max_steps=2 warmup_steps=1",
 }
 
@@ -49,7 +57,8 @@ def clone(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("train.py", "sample.py"):
         shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "configs", folder / "configs")
+    for name in ("configs", "tests/benchmarks"):
+        shutil.copytree(ROOT / name, folder / name)
     pictures = folder / "my_pictures"
     pictures.mkdir()
     lines = []
