@@ -19,7 +19,9 @@ def interval(text: str) -> list[int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    words = argparse.ArgumentParser(description="Draw pictures of the prompts: one row of the PNG for each.")
+    words = argparse.ArgumentParser(
+        description="Draw pictures of the prompts: one row of the PNG for each.", allow_abbrev=False
+    )
     words.add_argument("prompts", nargs="*", metavar="PROMPT", help='for example "a digit seven"')
     words.add_argument(
         "--checkpoint", default="builtin", help="a run folder, a checkpoint folder or a hub id (default: %(default)s)"
@@ -76,7 +78,7 @@ def main() -> None:
 
     recorded_prompts: list[str] = []
     if options["from_image"] is not None:
-        recorded_prompts, words = recorded_words(options["from_image"])
+        recorded_prompts, words = recorded_words(options["from_image"], sys.argv[1:])
         options = vars(parser().parse_args([*words, *sys.argv[1:]]))
     prompts = options.pop("prompts") or recorded_prompts
     if not prompts:

@@ -6,6 +6,7 @@ import math
 from types import TracebackType
 from typing import Any
 
+import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageOps
@@ -32,8 +33,8 @@ class AttentionMaps:
     def __init__(self, unet: UNet, side: int) -> None:
         self.blocks = [module for module in unet.modules() if isinstance(module, TransformerBlock)]
         self.side = side
-        self.heard: list[Tensor] = []  # since the last step
-        self.sum: Tensor | None = None  # of this batch
+        self.heard: list[Float[Tensor, "n l h w"]] = []  # since the last step
+        self.sums: dict[int, Tensor] = {}  # of this batch, by their side
         self.count = 0
         self.maps: list[Float[Tensor, "l side side"]] = []
 
@@ -49,29 +50,28 @@ class AttentionMaps:
 
     def _listen(self, attention: Any, inputs: tuple[Any, ...]) -> None:
         x, (keys, _) = inputs
-        self.heard.append(attention_weights(attention, x, keys, self.side))
+        self.heard.append(attention_weights(attention, x, keys))
 
     def __call__(self, step: Step, number: int, total: int) -> None:
         """Add what was heard in this step; rows behind the pictures' own are the unconditional pass's."""
         for weights in self.heard:
-            mine = weights[: len(step.x)]
-            self.sum = mine if self.sum is None else self.sum + mine
+            self.sums[weights.shape[-1]] = self.sums.get(weights.shape[-1], 0) + weights[: len(step.x)]
             self.count += 1
         self.heard = []
         if number == total - 1:
-            assert self.sum is not None  # every step asks the network
-            self.maps += [*(self.sum / self.count).cpu()]
-            self.sum, self.count = None, 0
+            size = (self.side, self.side)
+            levels = [F.interpolate(level, size=size, mode="bilinear") for level in self.sums.values()]
+            self.maps += [*(torch.stack(levels).sum(0) / self.count).cpu()]
+            self.sums, self.count = {}, 0
 
 
 def attention_weights(
-    attention: Attention, x: Float[Tensor, "b p d"], keys: Float[Tensor, "b n l k"], side: int
-) -> Float[Tensor, "b l side side"]:
+    attention: Attention, x: Float[Tensor, "b p d"], keys: Float[Tensor, "b n l k"]
+) -> Float[Tensor, "b l h w"]:
     """Return how much each place attends to each token, averaged over heads: at every place they add up to 1."""
     queries = rearrange(attention.to_q(x), "b p (n k) -> b n p k", n=attention.num_heads)
     scores = einsum(queries, keys, "b n p k, b n l k -> b n p l") / math.sqrt(keys.shape[-1])
-    weights = rearrange(scores.softmax(-1).mean(1), "b (h w) l -> b l h w", h=math.isqrt(x.shape[1]))
-    return F.interpolate(weights, size=(side, side), mode="bilinear")
+    return rearrange(scores.softmax(-1).mean(1), "b (h w) l -> b l h w", h=math.isqrt(x.shape[1]))
 
 
 def maps_of_words(

@@ -16,8 +16,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from cond_diffusion.data import DataConfig
 from cond_diffusion.errors import UserError, did_you_mean, first_line
 from cond_diffusion.latents import LatentConfig
-from cond_diffusion.objective import ObjectiveConfig
-from cond_diffusion.prediction import Prediction
+from cond_diffusion.objective import Objective, ObjectiveConfig
 from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.schedule_config import ScheduleConfig
 from cond_diffusion.text import TextConfig
@@ -35,8 +34,7 @@ class TrainConfig:
     learning_rate, learning_rate_schedule, warmup_steps: the peak; what follows the linear warm-up to it.
     ema_width: the width of the average of the weights, as a share of the training so far (Karras et al. 2024,
     sigma_rel).
-    caption_dropout: how often a caption is replaced by the empty one, so that the network learns the unconditional
-    eps too.
+    caption_dropout: how often a caption is replaced by the empty one, so that the network learns to do without it, too.
     checkpoint_every, sample_every, log_every: in steps; 0 is never (the last step always writes a checkpoint).
     """
 
@@ -106,7 +104,10 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
-        Prediction(self.objective.prediction, NoiseSchedule(self.schedule))  # raises where the two do not go together
+        # Both raise, before anything is loaded, where the sections do not go together.
+        schedule = NoiseSchedule(self.schedule)
+        Objective(self.objective, schedule)
+        schedule.shorter_chain(min(self.sample.steps, schedule.num_timesteps))
 
 
 def parse_config(
@@ -136,9 +137,21 @@ def load_config(schema: type[Schema], file: Path | None = None, overrides: list[
             f"there is no config key {error.full_key!r}{did_you_mean(str(error.full_key), known)}"
         ) from error
     except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if error.full_key else ""
-        raise UserError(f"{where}{first_line(error)}") from error
+        message = first_line(error)
+        if "$VALUE" in message:  # of an item of a list OmegaConf names neither the value nor the key
+            message = f"{', '.join(overrides or []) or file}: an item of a list has the wrong type"
+        raise UserError(f"{error.full_key}: {message}" if error.full_key else message) from error
     return config
+
+
+def checkpoint_config(folder: Path) -> Config:
+    """Return the config of the run that wrote a checkpoint; raise UserError where the folder does not hold it."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(
+            f"--checkpoint: {folder} has no config.yaml, so its data are unknown; expected a run's checkpoint"
+        )
+    return load_config(Config, file)
 
 
 def save_config(config: Any, file: Path) -> None:

@@ -13,6 +13,14 @@ from cond_diffusion.pictures import claimed_path, grid, open_picture, save_png, 
 from cond_diffusion.pipeline import TextToImage, Watch, find_checkpoint
 from cond_diffusion.samplers import Step
 
+# What goes into a PNG and out of it again: the options of `TextToImage.__call__` that decide the picture.
+SETTINGS = {
+    *("checkpoint", "num_images", "seed", "sampler", "steps", "variance", "eta", "order", "image", "strength", "mask"),
+    *("resamplings", "guidance_scale", "negative_prompt", "guidance_interval", "guidance_rescale"),
+    "dynamic_thresholding",
+}
+BELONGINGS = {"sampler": ("variance", "eta", "order"), "image": ("strength", "mask", "resamplings")}
+
 logger = logging.getLogger(__name__)
 
 
@@ -32,41 +40,40 @@ def draw_to_file(
     """
     folder = find_checkpoint(checkpoint)
     pipe = TextToImage.from_pretrained(folder).to_accelerator()
-    pictures = {name: open_picture(options[name], f"--{name}") for name in ("image", "mask") if options[name]}
+    pictures = {n: open_picture(options[n], f"--{n}") for n in ("image", "mask") if options[n] is not None}
     settings = {**options, "steps": options["steps"] or pipe.schedule.num_timesteps}
-    settings["checkpoint"] = checkpoint if checkpoint == "builtin" else str(folder)  # a run's newest one changes
+    # Of a run the checkpoint that it is now: the run may go on.
+    settings["checkpoint"] = str(folder) if Path(checkpoint).is_dir() else checkpoint
     each = options["num_images"]
     moving, maps = Film(), AttentionMaps(pipe.unet, pipe.side)
     watchers: list[Watch] = []
 
-    with ExitStack() as stack:
-
-        def claim(wanted: str | None, option: str, *suffixes: str) -> Path:
-            return stack.enter_context(claimed_path(wanted, prompts[0], option, suffixes))
-
-        paths = [claim(output, "--output", ".png")]
-        if film:
-            paths.append(claim(film, "--film", ".gif", ".webp"))
+    with ExitStack() as extras:
+        film_path, maps_path = None, None
+        if film is not None:
+            film_path = extras.enter_context(claimed_path(film, "", "--film", (".gif", ".webp")))
             watchers.append(moving)
-        if attention_maps:
-            paths.append(claim(attention_maps, "--attention-maps", ".png"))
-            watchers.append(stack.enter_context(maps))
+        if attention_maps is not None:
+            maps_path = extras.enter_context(claimed_path(attention_maps, "", "--attention-maps", (".png",)))
+            watchers.append(extras.enter_context(maps))
 
         def watch(step: Step, number: int, total: int) -> None:
             for watcher in watchers:
                 watcher(step, number, total)
 
-        images = pipe(prompts, **{**options, **pictures}, watch=watch if watchers else None)
-        if watchers and not moving.frames and not maps.maps:
-            raise UserError(f"strength: {options['strength']} leaves no steps to show; expected more")
-        save_png(grid(images, each), paths[0], _typed(prompts, settings))
-        if film:
-            moving.save(Path(film), each)
-        if attention_maps:
-            words = [maps_of_words(prompts[i // each], m, pipe.text_encoder) for i, m in enumerate(maps.maps)]
-            sheet(list(zip(images, words, strict=True))).save(attention_maps)
-    for path in paths:
+        with claimed_path(output, prompts[0], "--output", (".png",)) as path:
+            images = pipe(prompts, **{**options, **pictures}, watch=watch if watchers else None)
+            if watchers and not moving.frames and not maps.maps:
+                raise UserError(f"strength: {options['strength']} leaves no steps to show; expected more")
+            save_png(grid(images, each), path, _typed(prompts, settings))
         print(path)
+        if film_path:
+            moving.save(film_path, each)
+            print(film_path)
+        if maps_path:
+            words = [maps_of_words(prompts[i // each], m, pipe.text_encoder) for i, m in enumerate(maps.maps)]
+            sheet(list(zip(images, words, strict=True))).save(maps_path)
+            print(maps_path)
 
 
 def _typed(prompts: list[str], settings: dict[str, Any]) -> dict[str, str | list[str]]:
@@ -79,12 +86,20 @@ def _typed(prompts: list[str], settings: dict[str, Any]) -> dict[str, str | list
     return {"prompts": prompts, **given, "version": __version__}
 
 
-def recorded_words(path: str) -> tuple[list[str], list[str]]:
-    """Return the prompts that a PNG was drawn for, and its other settings as words of a command line."""
+def recorded_words(path: str, typed: list[str]) -> tuple[list[str], list[str]]:
+    """Return the prompts that a PNG was drawn for, and its other settings as words of a command line.
+
+    typed: the words that stand beside --from-image. What belonged to a sampler or to a picture that they replace is
+    left out. Only settings that decide the picture are taken: a PNG can name no file to write.
+    """
     settings = settings_of(path)
-    prompts, version = settings.pop("prompts", []), settings.pop("version", None)
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"--from-image: the settings in {path} are damaged: prompts: {prompts!r:.60}")
+    version = settings.pop("version", None)
     if version != __version__:
         logger.warning("%s was drawn by version %s; this is %s, and may draw it otherwise", path, version, __version__)
-    return prompts, [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    prompts = settings.pop("prompts", [])
+    if unknown := settings.keys() - SETTINGS:
+        raise UserError(f"--from-image: {path} has a setting that is not known here: {min(unknown)!r:.60}")
+    for option, belongings in BELONGINGS.items():
+        if any(word.split("=")[0] == f"--{option}" for word in typed):
+            settings = {name: value for name, value in settings.items() if name not in belongings}
+    return list(prompts), [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]

@@ -21,7 +21,7 @@ class Edit:
 
     x_0: a picture in the place of noise (SDEdit, Meng et al. 2022).
     mask: 1 where the picture is drawn anew, 0 where it stays.
-    strength: the share of the chain that is left to go: 1 is the whole, 0 leaves the picture as it is.
+    strength: the share of the chain that is left to go, at least a step: 1 is the whole, 0 leaves the picture as it is.
     resamplings: see `resampled`.
     """
 
@@ -38,7 +38,8 @@ class Edit:
 
     def timesteps(self, chain: list[int]) -> list[int]:
         """Return those of the chain that are left to visit."""
-        return chain[len(chain) - round(self.strength * len(chain)) :]
+        left = max(1, round(self.strength * len(chain))) if self.strength > 0 else 0
+        return chain[len(chain) - left :]
 
     def begin(
         self, eps: Float[Tensor, "b c h w"], schedule: NoiseSchedule, timesteps: list[int]
@@ -52,9 +53,9 @@ class Edit:
     def keep(self, x_0_hat: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Put x_0 in the place of x_0_hat wherever the mask is 0.
 
-        A sampler that is told x_0 there takes the forward process back, exactly: ancestral steps draw from
-        q(x_{t-1} | x_t, x_0) itself, and an ODE ends at x_0. RePaint (Lugmayr et al. 2022, eq. 8) noises x_0 anew at
-        each step instead, which has the same distribution at each t, but not a multistep solver's continuity.
+        A sampler that is told x_0 there takes the forward process back: ancestral steps with the posterior's variance
+        draw from q(x_{t-1} | x_t, x_0) itself, and an ODE ends at x_0. RePaint (Lugmayr et al. 2022, eq. 8) noises x_0
+        anew at each step instead, which has the same distribution at each t, but not a multistep solver's continuity.
         """
         if self.mask is None or self.x_0 is None:
             return x_0_hat

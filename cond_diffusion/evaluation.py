@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from cond_diffusion.config import Config, load_config
+from cond_diffusion.config import checkpoint_config
 from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices
 from cond_diffusion.errors import UserError, command_line
 from cond_diffusion.pictures import to_model
@@ -114,7 +114,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     folder = find_checkpoint(arguments.checkpoint)
-    config = load_config(Config, folder / "config.yaml").data
+    config = checkpoint_config(folder).data
     pipe = TextToImage.from_pretrained(folder).to_accelerator()
     train, test = load_captioned_images(config), load_captioned_images(config, "test")
     classifier = kept_classifier(config, train)

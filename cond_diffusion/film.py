@@ -4,6 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.pictures import enlarged, grid, to_pillow
 from cond_diffusion.samplers import Step
 
@@ -36,7 +37,14 @@ class Film:
         """Write an animation, GIF or WebP by the path's suffix."""
         sheets = [_side_by_side(*(_sheet(half, columns) for half in frame)) for frame in self.frames]
         durations = [FRAME_MS] * (len(sheets) - 1) + [LAST_FRAME_MS]
-        sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=durations, loop=0)
+        try:
+            sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=durations, loop=0)
+        except (ValueError, RuntimeError, OverflowError, OSError) as error:  # too large for WebP (16383) or GIF (65535)
+            width, height = sheets[0].size
+            raise UserError(
+                f"--film: {path}, {width} x {height} pixels, cannot be written ({first_line(error)}); "
+                "ask for fewer pictures"
+            ) from error
 
 
 def _sheet(pictures: list[Image.Image], columns: int) -> Image.Image:

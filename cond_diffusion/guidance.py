@@ -1,6 +1,5 @@
 """Classifier-free guidance (Ho and Salimans 2022): one network, asked with the text and without it."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from cond_diffusion.errors import UserError
 from cond_diffusion.schedule import per_example
+
+HIGHEST_SCALE = 10_000  # far beyond use, and far below where fp32 overflows
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,14 @@ class GuidanceConfig:
     dynamic_thresholding: float | None = None
 
     def __post_init__(self) -> None:
-        if self.interval is not None and not 0 <= self.interval[0] <= self.interval[1]:
-            raise UserError(
-                f"guidance_interval: {self.interval[0]} to {self.interval[1]} holds no timestep; "
-                "expected the lower one first, from 0 on"
-            )
+        if self.interval is not None:
+            if len(self.interval) != 2:
+                raise UserError(f"guidance_interval: {self.interval} is no pair; expected a first and a last timestep")
+            if not 0 <= self.interval[0] <= self.interval[1]:
+                raise UserError(
+                    f"guidance_interval: {self.interval[0]} to {self.interval[1]} holds no timestep; "
+                    "expected the lower one first, from 0 on"
+                )
         if not 0 <= self.rescale <= 1:
             raise UserError(f"guidance_rescale: {self.rescale} must lie between 0 (none) and 1")
         if self.dynamic_thresholding is not None and not 0 < self.dynamic_thresholding <= 1:
@@ -119,6 +123,6 @@ def scale_of_each(guidance_scale: float | Sequence[float], count: int) -> list[f
     if len(scales) != count:
         raise UserError(f"guidance_scale: {len(scales)} values for {count} prompts; expected one, or one for each")
     for scale in scales:
-        if not (math.isfinite(scale) and scale >= 0):
-            raise UserError(f"guidance_scale: {scale} must be a number from 0 on")
+        if not 0 <= scale <= HIGHEST_SCALE:
+            raise UserError(f"guidance_scale: {scale} must be a number from 0 to {HIGHEST_SCALE}")
     return [*scales]

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cond_diffusion import latents
-from cond_diffusion.config import Config, load_config
+from cond_diffusion.config import checkpoint_config
 from cond_diffusion.data import load_captioned_images
 from cond_diffusion.errors import UserError, command_line
 from cond_diffusion.guidance import GuidanceConfig, guided
@@ -112,7 +112,7 @@ def main() -> None:
     folder = find_checkpoint(arguments.checkpoint)
     pipe = TextToImage.from_pretrained(folder).to_accelerator()
     schedule = pipe.schedule
-    data = load_captioned_images(load_config(Config, folder / "config.yaml").data, arguments.split)
+    data = load_captioned_images(checkpoint_config(folder).data, arguments.split)
     count = min(len(data), arguments.samples or len(data))
     contexts = pipe.text_encoder.table([captions[0] for captions in data.caption_groups])
 

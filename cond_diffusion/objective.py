@@ -52,7 +52,11 @@ class ObjectiveConfig:
 
 
 class Objective:
-    """The loss of one config under one schedule, as a table of weights and a density of timesteps, in float64."""
+    """The loss of one config under one schedule, as a table of weights and a density of timesteps, in float64.
+
+    Raises UserError for a loss that gives the last timestep no weight, where no signal is left there: sampling begins
+    with an answer that was never trained.
+    """
 
     def __init__(self, config: ObjectiveConfig, schedule: NoiseSchedule) -> None:
         self.schedule = schedule
@@ -60,8 +64,13 @@ class Objective:
         every_t = torch.arange(schedule.num_timesteps)
         # The error of x_0_hat, seen from the output: there nothing cancels, however little signal x_t holds.
         weight = _weight(config, schedule) * self.prediction.x_0_error(every_t) ** 2
-        # One factor for all t changes nothing but what `train.max_grad_norm` means; with a mean of 1 it means the same
-        # for every objective.
+        if weight[-1] == 0:
+            raise UserError(
+                f"objective.loss: {config.loss} gives the last timestep no weight where the schedule leaves no signal "
+                "there (schedule.zero_terminal_snr, or a last beta of 1); expected v_prediction or sample"
+            )
+        # One factor for all t changes what `train.max_grad_norm` means, and nothing else; a mean of 1 keeps the losses
+        # of all objectives near each other.
         weight = weight / weight.mean()
         self.density = _density(config.timesteps, weight)
         self.weight = weight / (self.density * schedule.num_timesteps)

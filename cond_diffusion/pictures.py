@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from cond_diffusion.errors import UserError, first_line
@@ -45,11 +45,21 @@ def from_pillow(picture: Image.Image) -> Float[Tensor, "c h w"]:
     return to_model(rearrange(pixels, "h w c -> 1 c h w"))[0]
 
 
+def upright(picture: Image.Image) -> Image.Image:
+    """Turn upright what a camera marked as rotated, in grey or RGB of 8 bits; what is transparent becomes black."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow would cut them at 255
+        picture = picture.point(lambda value: value * (1 / 257)).convert("L")
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
+    return picture if picture.mode in PILLOW_MODES.values() else picture.convert("L" if picture.mode == "1" else "RGB")
+
+
 def fit(picture: Image.Image | None, size: tuple[int, int], channels: int) -> Image.Image:
     """Turn upright, resize the short side to the size (width, height) with antialiasing, and crop the centre."""
     if picture is None:
         raise ValueError("the cell is empty")
-    picture = ImageOps.exif_transpose(picture).convert(PILLOW_MODES[channels])
+    picture = upright(picture).convert(PILLOW_MODES[channels])
     return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
 
 
@@ -70,14 +80,13 @@ def enlarged(picture: Image.Image, width: int) -> Image.Image:
 
 
 def open_picture(path: str, option: str) -> Image.Image:
-    """Read the whole picture at `path`; raise UserError, naming the option that gave it, where there is none."""
+    """Read the picture at `path`, upright; raise UserError, naming the option that gave it, where there is none."""
     try:
         with Image.open(path) as picture:
-            picture.load()
-            return picture
+            return upright(picture)
     except FileNotFoundError as error:
         raise UserError(f"{option}: there is no file {path}") from error
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of them Pillow's words
         raise UserError(f"{option}: {path} holds no picture that can be read ({first_line(error)})") from error
 
 
@@ -91,17 +100,22 @@ def save_png(picture: Image.Image, path: Path, settings: dict[str, str | list[st
 
 def settings_of(path: str) -> dict[str, str | list[str]]:
     """Return what `save_png` put into the text chunks; raise UserError where nothing did."""
-    chunks = getattr(open_picture(path, "--from-image"), "text", {})
-    try:
-        settings = {
-            name.removeprefix(CHUNK_PREFIX): json.loads(value)
-            for name, value in chunks.items()
-            if name.startswith(CHUNK_PREFIX)
-        }
-    except json.JSONDecodeError as error:
-        raise UserError(f"--from-image: the settings in {path} are damaged: {first_line(error)}") from error
-    if not settings:
+    open_picture(path, "--from-image")
+    with Image.open(path) as picture:
+        picture.load()
+        chunks = getattr(picture, "text", {})
+    ours = {n.removeprefix(CHUNK_PREFIX): value for n, value in chunks.items() if n.startswith(CHUNK_PREFIX)}
+    if not ours:
         raise UserError(f"--from-image: {path} does not say how it was drawn; expected a PNG that sample.py wrote")
+    settings: dict[str, str | list[str]] = {}
+    for name, value in ours.items():
+        try:
+            settings[name] = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--from-image: the settings in {path} are damaged: {name}: {first_line(error)}") from error
+        items = settings[name] if name == "prompts" else [settings[name]]
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise UserError(f"--from-image: the settings in {path} are damaged: {name}: {settings[name]!r:.60}")
     return settings
 
 

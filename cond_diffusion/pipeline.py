@@ -20,7 +20,7 @@ from cond_diffusion.checkpoint import checkpoints
 from cond_diffusion.editing import Edit
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.guidance import GuidanceConfig, guided, scale_of_each, threshold_dynamically
-from cond_diffusion.pictures import fit, from_pillow, to_pillow
+from cond_diffusion.pictures import fit, from_pillow, to_pillow, upright
 from cond_diffusion.prediction import Prediction, PredictionKind, denoiser
 from cond_diffusion.randomness import generator
 from cond_diffusion.sampler_config import SamplerConfig
@@ -137,7 +137,8 @@ class TextToImage:
     ) -> list[Image.Image]:
         """Draw `num_images` pictures of each prompt; those of the first prompt come first.
 
-        Picture i of a prompt depends on the prompt and seed + i alone.
+        Picture i of a prompt depends on the prompt and seed + i alone, up to the network's rounding, which differs a
+        little from one batch size to another; its noise is the same bit for bit.
 
         guidance_scale: w, one for all prompts or one for each; 1 asks for no more than the prompt says, more makes
             pictures clearer and more alike.
@@ -146,7 +147,7 @@ class TextToImage:
         sampler, variance, eta, order: see `SamplerConfig`.
         steps: how many of the chain's timesteps to visit; None visits all.
         image: a picture to begin with, resized and cropped to the model's. strength, 0 to 1, is how much of the chain
-            it goes through: 0.8, or all of it (1) where there is a mask.
+            it goes through, at least a step unless it is 0: 0.8, or all of it (1) where there is a mask.
         mask: of the size of `image`: what is white is drawn anew, what is black stays.
         resamplings: how often inpainting goes through every ten steps, so that the new fits the old better.
         batch_size: how many pictures are in work at once.
@@ -156,10 +157,16 @@ class TextToImage:
         self._check(prompts, num_images, negative_prompt, batch_size)
         scales = scale_of_each(guidance_scale, len(prompts))
         guidance = GuidanceConfig(guidance_interval, guidance_rescale, dynamic_thresholding)
+        if guidance.interval is not None and guidance.interval[0] >= self.schedule.num_timesteps:
+            raise UserError(
+                f"guidance_interval: {guidance.interval[0]} to {guidance.interval[1]} lies beyond the "
+                f"{self.schedule.num_timesteps} timesteps of the chain"
+            )
         choice = SamplerConfig(sampler, variance, eta, order)
         edit = self._edit(image, mask, strength, resamplings)
-        timesteps = edit.timesteps(self.schedule.shorter_chain(steps))
-        run = edit.around(choice.sampler(self.schedule.config, len(timesteps)))
+        chain = self.schedule.shorter_chain(steps)
+        timesteps = edit.timesteps(chain)
+        run = edit.around(choice.sampler(self.schedule.config, len(chain)))
 
         context = dict(zip(prompts, self.text_encoder(prompts), strict=True))
         null_context = self.text_encoder([negative_prompt])
@@ -198,6 +205,8 @@ class TextToImage:
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} must be at least 1")
         for prompt in [*prompts, negative_prompt]:
+            if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise UserError(f"prompts: {prompt!r} is not valid text; expected UTF-8")
             if cut := self.text_encoder.words_cut(prompt):
                 logger.warning(
                     "the prompt is longer than the %d tokens that the text encoder reads; this part is cut: %r",
@@ -217,6 +226,7 @@ class TextToImage:
             raise UserError(f"resamplings: {resamplings} means nothing without a mask; give image and mask, too")
         if image is None:
             return Edit()
+        image, mask = upright(image), None if mask is None else upright(mask)
         if mask is not None and mask.size != image.size:
             (width, height), (wide, high) = mask.size, image.size
             raise UserError(f"mask: {width} x {height} pixels do not fit the image's {wide} x {high}")
@@ -262,7 +272,7 @@ def find_checkpoint(source: str | Path) -> Path:
     if str(source).count("/") != 1 or folder.is_absolute() or str(source).startswith("."):
         raise UserError(f"there is no checkpoint {source}; expected a run folder, a checkpoint folder or a hub id")
     try:
-        wanted = ["*.json", "*.safetensors", "*.txt"]
+        wanted = ["*.json", "*.safetensors", "*.txt", "config.yaml"]
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
     except (OSError, ValueError) as error:  # HfHubHTTPError and its kin are OSErrors
         raise UserError(

@@ -53,7 +53,7 @@ def ddpm(
     """Ancestral sampling (Ho et al. 2020, algorithm 2).
 
     Each step draws from the posterior with x_0_hat in the place of x_0. Its mean is the paper's
-    (x_t - (1 - alpha_t) / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t) (eq. 11).
+    (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(1 - beta_t) (eq. 11).
     variance: "posterior" (beta-tilde, right for data that is a point) or "beta" (right for data that is N(0, I)). The
     last step adds no noise.
     """
@@ -92,10 +92,10 @@ def ddim(
 def euler(
     denoiser: Denoiser, schedule: NoiseSchedule, x: Float[Tensor, "b *chw"], timesteps: list[int], noise: Noise
 ) -> Iterator[Step]:
-    """Euler's method on the probability-flow ODE (Song et al. 2021, eq. 13; Karras et al. 2022, eq. 3).
+    """Euler's method on the probability-flow ODE (Song et al. 2021, eq. 13; Karras et al. 2022, eq. 1).
 
     With y = x_t / alpha, a picture with noise of deviation s = sigma / alpha, the ODE is dy/ds = eps_hat(y, s). A step
-    along that straight line is the step of ddim without noise (Song, Meng and Ermon 2021, eq. 14).
+    along that straight line is the step of ddim without noise (Song, Meng and Ermon 2021, eq. 13).
     """
     del noise
     for t, t_prev in _jumps(timesteps):

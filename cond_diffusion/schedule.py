@@ -9,8 +9,10 @@ Vocabulary of the whole package:
     betas             beta_t, the variance that step t adds
     alpha_bar         the product of 1 - beta up to and including t; written alpha-bar in the papers
     snr               alpha_bar / (1 - alpha_bar), the signal-to-noise ratio
-    eps, eps_hat      the noise that was drawn; the noise that the network predicts
-    x_0_hat           the picture that eps_hat implies
+    eps               the noise that was drawn
+    x_0_hat, eps_hat  what the network's output says of both (see `prediction.py`)
+    alpha, sigma      sqrt(alpha_bar) and sqrt(1 - alpha_bar), as later papers call them (`NoiseLevel`); not Ho et al.'s
+                      alpha, which is 1 - beta
     posterior         q(x_{t-1} | x_t, x_0); its variance is the beta-tilde of the paper
     context           the text embeddings that the network reads; null_context those of the empty caption
     guidance_scale    w in uncond + w (cond - uncond): 1 is unguided, 0 unconditional
@@ -38,6 +40,12 @@ class NoiseSchedule:
         self.config = config
         self.betas = _betas(config)
         self.alpha_bar = (1 - self.betas).cumprod(0)
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        if not (self.alpha_bar < before).all() or (config.num_timesteps > 1 and self.alpha_bar[-2] == 0):
+            raise UserError(
+                "schedule: betas so small that they add no noise, or so large that no signal is left long before the "
+                f"end: alpha_bar, in float64, begins at {self.alpha_bar[0]:g} and ends at {self.alpha_bar[-1]:g}"
+            )
 
     @property
     def num_timesteps(self) -> int:
@@ -91,7 +99,8 @@ class NoiseSchedule:
 
         They lie in equal gaps, as `config.spacing` says (the names are diffusers'; Lin et al. 2023, table 2):
         "trailing" counts the gaps from the end, so that T - 1, where sampling starts from pure noise, is always
-        visited; "leading" counts them from steps_offset up and leaves T - 1 out; "linspace" visits both ends.
+        visited; "leading" counts them from steps_offset up and leaves T - 1 out; "linspace" visits both ends, from two
+        steps on.
         """
         total = self.num_timesteps
         if steps is None or steps == total:

@@ -9,6 +9,8 @@ BetaSchedule = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 Spacing = Literal["trailing", "leading", "linspace"]
 Variance = Literal["posterior", "beta"]
 
+MOST_TIMESTEPS = 1_000_000
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -37,8 +39,8 @@ class ScheduleConfig:
     clip_x_0: bool = True
 
     def __post_init__(self) -> None:
-        if self.num_timesteps < 1:
-            raise UserError(f"schedule.num_timesteps: {self.num_timesteps} must be at least 1")
+        if not 1 <= self.num_timesteps <= MOST_TIMESTEPS:
+            raise UserError(f"schedule.num_timesteps: {self.num_timesteps} must lie between 1 and {MOST_TIMESTEPS}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(
                 f"schedule.beta_start, schedule.beta_end: {self.beta_start} and {self.beta_end}; "
@@ -106,8 +108,11 @@ def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
         ours.pop("steps_offset", None)  # diffusers keeps it there, and does not read it
     ours["beta_schedule"] = _translate(fields, "beta_schedule", _BETA_SCHEDULES, "linear")
     ours["variance"] = _translate(fields, "variance_type", _VARIANCE_TYPES, "fixed_small")
-    ours["betas"] = tuple(fields.pop("trained_betas", None) or ())
-    if ours["betas"]:
+    betas = fields.pop("trained_betas", None) or []
+    if not isinstance(betas, list) or not all(isinstance(beta, float | int) for beta in betas):
+        raise UserError(f"scheduler config: trained_betas: {betas!r:.60} is no list of numbers")
+    ours["betas"] = tuple(betas)
+    if betas:
         ours["num_timesteps"] = len(ours["betas"])
     if ours.get("spacing") not in get_args(Spacing):
         raise UserError(
@@ -116,6 +121,10 @@ def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
         )
     if fields:
         raise UserError(f"scheduler config: {min(fields)} is not a field that this schedule knows")
+    for name, value in ours.items():
+        expected = type(getattr(ScheduleConfig, name))
+        if not isinstance(value, (int, float) if expected is float else expected):
+            raise UserError(f"scheduler config: {name}: {value!r} is no {expected.__name__}")
     return ScheduleConfig(**ours)
 
 
@@ -123,6 +132,6 @@ def _translate(fields: dict[str, Any], key: str, names: dict[str, str], default:
     """Take `key` out of `fields`; return our name for their value, or raise UserError where we have none."""
     of_theirs = {theirs: ours for ours, theirs in names.items()}
     value = fields.pop(key, default)
-    if value not in of_theirs:
+    if not isinstance(value, str) or value not in of_theirs:
         raise UserError(f"scheduler config: {key}: {value!r} is not supported; expected {', '.join(of_theirs)}")
     return of_theirs[value]

@@ -90,7 +90,7 @@ class UpLevel(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict eps_hat from x_t, t and the context."""
+    """Predict, from x_t, t and the context, the noise or what else `prediction.py` lists."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class UNet(nn.Module):
         t: Int64[Tensor, " b"],
         context: Float[Tensor, "b l d"] | ProjectedContext,
     ) -> Float[Tensor, "b c h w"]:
-        """Return eps_hat. `context` is the text's embeddings, or what `project_context` made of them."""
+        """Return the prediction. `context` is the text's embeddings, or what `project_context` made of them."""
         projected = self.project_context(context) if isinstance(context, Tensor) else context
         x = self.conv_in(x_t)
         time = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
@@ -161,7 +161,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def _start_as_copy(self) -> None:
-        """Begin with eps_hat = x_t, normalised: right where noise is nearly all there is, and a place to learn from.
+        """Begin by returning x_t, normalised: the noise, where noise is nearly all there is; a place to learn from.
 
         The last layer of every branch that is added to its input starts at zero (Dhariwal and Nichol 2021), so that at
         first nothing is added. What `conv_in` makes of x_t reaches `conv_out` through the last block's shortcut, and

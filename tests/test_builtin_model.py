@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -112,6 +113,8 @@ def test_pictures_to_begin_with_are_made_to_fit(pipe: TextToImage):
         ),
         ({"image": Image.new("L", (28, 28)), "strength": 2.0}, "strength: 2.0 must lie between 0"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale: 2 values for 1 prompts"),
+        ({"guidance_interval": (5000, 6000)}, "guidance_interval: 5000 to 6000 lies beyond the 1000 timesteps"),
+        ({"negative_prompt": "\udcff"}, "prompts: '\\udcff' is not valid text"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(pipe: TextToImage, options: dict[str, Any], message: str):
@@ -126,6 +129,14 @@ def test_what_the_network_predicts_is_saved_with_it(pipe: TextToImage, tmp_path:
         tmp_path
     )
     assert TextToImage.from_pretrained(tmp_path).prediction.kind == kind
+    theirs = DDPMScheduler.from_pretrained(tmp_path / "scheduler")
+    theirs.set_timesteps(10)
+    x = torch.zeros(1, 1)
+    if kind == "v_prediction":
+        assert theirs.step(x, 999, x).prev_sample.shape == x.shape
+    else:  # they have no name for it, and say so rather than draw something else
+        with pytest.raises(ValueError, match="prediction_type given as score must be one of"):
+            theirs.step(x, 999, x)
 
 
 def test_no_prompts_are_refused(pipe: TextToImage):

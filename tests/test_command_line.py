@@ -93,6 +93,16 @@ def test_a_picture_is_drawn_again_from_itself_and_with_changes(type_in, tmp_path
         assert json.loads(other.text["cond_diffusion:prompts"]) == ["three"]  # type: ignore[attr-defined]
 
 
+def test_an_edited_picture_is_drawn_again_from_itself(type_in, tmp_path: Path):
+    Image.linear_gradient("L").resize((40, 40)).save(tmp_path / "old.png")
+    Image.radial_gradient("L").resize((40, 40)).save(tmp_path / "mask.png")
+    edits = ["--image", "old.png", "--mask", "mask.png", "--strength", "0.9", "--resamplings", "2", "--steps", "12"]
+    assert type_in("sample", "two", *edits)[:2] == (0, "two.png\n")
+    assert type_in("sample", "--from-image", "two.png", "--output", "again.png")[0] == 0
+    assert (tmp_path / "two.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert type_in("sample", "--from-image", "two.png", "--image", "mask.png", "--output", "new.png")[0] == 0
+
+
 def test_a_film_and_attention_maps_lie_beside_the_picture(type_in, tmp_path: Path):
     words = ["a seven", "two", "--num-images", "2", "--steps", "3", "--film", "f.gif", "--attention-maps", "maps.png"]
     assert type_in("sample", *words)[:2] == (0, "a-seven.png\nf.gif\nmaps.png\n")
@@ -125,7 +135,7 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(type_in, caplog: pytest.LogC
         ("seven --num-images two", "--num-images"),
         ("seven --steps -5", "steps: -5 must lie between 1 and the 1000 steps of the chain"),
         ("seven --steps 1001", "steps: 1001 must lie between 1 and the 1000 steps of the chain"),
-        ("seven --guidance-scale -1", "guidance_scale: -1.0 must be a number from 0 on"),
+        ("seven --guidance-scale -1", "guidance_scale: -1.0 must be a number from 0 to 10000"),
         ("seven --guidance-scale nan", "guidance_scale: nan must be"),
         ("seven --sampler dpm", "sampler: 'dpm' is unknown (did you mean 'ddpm'?); there are ddpm, ddim"),
         ("seven --checkpoint no/such/run", "there is no checkpoint no/such/run"),
@@ -142,6 +152,9 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(type_in, caplog: pytest.LogC
         ("seven --eta 0.5", "eta: 0.5 means nothing to the sampler ddpm; it belongs to ddim and dpm_solver"),
         ("seven --sampler euler --order 2", "order: 2 means nothing to the sampler euler; it belongs to dpm_solver"),
         ("seven --strength 0.5", "strength: means nothing without an image"),
+        ("seven --image=", "--image: there is no file"),
+        ("seven --film=", "--film: . must end in .gif or .webp"),
+        ("seven --samp ddim", "--samp"),
         ("seven --image no-such.png", "--image: there is no file no-such.png"),
         ("seven --image taken.png", "--image: taken.png holds no picture that can be read"),
         ("seven --from-image taken.png", "--from-image: taken.png holds no picture that can be read"),
@@ -210,6 +223,11 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(
         ),
         ("text.encoder=no/such/clip", "text.encoder: cannot load no/such/clip"),
         ("latent.patch_size=3", "latent.patch_size: 3 does not divide data.resolution (8)"),
+        ("schedule.betas=[a]", "schedule.betas=[a]: an item of a list has the wrong type"),
+        (
+            "schedule.spacing=leading schedule.steps_offset=400 sample.steps=3",
+            "steps: 3 with schedule.steps_offset=400 reach beyond the 1000 steps",
+        ),
         ("schedule.zero_terminal_snr=true", "objective.prediction: epsilon tells nothing of the picture where"),
         ("objective.prediction=x_0", "objective.prediction: "),
     ],

@@ -39,7 +39,7 @@ def test_every_config_that_comes_with_the_project_loads(file: Path):
         ("tran.batch_size=3", r"did you mean 'train"),
         ("train.max_steps=many", "train.max_steps: Value 'many' .* could not be converted to Integer"),
         ("unet.channels=32", "unet.channels: "),
-        ("unet.channels=[a]", "could not be converted to Integer"),
+        ("unet.channels=[a]", r"unet.channels=\[a\]: an item of a list has the wrong type"),
         ("train.mixed_precision=fp8", "train.mixed_precision: Invalid value 'fp8', expected one of"),
         ("resume=perhaps", "resume: Value 'perhaps' is not a valid bool"),
         ("data.channels=2", r"data.channels: 2 must be 1 \(grey\) or 3 \(RGB\)"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices
 from cond_diffusion.errors import UserError
-from cond_diffusion.pictures import to_bytes, to_model
+from cond_diffusion.pictures import to_bytes, to_model, upright
 
 LABELS = ["a bar that is upright", "a bar that is level"]
 BARS = DataConfig(resolution=SIDE, caption_column="text")
@@ -94,6 +94,21 @@ def test_pictures_are_turned_upright_resized_and_cropped_at_the_centre(tmp_path:
     # Beside the edges, which blend with the black next to them, and but for the rounding of the resampling.
     colour = torch.tensor([200.0, 100.0, 50.0])[None, :, None, None].expand(2, 3, 10, 6)
     torch.testing.assert_close(images[:, :, :, 2:-2].float(), colour, rtol=0, atol=1)
+
+
+def test_unusual_pictures_become_grey_or_rgb_of_8_bits():
+    deep = Image.fromarray(np.full((2, 2), 128 * 257, dtype=np.uint16))
+    assert (upright(deep).mode, upright(deep).getpixel((0, 0))) == ("L", 128)
+    clear = Image.new("RGBA", (2, 2), (255, 255, 255, 0))
+    clear.putpixel((0, 0), (200, 100, 50, 255))
+    assert [upright(clear).getpixel(place) for place in ((0, 0), (1, 1))] == [(200, 100, 50), (0, 0, 0)]
+    palette = Image.new("P", (2, 2))
+    palette.putpalette([9, 8, 7])
+    assert upright(palette).getpixel((1, 1)) == (9, 8, 7)
+    assert upright(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == 255
+    rotated = Image.new("RGB", (2, 3))
+    rotated.getexif()[0x0112] = 6
+    assert upright(rotated).size == (3, 2)
 
 
 def test_bytes_survive_the_way_to_the_model_and_back():

@@ -4,10 +4,12 @@ import json
 import re
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
+from torch import Tensor
 from torch.nn import functional as F
 
 from cond_diffusion import TextToImage, __version__
@@ -67,7 +69,7 @@ def test_attention_weights_are_those_that_the_attention_uses():
     attention = Attention(8, 6, num_heads=2)
     x, context = torch.randn(3, 16, 8), torch.randn(3, 5, 6)
     keys, values = attention.keys_values(context)
-    weights = attention_weights(attention, x, keys, side=4)
+    weights = attention_weights(attention, x, keys)
     torch.testing.assert_close(weights.sum(1), torch.ones(3, 4, 4))
     # Values that only name their token come out of the attention as its weights.
     names = torch.eye(5).expand(3, 2, 5, 5)
@@ -77,18 +79,39 @@ def test_attention_weights_are_those_that_the_attention_uses():
     assert values.shape == keys.shape
 
 
-def test_maps_average_over_all_that_was_heard_and_leave_the_network_as_it_was(pipe: TextToImage):
-    drawn = pipe(["a digit seven", "two"], num_images=2, steps=3, sampler="heun", batch_size=3)
+def test_maps_average_over_steps_and_levels_of_the_pass_with_the_text(pipe: TextToImage):
+    """Against each attention's weights, taken down by hand where the network is called."""
+    by_hand: list[Tensor] = []
+
+    def take_down(attention: Attention, inputs: tuple[Any, ...]) -> None:
+        x, (keys, _) = inputs
+        assert len(x) == 8  # four pictures with the text, then without it
+        weights = attention_weights(attention, x, keys)[:4]
+        by_hand.append(F.interpolate(weights, size=(28, 28), mode="bilinear"))
+
+    options: dict[str, Any] = {"num_images": 2, "steps": 3, "sampler": "heun", "progress": False}
+    drawn = pipe(["a digit seven", "two"], **options)
+    hooks = [block.attn2.register_forward_pre_hook(take_down) for block in AttentionMaps(pipe.unet, pipe.side).blocks]
     with AttentionMaps(pipe.unet, pipe.side) as maps:
-        again = pipe(["a digit seven", "two"], num_images=2, steps=3, sampler="heun", batch_size=3, watch=maps)
+        again = pipe(["a digit seven", "two"], **options, watch=maps)
+    for hook in hooks:
+        hook.remove()
+    assert len(by_hand) == 5 * len(maps.blocks)  # heun looks twice at each step but the last
+    torch.testing.assert_close(torch.stack(maps.maps), torch.stack(by_hand).mean(0))
+    torch.testing.assert_close(maps.maps[0].sum(0), torch.ones(28, 28))
     assert [image.tobytes() for image in drawn] == [image.tobytes() for image in again]
-    assert len(maps.maps) == 4
-    for of_tokens in maps.maps:
-        assert of_tokens.shape == (16, 28, 28)
-        torch.testing.assert_close(of_tokens.sum(0), torch.ones(28, 28))
-    heard = len(maps.heard)
     pipe("two", steps=1, progress=False)
-    assert len(maps.heard) == heard  # nobody listens any more
+    assert not maps.heard  # nobody listens any more
+
+
+def test_maps_of_several_batches_stand_in_the_order_of_the_pictures(pipe: TextToImage):
+    found = {}
+    for batch_size in (1, 3, 64):
+        with AttentionMaps(pipe.unet, pipe.side) as maps:
+            pipe(["a digit seven", "two"], num_images=2, steps=2, batch_size=batch_size, watch=maps, progress=False)
+        found[batch_size] = torch.stack(maps.maps)
+    torch.testing.assert_close(found[1], found[64], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[3], found[64], rtol=0, atol=1e-5)
 
 
 def test_words_find_their_tokens(pipe: TextToImage):
@@ -133,6 +156,59 @@ OPTIONS = {
 }
 
 
+def hostile(folder: Path, **chunks: str) -> str:
+    """A PNG with these text chunks, and prompts."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in {"prompts": '["a"]', "version": json.dumps(__version__), **chunks}.items():
+        info.add_itxt(f"cond_diffusion:{name}", value)
+    Image.new("L", (2, 2)).save(folder / "x.png", pnginfo=info)
+    return str(folder / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [
+        ({"output": '"planted.png"'}, "has a setting that is not known here: 'output'"),
+        ({"film": '"planted.gif"'}, "has a setting that is not known here: 'film'"),
+        ({"seed": "[" * 100_000}, "are damaged: seed: "),
+        ({"seed": "1" * 5000}, "are damaged: seed: "),
+        ({"seed": '"1'}, "are damaged: seed: "),
+        ({"seed": "null"}, "are damaged: seed: None"),
+        ({"prompts": '"a"'}, "are damaged: prompts: 'a'"),
+        ({"prompts": "[1]"}, "are damaged: prompts: [1]"),
+    ],
+    ids=["output", "film", "deep", "long", "cut", "null", "no list", "numbers"],
+)
+def test_a_picture_with_other_settings_than_ours_is_refused(tmp_path: Path, chunks: dict[str, str], message: str):
+    with pytest.raises(UserError) as refusal:
+        recorded_words(hostile(tmp_path, **chunks), [])
+    assert message in str(refusal.value)
+
+
+def test_another_sampler_or_picture_leaves_out_what_belonged_to_the_old_one(tmp_path: Path):
+    chunks = {"sampler": "ddim", "eta": "0.5", "image": "a.png", "strength": "0.3", "seed": "4"}
+    path = hostile(tmp_path, **{name: json.dumps(value) for name, value in chunks.items()})
+    everything = ["--sampler=ddim", "--eta=0.5", "--image=a.png", "--strength=0.3", "--seed=4"]
+    assert recorded_words(path, ["--eta", "1"])[1] == everything
+    assert recorded_words(path, ["--sampler", "euler"])[1] == [w for w in everything if "eta" not in w]
+    assert recorded_words(path, ["--image=b.png"])[1] == [w for w in everything if "strength" not in w]
+
+
+def test_a_film_that_is_too_large_costs_no_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = {"num_images": 100, "steps": 1, "seed": 0, "image": None, "mask": None, "strength": None}
+    with pytest.raises(UserError, match="--film: .*x.webp, 17204 x 84 pixels, cannot be written .* fewer pictures"):
+        draw_to_file(
+            ["seven"],
+            options,
+            checkpoint="builtin",
+            output=str(tmp_path / "x.png"),
+            film=str(tmp_path / "x.webp"),
+            attention_maps=None,
+        )
+    assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
+    assert capsys.readouterr().out == f"{tmp_path / 'x.png'}\n"
+
+
 def draw(prompts: list[str], output: Path, **changes: object) -> None:
     draw_to_file(
         prompts, {**OPTIONS, **changes}, checkpoint="builtin", output=str(output), film=None, attention_maps=None
@@ -170,11 +246,11 @@ def test_another_version_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     for name, value in (("prompts", ["a"]), ("version", "0.0.1"), ("seed", "5")):
         chunks.add_itxt(f"cond_diffusion:{name}", json.dumps(value))
     Image.new("L", (2, 2)).save(tmp_path / "old.png", pnginfo=chunks)
-    assert recorded_words(str(tmp_path / "old.png")) == (["a"], ["--seed=5"])
+    assert recorded_words(str(tmp_path / "old.png"), []) == (["a"], ["--seed=5"])
     assert re.search(r"old.png was drawn by version 0.0.1; this is [\d.]+", caplog.text)
 
 
 def test_a_picture_without_settings_is_refused(tmp_path: Path):
     Image.new("L", (2, 2)).save(tmp_path / "plain.png")
     with pytest.raises(UserError, match="plain.png does not say how it was drawn; expected a PNG that sample.py wrote"):
-        recorded_words(str(tmp_path / "plain.png"))
+        recorded_words(str(tmp_path / "plain.png"), [])

@@ -30,7 +30,7 @@ def correlated_denoiser(edit: Edit) -> Denoiser:
     return denoiser(x_0_hat, Prediction("sample", SCHEDULE), edit.keep)
 
 
-@pytest.mark.parametrize(("strength", "left"), [(0.0, 0), (0.1, 1), (0.5, 5), (0.95, 10), (1.0, 10)])
+@pytest.mark.parametrize(("strength", "left"), [(0.0, 0), (0.01, 1), (0.1, 1), (0.5, 5), (0.96, 10), (1.0, 10)])
 def test_strength_is_the_share_of_the_chain_that_is_left(strength: float, left: int):
     chain = SCHEDULE.shorter_chain(10)
     assert Edit(strength=strength).timesteps(chain) == chain[10 - left :]

@@ -20,15 +20,17 @@ PLAIN = GuidanceConfig()
 
 
 class Network:
-    """Predict the context's mean everywhere, and remember how it was called."""
+    """Predict the context's mean everywhere, and x_t `slope` times that mean; remember how it was called."""
 
-    def __init__(self) -> None:
+    def __init__(self, slope: float = 0.0) -> None:
+        self.slope = slope
         self.batches: list[int] = []
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         assert len(x_t) == len(t) == len(context)
         self.batches.append(len(x_t))
-        return torch.ones_like(x_t) * context.mean((1, 2)).reshape(-1, 1, 1, 1) + x_t
+        mean = context.mean((1, 2)).reshape(-1, 1, 1, 1)
+        return torch.ones_like(x_t) * mean + (1 + self.slope * mean) * x_t
 
 
 @pytest.mark.parametrize("scales", [[0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0], [3.0, 1.0, 0.0]])
@@ -77,14 +79,14 @@ def test_rescaling_is_that_of_diffusers(phi: float):
 
 
 def test_whole_rescaling_takes_back_all_of_the_deviation():
-    network = Network()
     scales = torch.tensor([5.0, 1.0, 5.0])
-    plain = guided(network, CONTEXT, NULL_CONTEXT * X_T.flatten(1)[:, :2, None], scales, PLAIN)(X_T, 9)
-    tamed = guided(network, CONTEXT, NULL_CONTEXT * X_T.flatten(1)[:, :2, None], scales, GuidanceConfig(rescale=1.0))(
-        X_T, 9
+    cond, plain, tamed = (
+        guided(Network(slope=0.1), CONTEXT, NULL_CONTEXT, w, config)(X_T, 9).flatten(1).std(1)
+        for w, config in ((torch.ones(3), PLAIN), (scales, PLAIN), (scales, GuidanceConfig(rescale=1.0)))
     )
-    torch.testing.assert_close(tamed.flatten(1).std(1), X_T.flatten(1).std(1))  # the conditional output's
-    torch.testing.assert_close(tamed[1], plain[1])
+    assert (plain[[0, 2]] > 1.5 * cond[[0, 2]]).all()
+    torch.testing.assert_close(tamed, cond)
+    torch.testing.assert_close(plain[1], cond[1])
 
 
 def test_dynamic_thresholding_cuts_at_the_quantile_and_leaves_alone_what_fits():
@@ -110,8 +112,9 @@ def test_one_scale_is_for_all_prompts_and_a_list_for_each():
     assert scale_of_each([1.0, 2.0], 2) == [1.0, 2.0]
     with pytest.raises(UserError, match="guidance_scale: 3 values for 2 prompts; expected one, or one for each"):
         scale_of_each((1.0, 2.0, 3.0), 2)
-    with pytest.raises(UserError, match="guidance_scale: inf must be a number from 0 on"):
-        scale_of_each([1.0, float("inf")], 2)
+    for wrong in (float("inf"), float("nan"), -1.0, 1e308):
+        with pytest.raises(UserError, match="guidance_scale: .* must be a number from 0 to 10000"):
+            scale_of_each([1.0, wrong], 2)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,7 @@ def test_one_scale_is_for_all_prompts_and_a_list_for_each():
     [
         ({"interval": (800, 200)}, "guidance_interval: 800 to 200 holds no timestep; expected the lower one first"),
         ({"interval": (-1, 200)}, "guidance_interval: -1 to 200"),
+        ({"interval": (200,)}, "guidance_interval: (200,) is no pair"),
         ({"rescale": 1.5}, "guidance_rescale: 1.5 must lie between 0"),
         ({"dynamic_thresholding": 0.0}, "dynamic_thresholding: 0.0 is a share"),
     ],

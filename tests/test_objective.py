@@ -61,6 +61,25 @@ def test_every_loss_is_its_papers_whatever_the_network_predicts(kind: Prediction
     assert ratio[0] > 0
 
 
+def test_the_variational_bound_weighs_the_decoder_as_a_gaussian_around_x_0_hat():
+    """-log N(x_0; x_0_hat, v) grows by error^2 / 2 v; the weights are of errors of eps, so both are brought there."""
+    objective = Objective(ObjectiveConfig(loss="variational_bound"), SCHEDULE)
+    noise_to_signal, posterior = 1 / SCHEDULE.snr, SCHEDULE.posterior(1, 0)
+    decoder = noise_to_signal[0] / (2 * posterior.variance)
+    next_one = noise_to_signal[1] * posterior.x_0_coefficient**2 / (2 * posterior.variance)
+    torch.testing.assert_close(objective.weight[0] / objective.weight[1], decoder / next_one)
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_a_start_without_signal_is_trained_or_the_loss_refused(loss: Loss):
+    schedule, config = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True)), ObjectiveConfig("v_prediction", loss)
+    if loss in ("epsilon", "min_snr"):
+        with pytest.raises(UserError, match=f"objective.loss: {loss} gives the last timestep no weight"):
+            Objective(config, schedule)
+    else:
+        assert Objective(config, schedule).weight[-1] > 0
+
+
 def test_the_default_is_the_epsilon_loss_itself():
     eps_hat = EPS + 0.5
     torch.testing.assert_close(loss_at_every_t(ObjectiveConfig(), eps_hat), torch.full((200,), 0.25).double())

@@ -11,7 +11,7 @@ from torch import Tensor
 from cond_diffusion.errors import UserError
 from cond_diffusion.prediction import Prediction, PredictionKind, denoiser
 from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.schedule_config import ScheduleConfig, to_diffusers
+from cond_diffusion.schedule_config import ScheduleConfig
 
 KINDS: tuple[PredictionKind, ...] = get_args(PredictionKind)
 SCHEDULE = NoiseSchedule(ScheduleConfig())
@@ -100,12 +100,3 @@ def test_bounds_change_x_0_hat_and_eps_hat_follows():
     denoised = denoise(x_t, 300)
     assert denoised.x_0_hat.abs().max() == 0.5
     torch.testing.assert_close(SCHEDULE.q_sample(denoised.x_0_hat, torch.full((8,), 300), denoised.eps_hat), x_t)
-
-
-def test_the_scheduler_file_of_a_score_network_is_refused_by_name_in_diffusers():
-    scheduler = DDIMScheduler.from_config(
-        {**to_diffusers(ScheduleConfig()), "_class_name": "DDIMScheduler", "prediction_type": "score"}
-    )
-    scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match="prediction_type given as score must be one of"):
-        scheduler.step(torch.zeros(1, 1), 999, torch.zeros(1, 1))

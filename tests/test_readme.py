@@ -37,7 +37,7 @@ COMMANDS = {
     "python train.py --config configs/folder.yaml data.source=my_pictures run_dir=runs/mine": (
         "train.max_steps=1 train.batch_size=2 unet.channels=[32,32,32]"
     ),
-    "python train.py objective.prediction=v_prediction objective.loss=min_snr schedule.zero_terminal_snr=true "
+    "python train.py objective.prediction=v_prediction objective.loss=v_prediction schedule.zero_terminal_snr=true "
     "run_dir=runs/v": "train.max_steps=1 train.batch_size=4",
     "python tests/benchmarks/objectives.py": "--predictions sample --losses sample --steps 1 --samples 10",
     "python -m cond_diffusion.evaluation": "--samples 10 --steps 2",

@@ -128,6 +128,7 @@ def test_a_scheduler_that_we_do_not_do_is_refused_by_name(field: str, value: obj
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"num_timesteps": 10**12}, "schedule.num_timesteps: 1000000000000 must lie between 1 and 1000000"),
         ({"betas": (0.1, 0.2)}, "schedule.betas: 2 values for schedule.num_timesteps=1000"),
         ({"num_timesteps": 2, "betas": (0.1, 1.5)}, "schedule.betas: number 1 is 1.5"),
         ({"num_timesteps": 2, "betas": (1.0, 1.0)}, "schedule.betas: number 0 is 1.0"),
@@ -140,6 +141,21 @@ def test_a_schedule_that_cannot_be_is_refused(fields: dict, message: str):
     with pytest.raises(UserError) as refusal:
         ScheduleConfig(**fields)
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("fields", [{"beta_start": 0.5, "beta_end": 0.99}, {"beta_start": 1e-18}])
+def test_betas_that_float64_cannot_multiply_are_refused(fields: dict):
+    with pytest.raises(UserError, match="schedule: betas so small .* or so large .*: alpha_bar, in float64, begins at"):
+        NoiseSchedule(ScheduleConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_train_timesteps", "1000"), ("trained_betas", 0.1), ("beta_schedule", ["x"]), ("clip_sample", 1)],
+)
+def test_a_scheduler_file_with_a_wrong_type_is_refused(field: str, value: object):
+    with pytest.raises(UserError, match="scheduler config: "):
+        from_diffusers({**to_diffusers(ScheduleConfig()), field: value})
 
 
 def test_an_offset_that_leads_beyond_the_chain_is_refused():

@@ -113,7 +113,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(bars_overrides: 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("prediction", "loss", "timesteps"),
-    [("epsilon", "epsilon", "uniform"), ("v_prediction", "min_snr", "logit_normal")],
+    [("epsilon", "epsilon", "uniform"), ("v_prediction", "v_prediction", "logit_normal")],
 )
 def test_a_few_pictures_are_learned_by_heart_and_the_text_chooses_among_them(
     bars_config: Config, prediction, loss, timesteps
