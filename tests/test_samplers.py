@@ -170,7 +170,7 @@ def their_trajectory(
         x = x_T / NoiseSchedule(config).level(int(scheduler.timesteps[0])).alpha
     for number, t in enumerate(scheduler.timesteps):
         output = network(scheduler.scale_model_input(x, t), int(t))
-        fresh = eps[number]
+        fresh = eps[min(number, steps - 1)]  # Heun's has two of its timesteps for one of ours, and no noise
         if scheduler_class == "DDPMScheduler":  # it takes a generator alone, not the noise itself
             if steps < config.num_timesteps and number == steps - 1:
                 fresh = 0 * fresh  # it adds noise to the last step of a shorter chain, which leads to the picture
