@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from cond_diffusion.errors import command_line
+from cond_diffusion.errors import Interrupted, command_line
 
 
 def main() -> None:
@@ -15,7 +15,9 @@ def main() -> None:
     config = parse_config(Config, "Train a text-to-image model.", default=default)
     try:
         train(config)
-    except KeyboardInterrupt as interruption:
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as interruption:  # before the first step or after the last
         message = "interrupted; the same command with resume=true goes on from the newest checkpoint"
         raise KeyboardInterrupt(message) from interruption
 

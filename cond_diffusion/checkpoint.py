@@ -7,10 +7,13 @@
                                        state/  what training needs to go on: raw weights, optimizer, progress
 
 A checkpoint is written into a hidden sibling, flushed to the disk and then renamed, so a folder named step-* is
-complete whenever the process or the machine stopped. Nothing in it can run code: safetensors, JSON and YAML only.
+complete whenever the process or the machine stopped. What happens to it later is seen by the sizes and checksums of its
+weights. Nothing in it can run code: safetensors, JSON and YAML only.
 """
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,6 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cond_diffusion.errors import UserError, first_line
+
+CHECKSUMS_NAME = "checksums.json"
+
+logger = logging.getLogger(__name__)
 
 
 def new_run_dir(path: str, or_else: str = "") -> Path:
@@ -50,25 +57,76 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, if it has one."""
-    return next(reversed(checkpoints(run_dir)), None)
+def newest_checkpoint(run_dir: Path, *, with_state: bool) -> Path | None:
+    """Return the newest checkpoint of a run that is whole, if it has any; name those that are not.
+
+    Raises UserError where none of them is.
+    """
+    problem = None
+    for checkpoint in reversed(checkpoints(run_dir)):
+        problem = damage(checkpoint, with_state=with_state)
+        if problem is None:
+            return checkpoint
+        logger.warning("%s: %s; going back to the checkpoint before it", checkpoint, problem)
+    if problem is not None:
+        raise UserError(f"{run_dir}: none of its checkpoints is whole: {problem}")
+    return None
+
+
+def damage(checkpoint: Path, *, with_state: bool) -> str | None:
+    """Say which of the weights' files is missing, was cut short or changed since it was written; None if none is.
+
+    with_state: look at the training state, too, which nobody needs for drawing.
+    """
+    try:
+        listed = json.loads((checkpoint / CHECKSUMS_NAME).read_text())
+    except FileNotFoundError:
+        return None  # of another make, or from before there were checksums
+    except json.JSONDecodeError:
+        return f"{CHECKSUMS_NAME} was cut short"
+    for name, expected in listed.items():
+        if name.startswith("state/") and not with_state:
+            continue
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} was cut short: {file.stat().st_size} of {expected['bytes']} bytes"
+        if _checksum(file) != expected["blake2b"]:
+            return f"{name} is not what was written: its checksum differs"
+    return None
 
 
 def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
-    """Let `write` fill a folder and make it the checkpoint of `step`; then delete all but the newest `keep`."""
+    """Let `write` fill a folder and make it the checkpoint of `step`; then delete all but the newest `keep`.
+
+    Raises UserError where it cannot be written, a full disk for example; the ones before it are then untouched.
+    """
     final = run_dir / "checkpoints" / f"step-{step:08d}"
     unfinished = final.with_name(f".{final.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it wrote this
-    unfinished.mkdir(parents=True)
-    write(unfinished)
-    for path in [*unfinished.rglob("*"), unfinished]:
-        _flush(path)
+    try:
+        unfinished.mkdir(parents=True)
+        write(unfinished)
+        files = sorted(unfinished.rglob("*.safetensors"))
+        listed = {
+            str(file.relative_to(unfinished)): {"bytes": file.stat().st_size, "blake2b": _checksum(file)}
+            for file in files
+        }
+        (unfinished / CHECKSUMS_NAME).write_text(json.dumps(listed, indent=2) + "\n")
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _flush(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"{final} cannot be written ({first_line(error)}); the checkpoints before it are untouched"
+        ) from error
+    if final.exists():  # one that was found damaged, and that the run now has come back to
+        _remove(final)
     unfinished.rename(final)
     _flush(final.parent)
     for old in checkpoints(run_dir)[:-keep]:
-        # Renamed first: a checkpoint that is half deleted must not look like one.
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.unfinished")))
+        _remove(old)
     return final
 
 
@@ -103,6 +161,16 @@ def load_state(folder: Path, network: nn.Module, optimizer: torch.optim.Optimize
             f"resume: {folder} is damaged, was cut short or belongs to another network ({first_line(error)}); "
             f"delete {folder.parent} to go on from the checkpoint before it"
         ) from error
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: a checkpoint that is half deleted must not look like one.
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")))
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "blake2b").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -5,11 +5,20 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
+from signal import SIGINT
 from typing import Any
 
 
 class UserError(ValueError):
     """Bad input. The message says what is wrong, where, what was expected and what to type; it is one line."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ended the work; the message says what was saved."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -31,7 +40,7 @@ def refuse_other_values(fields: dict[str, Any], only: dict[str, Any], where: str
 
 
 def command_line(main: Callable[[], None]) -> int:
-    """Run `main` as a command: bad input becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Run `main` as a command: bad input becomes one line and exit code 2, a signal 128 and its number (Ctrl-C 130)."""
     # The hub's client announces each of its retries; that it cannot be reached is one line, and ours to say.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
@@ -41,6 +50,7 @@ def command_line(main: Callable[[], None]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
-        print(str(interruption) or "interrupted", file=sys.stderr)
-        return 130
+        if os.environ.get("RANK", "0") == "0":
+            print(str(interruption) or "interrupted", file=sys.stderr)
+        return 128 + (interruption.signal if isinstance(interruption, Interrupted) else SIGINT)
     return 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cond_diffusion import latents, schedule_config
-from cond_diffusion.checkpoint import checkpoints
+from cond_diffusion.checkpoint import damage, newest_checkpoint
 from cond_diffusion.editing import Edit
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.guidance import GuidanceConfig, guided, scale_of_each, threshold_dynamically
@@ -263,12 +263,14 @@ def find_checkpoint(source: str | Path) -> Path:
         return BUILT_IN_MODEL
     folder = Path(source)
     if (folder / INDEX_NAME).is_file():
+        if problem := damage(folder, with_state=False):
+            raise UserError(f"{folder}: {problem}")
         return folder
     if folder.is_dir():
-        complete = checkpoints(folder)
-        if not complete:
+        newest = newest_checkpoint(folder, with_state=False)
+        if newest is None:
             raise UserError(f"{folder} holds no complete checkpoint: neither {INDEX_NAME} nor checkpoints/step-*")
-        return complete[-1]
+        return newest
     if str(source).count("/") != 1 or folder.is_absolute() or str(source).startswith("."):
         raise UserError(f"there is no checkpoint {source}; expected a run folder, a checkpoint folder or a hub id")
     try:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.checkpoint import newest_checkpoint
+from cond_diffusion.checkpoint import checkpoints
 from cond_diffusion.config import Config
 from cond_diffusion.pictures import grid
 from cond_diffusion.pipeline import TextToImage
@@ -80,8 +80,7 @@ class Reporter:
 
     def last_words(self) -> Path:
         """Say where the result is and what to type next."""
-        newest = newest_checkpoint(self.run_dir)
-        assert newest is not None  # the last step has written one
+        newest = checkpoints(self.run_dir)[-1]  # the last step has written it
         if self.accelerator.is_main_process:
             prompt = self.config.sample.prompts[0] if self.config.sample.prompts else "a prompt"
             print(f'wrote {newest}; next: python sample.py "{prompt}" --checkpoint {self.run_dir}')

@@ -33,6 +33,7 @@ from cond_diffusion.data import CaptionedImages, load_captioned_images, sample_i
 from cond_diffusion.ema import EMA
 from cond_diffusion.errors import UserError
 from cond_diffusion.guidance import drop_captions
+from cond_diffusion.interruption import Interruption
 from cond_diffusion.objective import Objective
 from cond_diffusion.pictures import to_model
 from cond_diffusion.pipeline import TextToImage
@@ -52,11 +53,10 @@ def train(config: Config) -> Path:
     if on_cpu:
         _share_cores()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=_precision(config.train, on_cpu))
-    run_dir = _find_run(config)
+    run_dir, newest = _find_run(config)
     with accelerator.main_process_first():  # the others then read what the first one has cached
         data = load_captioned_images(config.data, progress=accelerator.is_main_process)
     # A resumed run reads with the encoder that its checkpoint holds, whatever has become of the one that it began with.
-    newest = newest_checkpoint(run_dir)
     encoder = config.text.encoder if newest is None else newest
     text_encoder = TextEncoder.from_pretrained(encoder, config.text.max_length).to(accelerator.device)
     batches = Batches(config, data, _embed_captions(data, text_encoder, accelerator), accelerator)
@@ -73,25 +73,33 @@ def train(config: Config) -> Path:
     _make_run(run_dir, config, accelerator)
 
     reporter = Reporter(config, run_dir, start, batches.per_step, accelerator)
-    for step in reporter.steps():
-        loss = _accumulate_gradients(network, batches, step, accelerator)
-        gradient_norm = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
-        rate = learning_rate(config.train, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(unet, step + 1)
+    done = start
+    with Interruption(accelerator) as interruption:
+        for step in reporter.steps():
+            loss = _accumulate_gradients(network, batches, step, accelerator)
+            gradient_norm = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
+            rate = learning_rate(config.train, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(unet, step + 1)
 
-        done = step + 1
-        reporter.log(done, loss, gradient_norm, rate)
-        if accelerator.is_main_process:
-            if _is_due(done, config.train.checkpoint_every) or done == config.train.max_steps:
-                _save(run_dir, config, {"step": done, "samples_per_step": batches.per_step}, pipe, unet, optimizer)
-            if config.sample.prompts and _is_due(done, config.train.sample_every):
-                reporter.draw(done, pipe)
+            done = step + 1
+            reporter.log(done, loss, gradient_norm, rate)
+            leaving = interruption.noted(done) or done == config.train.max_steps
+            if accelerator.is_main_process:
+                if leaving or _is_due(done, config.train.checkpoint_every):
+                    progress = {"step": done, "samples_per_step": batches.per_step}
+                    _save(run_dir, config, progress, pipe, unet, optimizer, must=leaving)
+                if config.sample.prompts and _is_due(done, config.train.sample_every):
+                    reporter.draw(done, pipe)
+            if leaving:
+                break
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if interruption.signal is not None and done < config.train.max_steps:
+        interruption.leave(done)
     return reporter.last_words()
 
 
@@ -223,16 +231,18 @@ def _embed_captions(data: CaptionedImages, text_encoder: TextEncoder, accelerato
     return text_encoder.table(captions, progress=accelerator.is_main_process)
 
 
-def _find_run(config: Config) -> Path:
-    """Return the folder for a new run, or with `resume` that of the run that is there, if it has the same config."""
+def _find_run(config: Config) -> tuple[Path, Path | None]:
+    """Return the folder for a new run; or with `resume` that of the run that is there, if it has the same config, and
+    the newest of its checkpoints that is whole.
+    """
     if not config.resume:
-        return new_run_dir(config.run_dir, or_else=", or go on with it by resume=true")
+        return new_run_dir(config.run_dir, or_else=", or go on with it by resume=true"), None
     run_dir = Path(config.run_dir)
     if not (run_dir / "config.yaml").exists():
-        return new_run_dir(config.run_dir, or_else="; it is no run that could be resumed")
-    if newest := newest_checkpoint(run_dir):
+        return new_run_dir(config.run_dir, or_else="; it is no run that could be resumed"), None
+    if newest := newest_checkpoint(run_dir, with_state=True):
         _check_unchanged(config, load_config(Config, newest / "config.yaml"))
-    return run_dir
+    return run_dir, newest
 
 
 def _make_run(run_dir: Path, config: Config, accelerator: Accelerator) -> None:
@@ -267,11 +277,25 @@ def _resume(newest: Path, per_step: int, unet: UNet, ema: EMA[UNet], optimizer: 
 
 
 def _save(
-    run_dir: Path, config: Config, progress: dict[str, int], pipe: TextToImage, unet: UNet, optimizer: Any
+    run_dir: Path,
+    config: Config,
+    progress: dict[str, int],
+    pipe: TextToImage,
+    unet: UNet,
+    optimizer: Any,
+    *,
+    must: bool,
 ) -> None:
+    """Write a checkpoint. On a full disk the run goes on without it, unless it `must` be written."""
+
     def write(folder: Path) -> None:
         pipe.save_pretrained(folder)
         save_config(config, folder / "config.yaml")
         save_state(folder / "state", unet, optimizer, progress)
 
-    save_checkpoint(run_dir, progress["step"], write, keep=config.train.keep_checkpoints)
+    try:
+        save_checkpoint(run_dir, progress["step"], write, keep=config.train.keep_checkpoints)
+    except UserError as error:
+        if must:
+            raise
+        logger.warning("%s", error)

@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM: finish the step, save, and leave with a line that says how to go on."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from cond_diffusion.errors import Interrupted
+
+ASK_EVERY = 10  # steps; several processes must leave at the same one, and to agree they wait for each other
+
+
+class Interruption:
+    """While its context is open a first signal is only noted; a second one of them leaves at once."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.signal: int | None = None
+
+    def __enter__(self) -> "Interruption":
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise Interrupted("interrupted again: left without saving", number)
+        self.signal = number
+
+    def noted(self, done: int) -> bool:
+        """Say, after step `done`, whether any process has been signalled."""
+        if self.accelerator.num_processes == 1:
+            return self.signal is not None
+        if done % ASK_EVERY:
+            return False
+        mine = torch.tensor([0 if self.signal is None else self.signal], device=self.accelerator.device)
+        noted = int(self.accelerator.gather(mine).max())  # type: ignore[union-attr]
+        self.signal = self.signal or noted or None
+        return self.signal is not None
+
+    def leave(self, done: int) -> None:
+        """Raise what ends the command."""
+        assert self.signal is not None
+        raise Interrupted(
+            f"interrupted at step {done}, which is saved; the same command with resume=true goes on from there",
+            self.signal,
+        )
