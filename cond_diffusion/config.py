@@ -32,6 +32,8 @@ class TrainConfig:
     batch_size: samples in one forward pass of one process. A step sees batch_size x gradient_accumulation_steps x
     processes.
     learning_rate, learning_rate_schedule, warmup_steps: the peak; what follows the linear warm-up to it.
+    decay_steps: how many of the last steps the schedule "warmup_stable_decay" falls in.
+    max_bad_steps: how many steps in a row may have gradients that are not finite, and be skipped, before the run ends.
     ema_width: the width of the average of the weights, as a share of the training so far (Karras et al. 2024,
     sigma_rel).
     caption_dropout: how often a caption is replaced by the empty one, so that the network learns to do without it, too.
@@ -41,10 +43,12 @@ class TrainConfig:
     batch_size: int = 64
     max_steps: int = 10_000
     learning_rate: float = 1e-3
-    learning_rate_schedule: Literal["constant", "cosine"] = "cosine"
+    learning_rate_schedule: Literal["constant", "cosine", "warmup_stable_decay"] = "cosine"
     warmup_steps: int = 200
+    decay_steps: int = 1000
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    max_bad_steps: int = 10
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["no", "bf16"] = "no"
     ema_width: float = 0.1
@@ -55,13 +59,14 @@ class TrainConfig:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_steps", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
+        counts = ("batch_size", "max_steps", "gradient_accumulation_steps", "max_bad_steps", "keep_checkpoints")
+        for name in (*counts, "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}: {getattr(self, name)} must be at least 1")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"train.{name}: {getattr(self, name)} must be above 0")
-        for name in ("warmup_steps", "weight_decay", "checkpoint_every", "sample_every"):
+        for name in ("warmup_steps", "decay_steps", "weight_decay", "checkpoint_every", "sample_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name}: {getattr(self, name)} must not be negative")
         if not 0 <= self.caption_dropout <= 1:

@@ -1,6 +1,7 @@
 """What a run shows while it trains: a progress bar, `metrics.jsonl`, grids of samples, and a last line."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
@@ -54,8 +55,8 @@ class Reporter:
         line = {
             "step": done,
             "images": done * self.images_per_step,
-            "loss": mean_loss,
-            "gradient_norm": float(gradient_norm),
+            "loss": _or_none(mean_loss),
+            "gradient_norm": _or_none(float(gradient_norm)),
             "learning_rate": learning_rate,
             "images_per_second": round(steps * self.images_per_step / seconds, 1),
         }
@@ -85,6 +86,11 @@ class Reporter:
             prompt = self.config.sample.prompts[0] if self.config.sample.prompts else "a prompt"
             print(f'wrote {newest}; next: python sample.py "{prompt}" --checkpoint {self.run_dir}')
         return newest
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no word for what is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def _drop_metrics_after(file: Path, step: int) -> None:

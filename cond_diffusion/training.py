@@ -1,16 +1,10 @@
-"""Training: the loop, and what a step is made of.
-
-A step draws `gradient_accumulation_steps` x processes micro-batches. Everything random in micro-batch m of step s is a
-function of (seed, s, m): which samples, which of their captions, noise, timesteps, dropped captions. So a resumed run
-equals one that was never stopped, and 2 processes equal 1 with twice the accumulation.
-"""
+"""Training: the loop, and what begins and ends it."""
 
 import logging
 import math
 import os
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +13,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from cond_diffusion import latents
+from cond_diffusion.batches import Batches
 from cond_diffusion.checkpoint import (
     load_state,
     make_run_dir,
@@ -29,17 +23,12 @@ from cond_diffusion.checkpoint import (
     save_state,
 )
 from cond_diffusion.config import Config, TrainConfig, load_config, save_config
-from cond_diffusion.data import CaptionedImages, load_captioned_images, sample_indices
+from cond_diffusion.data import CaptionedImages, load_captioned_images
 from cond_diffusion.ema import EMA
 from cond_diffusion.errors import UserError
-from cond_diffusion.guidance import drop_captions
 from cond_diffusion.interruption import Interruption
-from cond_diffusion.objective import Objective
-from cond_diffusion.pictures import to_model
 from cond_diffusion.pipeline import TextToImage
-from cond_diffusion.randomness import generator
 from cond_diffusion.reporting import Reporter
-from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.text import ContextTable, TextEncoder
 from cond_diffusion.unet import UNet
 from cond_diffusion.unet_config import UNetConfig
@@ -73,17 +62,22 @@ def train(config: Config) -> Path:
     _make_run(run_dir, config, accelerator)
 
     reporter = Reporter(config, run_dir, start, batches.per_step, accelerator)
-    done = start
+    done, bad = start, 0
     with Interruption(accelerator) as interruption:
         for step in reporter.steps():
             loss = _accumulate_gradients(network, batches, step, accelerator)
-            gradient_norm = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
+            gradient_norm: Any = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
             rate = learning_rate(config.train, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.step()
+            # The same on all processes, which have exchanged their gradients.
+            bad = 0 if torch.isfinite(gradient_norm) else bad + 1
+            if bad:
+                _skip(step, bad, batches, accelerator)
+            else:
+                optimizer.step()
+                ema.update(unet, step + 1)
             optimizer.zero_grad()
-            ema.update(unet, step + 1)
 
             done = step + 1
             reporter.log(done, loss, gradient_norm, rate)
@@ -123,7 +117,8 @@ def complete_unet_config(config: Config, context_dim: int) -> UNetConfig:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rise linearly over `warmup_steps`, then stay, or fall to 0 at `max_steps` along half a cosine.
+    """Rise linearly over `warmup_steps`, then stay, or fall to 0 at `max_steps`: all the way along half a cosine, or in
+    a straight line over the last `decay_steps` (Hu et al. 2024, "MiniCPM", section 4).
 
     A function of the step alone: no scheduler's state can be lost, or be stepped once for each process.
     """
@@ -134,51 +129,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         case "cosine":
             left = max(1, config.max_steps - config.warmup_steps)
             decay = (1 + math.cos(math.pi * max(0, step - config.warmup_steps) / left)) / 2
+        case "warmup_stable_decay":
+            decay = min(1.0, (config.max_steps - step) / (config.decay_steps + 1))
     return config.learning_rate * warmup * decay
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward pass of one process reads."""
-
-    x_0: Float[Tensor, "b c h w"]
-    context: Float[Tensor, "b l d"]
-    t: Tensor
-    eps: Float[Tensor, "b c h w"]
-
-
-class Batches:
-    """Micro-batches by their number."""
-
-    def __init__(self, config: Config, data: CaptionedImages, contexts: ContextTable, accelerator: Accelerator) -> None:
-        self.config = config
-        self.data = data
-        self.contexts = contexts
-        self.objective = Objective(config.objective, NoiseSchedule(config.schedule))
-        self.processes, self.process = accelerator.num_processes, accelerator.process_index
-        self.device = accelerator.device
-        self.per_step = config.train.batch_size * config.train.gradient_accumulation_steps * self.processes
-
-    def of_step(self, step: int) -> Iterator[MicroBatch]:
-        """Yield this process's share of a step."""
-        rounds = self.config.train.gradient_accumulation_steps
-        for i in range(rounds):
-            yield self._draw(step, i * self.processes + self.process, rounds * self.processes)
-
-    def _draw(self, step: int, number: int, numbers: int) -> MicroBatch:
-        seed, train = self.config.seed, self.config.train
-        first = (step * numbers + number) * train.batch_size
-        indices = sample_indices(len(self.data), seed, first, train.batch_size)
-        captions = self.data.draw_captions(indices, generator("captions", seed, step, number))
-        x_0 = latents.encode(to_model(self.data.images[indices].to(self.device)), self.config.latent.patch_size)
-        draw = generator("noise", seed, step, number, device=self.device)
-        null_context = self.contexts[[""]][0]
-        return MicroBatch(
-            x_0=x_0,
-            context=drop_captions(self.contexts[captions], null_context, train.caption_dropout, draw),
-            t=self.objective.draw_timesteps(train.batch_size, generator("timesteps", seed, step, number)),
-            eps=torch.randn(x_0.shape, generator=draw, device=self.device),
-        )
 
 
 def _accumulate_gradients(network: Any, batches: Batches, step: int, accelerator: Accelerator) -> Float[Tensor, ""]:
@@ -192,6 +145,18 @@ def _accumulate_gradients(network: Any, batches: Batches, step: int, accelerator
             accelerator.backward(loss / rounds)
         total += loss.detach() / rounds
     return total
+
+
+def _skip(step: int, bad: int, batches: Batches, accelerator: Accelerator) -> None:
+    """Say which samples gave gradients that are not finite; raise UserError when there were too many such steps."""
+    if accelerator.is_main_process:
+        indices = batches.indices_of_step(step).tolist()
+        logger.warning("step %d has gradients that are not finite and is skipped; its samples: %s", step + 1, indices)
+    if bad >= batches.config.train.max_bad_steps:
+        raise UserError(
+            f"train.max_bad_steps: {bad} steps in a row, up to step {step + 1}, had gradients that are not finite; the "
+            "newest checkpoint is from before them or among them; try a lower train.learning_rate"
+        )
 
 
 def _is_due(done: int, every: int) -> bool:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from cond_diffusion import TextToImage, training
 from cond_diffusion.checkpoint import checkpoints, save_checkpoint
 from cond_diffusion.config import Config, TrainConfig
+from cond_diffusion.data import sample_indices
 from cond_diffusion.ema import EMA, power_of_width
 from cond_diffusion.errors import UserError
 from cond_diffusion.objective import ObjectiveConfig
@@ -160,6 +161,9 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert learning_rate(config, 9) == pytest.approx(2.0)
     assert learning_rate(config, 9 + 101 // 2) == pytest.approx(1.0, abs=0.02)
     assert learning_rate(config, 109) == pytest.approx(0.0, abs=1e-3)
+    stable = replace(config, learning_rate_schedule="warmup_stable_decay", decay_steps=19)
+    assert [learning_rate(stable, step) for step in (0, 9, 89, 90)] == pytest.approx([0.2, 2.0, 2.0, 2.0])
+    assert [learning_rate(stable, step) for step in (91, 100, 109)] == pytest.approx([1.9, 1.0, 0.1])
     constant = replace(config, learning_rate_schedule="constant")
     assert learning_rate(constant, 0) == pytest.approx(0.2)
     assert learning_rate(constant, 109) == 2.0
@@ -252,6 +256,42 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(bars_config: Confi
     victim.write_bytes(b"")
     with pytest.raises(UserError, match=r"none of its checkpoints is whole: state/unet.safetensors was cut short"):
         train(replace(bars_config, resume=True))
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps whose pictures become infinite; to be filled by the test."""
+    steps: list[int] = []
+    draw = training.Batches._draw
+
+    def maybe_poisoned(self: Any, step: int, number: int, numbers: int) -> Any:
+        batch = draw(self, step, number, numbers)
+        return replace(batch, x_0=batch.x_0 * torch.inf) if step in steps else batch
+
+    monkeypatch.setattr(training.Batches, "_draw", maybe_poisoned)
+    return steps
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_named(
+    bars_config: Config, poisoned: list[int], caplog: pytest.LogCaptureFixture
+):
+    before = weights(train(changed(bars_config, max_steps=2)))
+    poisoned += [2]
+    after = weights(train(replace(changed(bars_config, max_steps=3), resume=True)))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    indices = sample_indices(64, bars_config.seed, 16, 8).tolist()
+    assert f"step 3 has gradients that are not finite and is skipped; its samples: {indices}" in caplog.text
+    assert metrics(Path(bars_config.run_dir))[-1]["loss"] is None
+    poisoned.clear()
+    assert metrics(Path(train(replace(bars_config, resume=True)).parent.parent))[-1]["loss"] < 10  # it goes on
+
+
+def test_too_many_such_steps_end_the_run_and_leave_the_last_good_checkpoint(bars_config: Config, poisoned: list[int]):
+    poisoned += [1, 3, 4, 5]
+    with pytest.raises(UserError, match="train.max_bad_steps: 3 steps in a row, up to step 6, had gradients that"):
+        train(changed(bars_config, max_steps=9, max_bad_steps=3))
+    newest = checkpoints(Path(bars_config.run_dir))[-1]
+    assert all(value.isfinite().all() for value in weights(newest).values())
 
 
 def test_a_full_disk_costs_the_new_checkpoint_and_never_the_old_one(
