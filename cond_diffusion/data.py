@@ -5,9 +5,11 @@ cropped to `resolution` x `resolution`. Captions are kept once each: a *caption 
 the same ("a digit seven", "7"), and an image belongs to one group.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from string import Formatter
 from typing import Any, cast
@@ -15,31 +17,34 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import torch
-from datasets.data_files import EmptyDatasetError
-from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from einops import rearrange
 from jaxtyping import Int64, UInt8
+from PIL import Image, ImageColor
 from torch import Tensor
 from tqdm import tqdm
 
 from cond_diffusion.errors import UserError, did_you_mean, first_line
-from cond_diffusion.pictures import PILLOW_MODES, fit
+from cond_diffusion.pictures import CANNOT_READ, PILLOW_MODES, fit
 from cond_diffusion.randomness import generator
+from cond_diffusion.sources import open_source
 
-BUILT_IN_SOURCES = {"mnist": Path(__file__).parent / "assets" / "mnist"}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which pictures, and what they are called.
 
-    source: a built-in name ("mnist"), a folder (pictures with metadata, or Parquet files), a Parquet file, or a hub id.
+    source: a built-in name ("mnist"), a folder (pictures with metadata, pictures with name.txt beside name.png, or
+        Parquet files), a Parquet file, or a hub id.
     image_column, caption_column: the columns that hold the pictures and their captions (text, a list of texts, or a
     label).
     resolution, channels: the pictures' side in pixels; 1 for grey or 3 for RGB.
     caption_templates: where the caption column is a label, the captions made of it: "a digit {word}" names a list of
         `label_names`; "{label}" is the name that the data set itself gives the label.
     label_names: for each word in braces, the label's name by its number.
+    background: the colour, a name or #rrggbb, that transparent pictures are laid on.
+    max_bad_fraction: the share of pictures that may be unreadable, and are left out.
     """
 
     source: str = "mnist"
@@ -49,12 +54,22 @@ class DataConfig:
     channels: int = 1
     caption_templates: tuple[str, ...] = ()
     label_names: dict[str, list[str]] = field(default_factory=dict)
+    background: str = "black"
+    max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
         if self.channels not in PILLOW_MODES:
             raise UserError(f"data.channels: {self.channels} must be 1 (grey) or 3 (RGB)")
         if self.resolution < 1:
             raise UserError(f"data.resolution: {self.resolution} must be at least 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"data.max_bad_fraction: {self.max_bad_fraction} is a share: expected 0 to 1")
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError as error:
+            raise UserError(
+                f"data.background: {self.background!r} is no colour; expected a name such as white, or #rrggbb"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,7 @@ def load_captioned_images(config: DataConfig, split: str = "train", *, progress:
 
     Raises UserError where the source, a column or a template does not fit, naming the key and what is there instead.
     """
-    table = _open_source(config.source, split)
+    table = open_source(config.source, split)
     if len(table) == 0:
         raise UserError(f"data.source: {config.source} ({split}) holds no examples; expected at least one picture")
     for key, column in (("image_column", config.image_column), ("caption_column", config.caption_column)):
@@ -94,26 +109,65 @@ def load_captioned_images(config: DataConfig, split: str = "train", *, progress:
     cells = table.data.column(config.caption_column).to_pylist()
     group_of = [group_numbers.setdefault(captions_of(cell), len(group_numbers)) for cell in cells]
 
+    images, read = _decode(table, config, f"reading {config.source} ({split})", progress)
+    return CaptionedImages(images=images, group_of=torch.tensor(group_of)[read], caption_groups=tuple(group_numbers))
+
+
+def _decode(
+    table: datasets.Dataset, config: DataConfig, title: str, progress: bool
+) -> tuple[UInt8[Tensor, "n c h w"], Int64[Tensor, " n"]]:
+    """Return the pictures that can be read, and in which rows they stand; name the others.
+
+    Raises UserError if more than `max_bad_fraction` cannot be read.
+    """
     size = (config.resolution, config.resolution)
-    shape = (*size, config.channels)
-    decoded = np.empty((len(table), *shape), dtype=np.uint8)
-    number = 0
+    decoded = np.empty((len(table), *size, config.channels), dtype=np.uint8)
+    read: list[int] = []
+    bad: list[str] = []
+    enlarged = 0
     try:
-        pictures = table.select_columns(config.image_column).cast_column(config.image_column, datasets.Image())
-        rows = tqdm(pictures, f"reading {config.source} ({split})", disable=not progress, leave=False)
-        for row in cast(Iterable[dict[str, Any]], rows):
-            decoded[number] = np.asarray(fit(row[config.image_column], size, config.channels)).reshape(shape)
-            number += 1
-    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+        files = table.select_columns(config.image_column)
+        files = files.cast_column(config.image_column, datasets.Image(decode=False))
+    except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(
-            f"data.image_column: {config.image_column!r} of {config.source} holds no picture that can be read in row "
-            f"{number} of {len(table)}, counted from 0 ({first_line(error)})"
+            f"data.image_column: {config.image_column!r} of {config.source} holds no pictures ({first_line(error)})"
         ) from error
-    return CaptionedImages(
-        images=rearrange(torch.from_numpy(decoded), "n h w c -> n c h w").contiguous(),
-        group_of=torch.tensor(group_of),
-        caption_groups=tuple(group_numbers),
-    )
+    rows = cast(Iterable[dict[str, Any]], tqdm(files, title, disable=not progress, leave=False))
+    for number, row in enumerate(rows):
+        try:
+            picture = _open_cell(row[config.image_column])
+            enlarged += min(picture.size) < config.resolution
+            pixels = np.asarray(fit(picture, size, config.channels, config.background))
+        except CANNOT_READ as error:
+            bad.append(f"row {number} of {len(table)}, counted from 0 ({first_line(error)})")
+            continue
+        decoded[len(read)] = pixels.reshape(decoded.shape[1:])
+        read.append(number)
+    where = f"data.image_column: {config.image_column!r} of {config.source}"
+    if len(bad) > config.max_bad_fraction * len(table) or not read:
+        raise UserError(
+            f"{where}: {len(bad)} of {len(table)} pictures cannot be read, more than data.max_bad_fraction "
+            f"({config.max_bad_fraction}); the first are in {'; '.join(bad[:3])}"
+        )
+    if progress:
+        for line in bad:
+            logger.warning("%s holds no picture that can be read in %s; it is left out", where, line)
+        if enlarged:
+            logger.warning(
+                "%d of %d pictures are smaller than data.resolution (%d) and are enlarged",
+                enlarged,
+                len(read),
+                config.resolution,
+            )
+    images = rearrange(torch.from_numpy(decoded[: len(read)]), "n h w c -> n c h w").contiguous()
+    return images, torch.tensor(read)
+
+
+def _open_cell(cell: dict[str, Any] | None) -> Image.Image:
+    """Open what a column of pictures holds where it is not decoded: the bytes of a file, or its path."""
+    if cell is None:
+        raise ValueError("the cell is empty")
+    return Image.open(BytesIO(Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]))
 
 
 def sample_indices(num_samples: int, seed: int, start: int, count: int) -> Int64[Tensor, " count"]:
@@ -129,55 +183,6 @@ def sample_indices(num_samples: int, seed: int, start: int, count: int) -> Int64
 @lru_cache(maxsize=2)
 def _epoch_order(num_samples: int, seed: int, epoch: int) -> Int64[Tensor, " num_samples"]:
     return torch.randperm(num_samples, generator=generator("order", seed, epoch))
-
-
-def _open_source(source: str, split: str) -> datasets.Dataset:
-    """Find out what `source` is, and open it with `datasets`."""
-    path = BUILT_IN_SOURCES.get(source, Path(source))
-    folder: str | None = None
-    files: dict[str, list[str]] | None = None
-    if path.is_dir():
-        parquet = sorted(path.glob("*.parquet"))
-        of_split = [file for file in parquet if file.stem.startswith(split)]
-        if parquet and not of_split and split == "train":  # files that are named after no split are for training
-            of_split = [file for file in parquet if not file.stem.startswith(("test", "val"))]
-        if (path / "metadata.parquet").exists() or not parquet:
-            builder, folder = "imagefolder", str(path)
-        elif not of_split:
-            raise UserError(f"data.source: {source} has no split {split!r}: no file {split}*.parquet")
-        else:
-            builder, files = "parquet", {split: list(map(str, of_split))}
-    elif path.is_file():
-        if path.suffix != ".parquet":
-            raise UserError(f"data.source: {source} is no Parquet file; expected a .parquet file, a folder or a hub id")
-        builder, files = "parquet", {"train": [str(path)]}
-    elif path.is_absolute() or source.startswith(".") or path.suffix or source.count("/") != 1:
-        raise UserError(
-            f"data.source: no file or folder {source}{did_you_mean(source, BUILT_IN_SOURCES)}; "
-            "expected mnist, a folder, a Parquet file or a hub id such as ylecun/mnist"
-        )
-    else:
-        builder = source
-    try:
-        found = datasets.load_dataset(builder, data_dir=folder, data_files=files)
-    except (DataFilesNotFoundError, EmptyDatasetError) as error:
-        raise UserError(f"data.source: {source} holds no pictures and no Parquet files") from error
-    except (OSError, DatasetNotFoundError) as error:
-        raise UserError(
-            f"data.source: cannot open {source}: there is no such file or folder, and as a hub id it cannot be fetched "
-            f"({first_line(error)}); check the name and the network, or download it and give the folder"
-        ) from error
-    except ValueError as error:
-        if "corresponds to no data" in str(error):  # what `datasets` says of a split without rows
-            raise UserError(
-                f"data.source: {source} ({split}) holds no examples; expected at least one picture"
-            ) from error
-        raise UserError(f"data.source: cannot read {source}: {first_line(error)}") from error
-    except DatasetGenerationError as error:
-        raise UserError(f"data.source: cannot read {source}: {first_line(error.__cause__ or error)}") from error
-    if split not in found:
-        raise UserError(f"data.source: {source} has no split {split!r}; it has {', '.join(map(repr, found))}")
-    return found[split]
 
 
 def _caption_reader(config: DataConfig, feature: Any) -> Callable[[Any], tuple[str, ...]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from cond_diffusion.errors import UserError, first_line
 
 PILLOW_MODES = {1: "L", 3: "RGB"}
+CANNOT_READ = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)  # Pillow's words
 CHUNK_PREFIX = "cond_diffusion:"
 
 
@@ -45,21 +46,19 @@ def from_pillow(picture: Image.Image) -> Float[Tensor, "c h w"]:
     return to_model(rearrange(pixels, "h w c -> 1 c h w"))[0]
 
 
-def upright(picture: Image.Image) -> Image.Image:
-    """Turn upright what a camera marked as rotated, in grey or RGB of 8 bits; what is transparent becomes black."""
+def upright(picture: Image.Image, background: str = "black") -> Image.Image:
+    """Turn upright what a camera marked as rotated, in grey or RGB of 8 bits; transparent ones lie on `background`."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow would cut them at 255
         picture = picture.point(lambda value: value * (1 / 257)).convert("L")
     if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture.convert("RGBA"))
     return picture if picture.mode in PILLOW_MODES.values() else picture.convert("L" if picture.mode == "1" else "RGB")
 
 
-def fit(picture: Image.Image | None, size: tuple[int, int], channels: int) -> Image.Image:
+def fit(picture: Image.Image, size: tuple[int, int], channels: int, background: str = "black") -> Image.Image:
     """Turn upright, resize the short side to the size (width, height) with antialiasing, and crop the centre."""
-    if picture is None:
-        raise ValueError("the cell is empty")
-    picture = upright(picture).convert(PILLOW_MODES[channels])
+    picture = upright(picture, background).convert(PILLOW_MODES[channels])
     return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
 
 
@@ -86,7 +85,7 @@ def open_picture(path: str, option: str) -> Image.Image:
             return upright(picture)
     except FileNotFoundError as error:
         raise UserError(f"{option}: there is no file {path}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of them Pillow's words
+    except CANNOT_READ as error:
         raise UserError(f"{option}: {path} holds no picture that can be read ({first_line(error)})") from error
 
 

@@ -111,6 +111,58 @@ def test_unusual_pictures_become_grey_or_rgb_of_8_bits():
     assert upright(rotated).size == (3, 2)
 
 
+def test_transparent_pictures_lie_on_the_background(tmp_path: Path):
+    Image.new("RGBA", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("nothing")
+    for background, expected in (("black", 0), ("#ff0000", 76), ("white", 255)):
+        assert load(replace(BARS, source=str(tmp_path), background=background)).images.unique().tolist() == [expected]
+    with pytest.raises(UserError, match="data.background: 'rouge' is no colour; expected a name such as white"):
+        replace(BARS, background="rouge")
+
+
+def test_captions_can_lie_beside_their_pictures(tmp_path: Path, bars_folder: Path):
+    expected = load(replace(BARS, source=str(bars_folder)))
+    tmp_path = tmp_path / "beside"
+    tmp_path.mkdir()
+    for line in (bars_folder / "metadata.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        (tmp_path / row["file_name"]).write_bytes((bars_folder / row["file_name"]).read_bytes())
+        (tmp_path / row["file_name"]).with_suffix(".txt").write_text(f"{row['text']}\n")
+    assert as_pairs(load(replace(BARS, source=str(tmp_path)))) == as_pairs(expected)
+    with pytest.raises(UserError, match="has no split 'test': no folder test"):
+        load(replace(BARS, source=str(tmp_path)), "test")
+    victim = next(tmp_path.glob("*.txt"))
+    victim.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not valid text .*; expected UTF-8"):
+        load(replace(BARS, source=str(tmp_path)))
+    victim.unlink()
+    with pytest.raises(UserError, match=f"has no caption: there is no {victim.name} beside it"):
+        load(replace(BARS, source=str(tmp_path)))
+
+
+def test_pictures_that_cannot_be_read_are_named_and_left_out_up_to_a_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for i in range(8):
+        Image.fromarray(bar(0, i).numpy()).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:50])
+    (tmp_path / "5.png").write_text("no picture at all")
+    data = load_captioned_images(replace(BARS, source=str(tmp_path), max_bad_fraction=0.25), progress=True)
+    assert [data.caption_groups[i][0] for i in data.group_of.tolist()] == [f"number {i}" for i in (0, 1, 2, 4, 6, 7)]
+    assert torch.equal(data.images[3, 0], bar(0, 4))
+    assert "holds no picture that can be read in row 3 of 8" in caplog.text
+    assert "holds no picture that can be read in row 5 of 8" in caplog.text
+    with pytest.raises(UserError, match=r"2 of 8 pictures cannot be read, more than data.max_bad_fraction \(0.24\)"):
+        load(replace(BARS, source=str(tmp_path), max_bad_fraction=0.24))
+
+
+def test_pictures_that_are_too_small_are_counted(bars_folder: Path, caplog: pytest.LogCaptureFixture):
+    data = load_captioned_images(replace(BARS, source=str(bars_folder), resolution=16), progress=True)
+    assert data.images.shape[2:] == (16, 16)
+    assert f"{len(data)} of {len(data)} pictures are smaller than data.resolution (16)" in caplog.text
+
+
 def test_bytes_survive_the_way_to_the_model_and_back():
     every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     assert to_model(every).min() == -1
@@ -137,7 +189,10 @@ def test_every_sample_is_seen_once_an_epoch_in_an_order_of_its_own():
         ),
         ({"image_column": "picture"}, r"data.image_column: no column 'picture' in .*; it has 'image', 'text'"),
         ({"caption_column": "image"}, "data.caption_column: 'image' holds"),
-        ({"image_column": "text"}, "data.image_column: 'text' of .* holds no picture that can be read in row 0 of 6"),
+        (
+            {"image_column": "text"},
+            "data.image_column: 'text' of .*: 6 of 6 pictures cannot be read, .* the first are in row 0 of 6",
+        ),
         ({"caption_templates": ("a {colour} bar",)}, "asks for 'colour', which data.label_names does not list"),
         ({"caption_templates": ("a {bar",)}, "data.caption_templates: 'a {bar'"),
         ({"source": "mnits"}, r"no file or folder mnits \(did you mean 'mnist'\?\)"),

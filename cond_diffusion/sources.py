@@ -1,0 +1,85 @@
+"""Where captioned pictures come from: whatever it is, `datasets` opens it, and a table comes out."""
+
+from pathlib import Path
+
+import datasets
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
+from PIL import Image
+
+from cond_diffusion.errors import UserError, did_you_mean, first_line
+
+BUILT_IN_SOURCES = {"mnist": Path(__file__).parent / "assets" / "mnist"}
+
+
+def open_source(source: str, split: str) -> datasets.Dataset:
+    """Find out what `source` is, and open its `split`; raise UserError, naming `data.source`, where that cannot be."""
+    path = BUILT_IN_SOURCES.get(source, Path(source))
+    folder: str | None = None
+    files: dict[str, list[str]] | None = None
+    if path.is_dir():
+        if beside := _captions_beside(path / split if (path / split).is_dir() else path):
+            if split != "train" and not (path / split).is_dir():
+                raise UserError(f"data.source: {source} has no split {split!r}: no folder {split}")
+            return beside
+        parquet = sorted(path.glob("*.parquet"))
+        of_split = [file for file in parquet if file.stem.startswith(split)]
+        if parquet and not of_split and split == "train":  # files that are named after no split are for training
+            of_split = [file for file in parquet if not file.stem.startswith(("test", "val"))]
+        if (path / "metadata.parquet").exists() or not parquet:
+            builder, folder = "imagefolder", str(path)
+        elif not of_split:
+            raise UserError(f"data.source: {source} has no split {split!r}: no file {split}*.parquet")
+        else:
+            builder, files = "parquet", {split: list(map(str, of_split))}
+    elif path.is_file():
+        if path.suffix != ".parquet":
+            raise UserError(f"data.source: {source} is no Parquet file; expected a .parquet file, a folder or a hub id")
+        builder, files = "parquet", {"train": [str(path)]}
+    elif path.is_absolute() or source.startswith(".") or path.suffix or source.count("/") != 1:
+        raise UserError(
+            f"data.source: no file or folder {source}{did_you_mean(source, BUILT_IN_SOURCES)}; "
+            "expected mnist, a folder, a Parquet file or a hub id such as ylecun/mnist"
+        )
+    else:
+        builder = source
+    try:
+        found = datasets.load_dataset(builder, data_dir=folder, data_files=files)
+    except (DataFilesNotFoundError, EmptyDatasetError) as error:
+        raise UserError(f"data.source: {source} holds no pictures and no Parquet files") from error
+    except (OSError, DatasetNotFoundError) as error:
+        raise UserError(
+            f"data.source: cannot open {source}: there is no such file or folder, and as a hub id it cannot be fetched "
+            f"({first_line(error)}); check the name and the network, or download it and give the folder"
+        ) from error
+    except ValueError as error:
+        if "corresponds to no data" in str(error):  # what `datasets` says of a split without rows
+            raise UserError(
+                f"data.source: {source} ({split}) holds no examples; expected at least one picture"
+            ) from error
+        raise UserError(f"data.source: cannot read {source}: {first_line(error)}") from error
+    except DatasetGenerationError as error:
+        raise UserError(f"data.source: cannot read {source}: {first_line(error.__cause__ or error)}") from error
+    if split not in found:
+        raise UserError(f"data.source: {source} has no split {split!r}; it has {', '.join(map(repr, found))}")
+    return found[split]
+
+
+def _captions_beside(folder: Path) -> datasets.Dataset | None:
+    """Open a folder that has name.txt, a caption, beside name.png; None if it has no such pair.
+
+    Raises UserError for a picture without one.
+    """
+    pictures = sorted(file for file in folder.rglob("*") if file.suffix.lower() in Image.registered_extensions())
+    captions = {file: file.with_suffix(".txt") for file in pictures}
+    if any(folder.rglob("metadata.*")) or not any(caption.is_file() for caption in captions.values()):
+        return None
+    for picture, caption in captions.items():
+        if not caption.is_file():
+            raise UserError(f"data.source: {picture} has no caption: there is no {caption.name} beside it")
+    try:
+        texts = [caption.read_text(encoding="utf-8").strip() for caption in captions.values()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.source: a caption in {folder} is not valid text ({error}); expected UTF-8") from error
+    columns = {"image": [str(picture) for picture in pictures], "text": texts}
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
