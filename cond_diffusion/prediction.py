@@ -112,8 +112,9 @@ def denoiser(
     def denoise(x_t: Float[Tensor, "b *chw"], t: int) -> Denoised:
         at = torch.full((len(x_t),), t)
         denoised = prediction.denoised(network(x_t, t), x_t, at)
+        x_0_hat = denoised.x_0_hat
         for bound in bounds:
-            denoised = from_x_0_hat.denoised(bound(denoised.x_0_hat), x_t, at)
-        return denoised
+            x_0_hat = bound(x_0_hat)
+        return from_x_0_hat.denoised(x_0_hat, x_t, at) if bounds else denoised
 
     return denoise
