@@ -149,8 +149,9 @@ def load_config(schema: type[Schema], file: Path | None = None, overrides: list[
     return config
 
 
-def checkpoint_config(folder: Path) -> Config:
+def checkpoint_config(folder: Path | None) -> Config:
     """Return the config of the run that wrote a checkpoint; raise UserError where the folder does not hold it."""
+    assert folder is not None  # of a pipeline that was loaded, not made in code
     file = folder / "config.yaml"
     if not file.is_file():
         raise UserError(

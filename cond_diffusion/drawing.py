@@ -10,7 +10,7 @@ from cond_diffusion.attention_maps import AttentionMaps, maps_of_words, sheet
 from cond_diffusion.errors import UserError
 from cond_diffusion.film import Film
 from cond_diffusion.pictures import claimed_path, grid, open_picture, save_png, settings_of
-from cond_diffusion.pipeline import TextToImage, Watch, find_checkpoint
+from cond_diffusion.pipeline import TextToImage, Watch
 from cond_diffusion.samplers import Step
 
 # What goes into a PNG and out of it again: the options of `TextToImage.__call__` that decide the picture.
@@ -38,12 +38,11 @@ def draw_to_file(
     options: those of `TextToImage.__call__` by name, pictures as paths. They go into the PNG with the prompts, the
     checkpoint and the version, so that `recorded_words` can type them again.
     """
-    folder = find_checkpoint(checkpoint)
-    pipe = TextToImage.from_pretrained(folder).to_accelerator()
+    pipe = TextToImage.from_pretrained(checkpoint).to_accelerator()
     pictures = {n: open_picture(options[n], f"--{n}") for n in ("image", "mask") if options[n] is not None}
     settings = {**options, "steps": options["steps"] or pipe.schedule.num_timesteps}
     # Of a run the checkpoint that it is now: the run may go on.
-    settings["checkpoint"] = str(folder) if Path(checkpoint).is_dir() else checkpoint
+    settings["checkpoint"] = str(pipe.folder) if Path(checkpoint).is_dir() else checkpoint
     each = options["num_images"]
     moving, maps = Film(), AttentionMaps(pipe.unet, pipe.side)
     watchers: list[Watch] = []

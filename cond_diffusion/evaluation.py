@@ -13,7 +13,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from PIL import Image
@@ -25,8 +24,8 @@ from tqdm.auto import tqdm
 from cond_diffusion.config import checkpoint_config
 from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices
 from cond_diffusion.errors import UserError, command_line
-from cond_diffusion.pictures import to_model
-from cond_diffusion.pipeline import TextToImage, find_checkpoint
+from cond_diffusion.pictures import from_pillow, to_model
+from cond_diffusion.pipeline import TextToImage
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 4, 128, 2e-3
 
@@ -93,9 +92,7 @@ def accuracy_on_real_images(classifier: Classifier, train: CaptionedImages, test
 
 def recognised(classifier: Classifier, images: list[Image.Image], groups: list[int]) -> Tensor:
     """Return, for each picture, whether the classifier sees the group that the prompt named."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-    return classifier.classify(to_model(pixels)) == torch.tensor(groups)
+    return classifier.classify(torch.stack([from_pillow(image) for image in images])) == torch.tensor(groups)
 
 
 def main() -> None:
@@ -113,9 +110,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of each prompt's first picture (default: %(default)s)")
     arguments = parser.parse_args()
 
-    folder = find_checkpoint(arguments.checkpoint)
-    config = checkpoint_config(folder).data
-    pipe = TextToImage.from_pretrained(folder).to_accelerator()
+    pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
+    config = checkpoint_config(pipe.folder).data
     train, test = load_captioned_images(config), load_captioned_images(config, "test")
     classifier = kept_classifier(config, train)
     print(f"the classifier recognises {accuracy_on_real_images(classifier, train, test):.2%} of the real test images")

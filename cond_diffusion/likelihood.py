@@ -27,7 +27,7 @@ from cond_diffusion.data import load_captioned_images
 from cond_diffusion.errors import UserError, command_line
 from cond_diffusion.guidance import GuidanceConfig, guided
 from cond_diffusion.pictures import to_model
-from cond_diffusion.pipeline import TextToImage, find_checkpoint
+from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.prediction import Denoiser, denoiser
 from cond_diffusion.randomness import generator
 from cond_diffusion.samplers import Noise
@@ -109,10 +109,9 @@ def main() -> None:
         if (value := getattr(arguments, option)) is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')}: {value} must be at least 1")
 
-    folder = find_checkpoint(arguments.checkpoint)
-    pipe = TextToImage.from_pretrained(folder).to_accelerator()
+    pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
     schedule = pipe.schedule
-    data = load_captioned_images(checkpoint_config(folder).data, arguments.split)
+    data = load_captioned_images(checkpoint_config(pipe.folder).data, arguments.split)
     count = min(len(data), arguments.samples or len(data))
     contexts = pipe.text_encoder.table([captions[0] for captions in data.caption_groups])
 

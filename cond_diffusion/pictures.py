@@ -80,9 +80,16 @@ def enlarged(picture: Image.Image, width: int) -> Image.Image:
 
 def open_picture(path: str, option: str) -> Image.Image:
     """Read the picture at `path`, upright; raise UserError, naming the option that gave it, where there is none."""
+    with _opened(path, option) as picture:
+        return upright(picture)
+
+
+@contextmanager
+def _opened(path: str, option: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as picture:
-            return upright(picture)
+            picture.load()
+            yield picture
     except FileNotFoundError as error:
         raise UserError(f"{option}: there is no file {path}") from error
     except CANNOT_READ as error:
@@ -99,9 +106,7 @@ def save_png(picture: Image.Image, path: Path, settings: dict[str, str | list[st
 
 def settings_of(path: str) -> dict[str, str | list[str]]:
     """Return what `save_png` put into the text chunks; raise UserError where nothing did."""
-    open_picture(path, "--from-image")
-    with Image.open(path) as picture:
-        picture.load()
+    with _opened(path, "--from-image") as picture:
         chunks = getattr(picture, "text", {})
     ours = {n.removeprefix(CHUNK_PREFIX): value for n, value in chunks.items() if n.startswith(CHUNK_PREFIX)}
     if not ours:

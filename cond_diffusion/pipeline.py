@@ -51,6 +51,7 @@ class TextToImage:
         self.prediction = prediction
         self.schedule = prediction.schedule
         self.patch_size = patch_size
+        self.folder: Path | None = None  # the checkpoint that it was loaded from
 
     @classmethod
     def from_pretrained(cls, source: str | Path = "builtin") -> "TextToImage":
@@ -62,12 +63,14 @@ class TextToImage:
         index = _read_json(folder / INDEX_NAME)
         if index.get("_class_name") != cls.__name__:
             raise UserError(f"{folder} holds a {index.get('_class_name')}; expected a {cls.__name__}")
-        return cls(
+        pipe = cls(
             UNet.from_pretrained(folder / "unet"),
             TextEncoder.from_pretrained(folder, max_length=None),
             _read_scheduler(folder / "scheduler" / "scheduler_config.json"),
             patch_size=index.get("patch_size", 1),
         )
+        pipe.folder = folder
+        return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole pipeline in diffusers' layout."""
@@ -205,7 +208,7 @@ class TextToImage:
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} must be at least 1")
         for prompt in [*prompts, negative_prompt]:
-            if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
                 raise UserError(f"prompts: {prompt!r} is not valid text; expected UTF-8")
             if cut := self.text_encoder.words_cut(prompt):
                 logger.warning(

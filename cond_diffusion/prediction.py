@@ -60,14 +60,15 @@ class Prediction:
         self, x_0: Float[Tensor, "b *chw"], eps: Float[Tensor, "b *chw"], t: Int64[Tensor, " b"]
     ) -> Float[Tensor, "b *chw"]:
         """Return what a network that knows x_0 and eps would predict."""
-        of_x_0, of_eps = self._mixture(t)
+        of_x_0, of_eps = self._mixture(*self.schedule.alpha_sigma(t))
         return per_example(of_x_0, x_0) * x_0 + per_example(of_eps, x_0) * eps
 
     def denoised(
         self, output: Float[Tensor, "b *chw"], x_t: Float[Tensor, "b *chw"], t: Int64[Tensor, " b"]
     ) -> Denoised:
         """Solve x_t = alpha x_0 + sigma eps and output = a x_0 + b eps, two equations with two unknowns."""
-        (of_x_0, of_eps), (alpha, sigma) = self._mixture(t), self._level(t)
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        of_x_0, of_eps = self._mixture(alpha, sigma)
         determinant = alpha * of_eps - sigma * of_x_0
 
         def combine(of_x_t: Tensor, of_output: Tensor) -> Tensor:
@@ -77,16 +78,14 @@ class Prediction:
 
     def x_0_error(self, t: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Return the factor, in float64, from an error of the output to the error of x_0_hat that it causes."""
-        (of_x_0, of_eps), (alpha, sigma) = self._mixture(t), self._level(t)
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        of_x_0, of_eps = self._mixture(alpha, sigma)
         return sigma / (alpha * of_eps - sigma * of_x_0).abs()
 
-    def _level(self, t: Int64[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        alpha_bar = self.schedule.alpha_bar[t.cpu()]
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-
-    def _mixture(self, t: Int64[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    def _mixture(
+        self, alpha: Float[Tensor, " b"], sigma: Float[Tensor, " b"]
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """Return a and b of the table above."""
-        alpha, sigma = self._level(t)
         none, whole = torch.zeros_like(alpha), torch.ones_like(alpha)
         match self.kind:
             case "epsilon":

@@ -60,8 +60,13 @@ class NoiseSchedule:
         self, x_0: Float[Tensor, "b *chw"], t: Int64[Tensor, " b"], eps: Float[Tensor, "b *chw"]
     ) -> Float[Tensor, "b *chw"]:
         """Draw x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), with eps ~ N(0, I) (eq. 4)."""
+        alpha, sigma = self.alpha_sigma(t)
+        return per_example(alpha, x_0) * x_0 + per_example(sigma, x_0) * eps
+
+    def alpha_sigma(self, t: Int64[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) at each t, in float64 on the CPU; `level` for one t."""
         alpha_bar = self.alpha_bar[t.cpu()]
-        return per_example(alpha_bar.sqrt(), x_0) * x_0 + per_example((1 - alpha_bar).sqrt(), x_0) * eps
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def level(self, t: int | None) -> "NoiseLevel":
         """Return how much signal and noise x_t holds; None stands for the step behind t = 0, the picture."""
