@@ -9,7 +9,7 @@ to convolve over.
 from dataclasses import dataclass
 
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Num
 from torch import Tensor
 
 from cond_diffusion.errors import UserError
@@ -26,11 +26,11 @@ class LatentConfig:
             raise UserError(f"latent.patch_size: {self.patch_size} must be at least 1")
 
 
-def encode(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b c_pp h_p w_p"]:
+def encode(images: Num[Tensor, "b c h w"], patch_size: int) -> Num[Tensor, "b c_pp h_p w_p"]:
     """Move each patch of `patch_size` x `patch_size` pixels into the channels."""
     return rearrange(images, "b c (h p) (w q) -> b (c p q) h w", p=patch_size, q=patch_size)
 
 
-def decode(latents: Float[Tensor, "b c_pp h_p w_p"], patch_size: int) -> Float[Tensor, "b c h w"]:
+def decode(latents: Num[Tensor, "b c_pp h_p w_p"], patch_size: int) -> Num[Tensor, "b c h w"]:
     """Invert `encode`, exactly."""
     return rearrange(latents, "b (c p q) h w -> b c (h p) (w q)", p=patch_size, q=patch_size)

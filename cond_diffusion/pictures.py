@@ -56,10 +56,17 @@ def upright(picture: Image.Image, background: str = "black") -> Image.Image:
     return picture if picture.mode in PILLOW_MODES.values() else picture.convert("L" if picture.mode == "1" else "RGB")
 
 
-def fit(picture: Image.Image, size: tuple[int, int], channels: int, background: str = "black") -> Image.Image:
-    """Turn upright, resize the short side to the size (width, height) with antialiasing, and crop the centre."""
+def fit(
+    picture: Image.Image, size: tuple[int, int], channels: int, background: str = "black", place: float = 0.5
+) -> Image.Image:
+    """Turn upright, resize the short side to the size (width, height) with antialiasing, and crop what is too long.
+
+    place: what is kept of it, from 0, the left or upper end, over the centre to 1, the right or lower one.
+    """
     picture = upright(picture, background).convert(PILLOW_MODES[channels])
-    return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+    if picture.size == size:
+        return picture
+    return ImageOps.fit(picture, size, Image.Resampling.LANCZOS, centering=(place, place))
 
 
 def grid(images: list[Image.Image], columns: int) -> Image.Image:

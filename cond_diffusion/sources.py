@@ -1,5 +1,6 @@
-"""Where captioned pictures come from: whatever it is, `datasets` opens it, and a table comes out."""
+"""Where captioned pictures come from: whatever it is, `datasets` opens it, and a table or a stream comes out."""
 
+import logging
 from pathlib import Path
 
 import datasets
@@ -10,43 +11,48 @@ from PIL import Image
 from cond_diffusion.errors import UserError, did_you_mean, first_line
 
 BUILT_IN_SOURCES = {"mnist": Path(__file__).parent / "assets" / "mnist"}
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+
+logger = logging.getLogger(__name__)
 
 
-def open_source(source: str, split: str) -> datasets.Dataset:
-    """Find out what `source` is, and open its `split`; raise UserError, naming `data.source`, where that cannot be."""
+def open_source(source: str, split: str, *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+    """Find out what `source` is, and open its `split`; raise UserError, naming `data.source`, where that cannot be.
+
+    streaming: leave it where it is, and read it from front to back.
+    """
     path = BUILT_IN_SOURCES.get(source, Path(source))
+    _tell_what_is_taken(source, path)
     folder: str | None = None
     files: dict[str, list[str]] | None = None
     if path.is_dir():
         if beside := _captions_beside(path / split if (path / split).is_dir() else path):
             if split != "train" and not (path / split).is_dir():
                 raise UserError(f"data.source: {source} has no split {split!r}: no folder {split}")
-            return beside
-        parquet = sorted(path.glob("*.parquet"))
-        of_split = [file for file in parquet if file.stem.startswith(split)]
-        if parquet and not of_split and split == "train":  # files that are named after no split are for training
-            of_split = [file for file in parquet if not file.stem.startswith(("test", "val"))]
-        if (path / "metadata.parquet").exists() or not parquet:
+            return beside.to_iterable_dataset(max(1, len(beside) // 1000)) if streaming else beside
+        ending = next((ending for ending in BUILDERS if any(path.glob(f"*{ending}"))), None)
+        if ending is None or (path / "metadata.parquet").exists():
             builder, folder = "imagefolder", str(path)
-        elif not of_split:
-            raise UserError(f"data.source: {source} has no split {split!r}: no file {split}*.parquet")
         else:
-            builder, files = "parquet", {split: list(map(str, of_split))}
+            builder, files = BUILDERS[ending], {split: _files_of_split(source, sorted(path.glob(f"*{ending}")), split)}
     elif path.is_file():
-        if path.suffix != ".parquet":
-            raise UserError(f"data.source: {source} is no Parquet file; expected a .parquet file, a folder or a hub id")
-        builder, files = "parquet", {"train": [str(path)]}
+        if path.suffix not in BUILDERS:
+            raise UserError(
+                f"data.source: {source} is no Parquet file and no tar; "
+                "expected a .parquet or .tar file, a folder or a hub id"
+            )
+        builder, files = BUILDERS[path.suffix], {"train": [str(path)]}
     elif path.is_absolute() or source.startswith(".") or path.suffix or source.count("/") != 1:
         raise UserError(
             f"data.source: no file or folder {source}{did_you_mean(source, BUILT_IN_SOURCES)}; "
-            "expected mnist, a folder, a Parquet file or a hub id such as ylecun/mnist"
+            "expected mnist, a folder, a .parquet or .tar file or a hub id such as ylecun/mnist"
         )
     else:
         builder = source
     try:
-        found = datasets.load_dataset(builder, data_dir=folder, data_files=files)
+        found = datasets.load_dataset(builder, data_dir=folder, data_files=files, streaming=streaming)
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
-        raise UserError(f"data.source: {source} holds no pictures and no Parquet files") from error
+        raise UserError(f"data.source: {source} holds no pictures, no Parquet files and no tars") from error
     except (OSError, DatasetNotFoundError) as error:
         raise UserError(
             f"data.source: cannot open {source}: there is no such file or folder, and as a hub id it cannot be fetched "
@@ -63,6 +69,24 @@ def open_source(source: str, split: str) -> datasets.Dataset:
     if split not in found:
         raise UserError(f"data.source: {source} has no split {split!r}; it has {', '.join(map(repr, found))}")
     return found[split]
+
+
+def _tell_what_is_taken(source: str, path: Path) -> None:
+    """Say which is read where a name could mean two things."""
+    if source in BUILT_IN_SOURCES and Path(source).exists():
+        logger.warning("data.source: %s is the built-in set; what lies here by that name is ./%s", source, source)
+    elif path.is_dir() and source.count("/") == 1 and not source.startswith((".", "/")) and not source.endswith("/"):
+        logger.warning("data.source: %s is a folder here and is taken as such, not as a hub id", source)
+
+
+def _files_of_split(source: str, files: list[Path], split: str) -> list[str]:
+    """Return those of the files whose names begin with the split; for training those that are named after none."""
+    of_split = [file for file in files if file.stem.startswith(split)]
+    if not of_split and split == "train":
+        of_split = [file for file in files if not file.stem.startswith(("test", "val"))]
+    if not of_split:
+        raise UserError(f"data.source: {source} has no split {split!r}: no file {split}*{files[0].suffix}")
+    return list(map(str, of_split))
 
 
 def _captions_beside(folder: Path) -> datasets.Dataset | None:
