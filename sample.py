@@ -26,6 +26,9 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument(
         "--checkpoint", default="builtin", help="a run folder, a checkpoint folder or a hub id (default: %(default)s)"
     )
+    words.add_argument(
+        "--ema-width", type=float, help="average a run's weights over this share of it, 0 to 0.28 (default: as trained)"
+    )
     words.add_argument("--num-images", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
     words.add_argument("--seed", type=int, default=0, help="picture i has seed + i (default: %(default)s)")
     words.add_argument("--from-image", metavar="PNG", help="repeat a picture; options typed beside it change it")
@@ -87,6 +90,7 @@ def main() -> None:
     draw_to_file(
         prompts,
         checkpoint=options.pop("checkpoint"),
+        ema_width=options.pop("ema_width"),
         output=options.pop("output"),
         film=options.pop("film"),
         attention_maps=options.pop("attention_maps"),

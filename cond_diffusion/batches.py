@@ -1,27 +1,33 @@
 """What a training step reads, by its number.
 
-A step draws `gradient_accumulation_steps` x processes micro-batches. Everything random in micro-batch m of step s is a
-function of (seed, s, m): which samples, which of their captions, noise, timesteps, dropped captions. So a resumed run
-equals one that was never stopped, and 2 processes equal 1 with twice the accumulation.
+Everything random about the sample at position p of the training order - which of its captions, where it is cropped, its
+noise, its timestep, whether its caption is dropped - is a function of (seed, p). A step sees the positions that follow
+those of the step before, and shares them out among micro-batches and processes. So a resumed run equals one that was
+never stopped, and how a step is shared out changes nothing but rounding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from cond_diffusion import latents
 from cond_diffusion.config import Config
-from cond_diffusion.data import CaptionedImages, sample_indices
+from cond_diffusion.data import CaptionedImages, Places
+from cond_diffusion.feed import ShuffledSet, ahead
 from cond_diffusion.guidance import drop_captions
 from cond_diffusion.objective import Objective
 from cond_diffusion.pictures import to_model
 from cond_diffusion.randomness import generator
-from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.text import ContextTable
+from cond_diffusion.stream import CaptionedStream
+
+READ_AHEAD = 4  # micro-batches
 
 
 @dataclass(frozen=True)
@@ -34,39 +40,94 @@ class MicroBatch:
     eps: Float[Tensor, "b c h w"]
 
 
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of a micro-batch before they are moved to where the network is, and what chance says of them."""
+
+    latents: UInt8[Tensor, "b c h w"]
+    captions: list[str]
+    time: Float[Tensor, " b"]
+    dropped: Bool[Tensor, " b"]
+    eps: Float[Tensor, "b c h w"]
+    state: Any  # of the stream, from where it would come to them again
+
+
 class Batches:
-    """Micro-batches by their number."""
+    """Micro-batches, step by step from `start` on.
 
-    def __init__(self, config: Config, data: CaptionedImages, contexts: ContextTable, accelerator: Accelerator) -> None:
+    contexts: captions to their contexts.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        feed: ShuffledSet | CaptionedStream,
+        contexts: Callable[[Sequence[str]], Tensor],
+        objective: Objective,
+        accelerator: Accelerator,
+        start: int,
+    ) -> None:
         self.config = config
-        self.data = data
+        self.feed = feed
         self.contexts = contexts
-        self.objective = Objective(config.objective, NoiseSchedule(config.schedule))
-        self.processes, self.process = accelerator.num_processes, accelerator.process_index
+        self.objective = objective
         self.device = accelerator.device
-        self.per_step = config.train.batch_size * config.train.gradient_accumulation_steps * self.processes
+        self.rounds = config.train.gradient_accumulation_steps
+        self.processes, self.process = accelerator.num_processes, accelerator.process_index
+        self.per_step = samples_per_step(config, accelerator)
+        self.null_context = contexts([""])[0].to(self.device)
+        in_memory = isinstance(feed, ShuffledSet) and isinstance(feed.data, CaptionedImages)
+        self._samples = ahead(self._reads(start), depth=0 if in_memory else READ_AHEAD)
 
-    def of_step(self, step: int) -> Iterator[MicroBatch]:
-        """Yield this process's share of a step."""
-        rounds = self.config.train.gradient_accumulation_steps
-        for i in range(rounds):
-            yield self._draw(step, i * self.processes + self.process, rounds * self.processes)
+    def next_step(self) -> Iterator[MicroBatch]:
+        """Yield this process's share of the step that follows."""
+        for _ in range(self.rounds):
+            samples = next(self._samples)
+            if isinstance(self.feed, CaptionedStream):
+                self.feed.behind = samples.state
+            yield MicroBatch(
+                x_0=to_model(samples.latents.to(self.device)),
+                context=drop_captions(
+                    self.contexts(samples.captions).to(self.device), self.null_context, samples.dropped
+                ),
+                t=self.objective.timesteps_at(samples.time),
+                eps=samples.eps.to(self.device),
+            )
 
-    def indices_of_step(self, step: int) -> Int64[Tensor, " n"]:
-        """Return which samples all processes read in a step."""
-        return sample_indices(len(self.data), self.config.seed, step * self.per_step, self.per_step)
+    def names_of_step(self, step: int) -> str:
+        """Say which samples all processes read in a step."""
+        first = step * self.per_step
+        if isinstance(self.feed, CaptionedStream):
+            return f"the stream's {first} to {first + self.per_step - 1}"
+        return str(self.feed.indices(first, self.per_step).tolist())
 
-    def _draw(self, step: int, number: int, numbers: int) -> MicroBatch:
-        seed, train = self.config.seed, self.config.train
-        first = (step * numbers + number) * train.batch_size
-        indices = sample_indices(len(self.data), seed, first, train.batch_size)
-        captions = self.data.draw_captions(indices, generator("captions", seed, step, number))
-        x_0 = latents.encode(to_model(self.data.images[indices].to(self.device)), self.config.latent.patch_size)
-        draw = generator("noise", seed, step, number, device=self.device)
-        null_context = self.contexts[[""]][0]
-        return MicroBatch(
-            x_0=x_0,
-            context=drop_captions(self.contexts[captions], null_context, train.caption_dropout, draw),
-            t=self.objective.draw_timesteps(train.batch_size, generator("timesteps", seed, step, number)),
-            eps=torch.randn(x_0.shape, generator=draw, device=self.device),
+    def _reads(self, start: int) -> Iterator[Callable[[], _Samples]]:
+        """Yield what reads this process's micro-batches, from step `start` on."""
+        for step in count(start):
+            for i in range(self.rounds):
+                number = (step * self.rounds + i) * self.processes + self.process
+                yield partial(self._read, number * self.config.train.batch_size)
+
+    def _read(self, first: int) -> _Samples:
+        """Read the samples at the positions from `first` on."""
+        draws = [generator("sample", self.config.seed, first + i) for i in range(self.config.train.batch_size)]
+        chances = torch.stack([torch.rand(5, generator=draw, dtype=torch.float64) for draw in draws])
+        caption, crop, flip, time, drop = chances.T.contiguous()
+        batch = self.feed.read(first, Places(caption, crop))
+        images = batch.images
+        if self.config.data.flip:
+            images = torch.where((flip < 0.5)[:, None, None, None], images.flip(3), images)
+        encoded = latents.encode(images, self.config.latent.patch_size)
+        return _Samples(
+            latents=encoded,
+            captions=batch.captions,
+            time=time,
+            dropped=drop < self.config.train.caption_dropout,
+            eps=torch.stack([torch.randn(encoded.shape[1:], generator=draw) for draw in draws]),
+            state=self.feed.state if isinstance(self.feed, CaptionedStream) else None,
         )
+
+
+def samples_per_step(config: Config, accelerator: Accelerator) -> int:
+    """Return how many samples all processes together see in a step."""
+    return config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes

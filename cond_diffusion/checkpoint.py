@@ -3,6 +3,7 @@
     runs/mnist/config.yaml             every key of the run
     runs/mnist/metrics.jsonl           one line of JSON every `train.log_every` steps
     runs/mnist/samples/step-00001000.png
+    runs/mnist/snapshots/step-00000250.safetensors   averages of the weights (`posthoc_ema.py`)
     runs/mnist/checkpoints/step-00001000/   a pipeline in diffusers' layout, and beside it
                                        state/  what training needs to go on: raw weights, optimizer, progress
 
@@ -19,12 +20,8 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from cond_diffusion.errors import UserError, first_line
 
@@ -128,39 +125,6 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
     for old in checkpoints(run_dir)[:-keep]:
         _remove(old)
     return final
-
-
-def save_state(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Write the raw (not averaged) weights, the optimizer's moments and `progress` into `folder`."""
-    folder.mkdir()
-    save_file(
-        {name: weight.detach().contiguous() for name, weight in network.state_dict().items()},
-        folder / "unet.safetensors",
-    )
-    moments = {
-        f"{number}.{name}": torch.as_tensor(value).contiguous()
-        for number, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
-    }
-    save_file(moments, folder / "optimizer.safetensors")
-    (folder / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
-
-
-def load_state(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put back what `save_state` wrote, and return the progress; raise UserError if it is not whole or does not fit."""
-    try:
-        network.load_state_dict(load_file(folder / "unet.safetensors"))
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in load_file(folder / "optimizer.safetensors").items():
-            number, name = key.split(".", 1)
-            state.setdefault(int(number), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return json.loads((folder / "progress.json").read_text())
-    except (OSError, SafetensorError, json.JSONDecodeError, RuntimeError) as error:
-        raise UserError(
-            f"resume: {folder} is damaged, was cut short or belongs to another network ({first_line(error)}); "
-            f"delete {folder.parent} to go on from the checkpoint before it"
-        ) from error
 
 
 def _remove(checkpoint: Path) -> None:

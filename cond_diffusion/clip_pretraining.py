@@ -24,9 +24,11 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from cond_diffusion.checkpoint import new_run_dir
-from cond_diffusion.config import parse_config
-from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices
+from cond_diffusion.config import config_parser, load_config
+from cond_diffusion.data import CaptionedImages, load_captioned_images
+from cond_diffusion.data_config import DataConfig
 from cond_diffusion.errors import UserError, command_line
+from cond_diffusion.order import sample_indices
 from cond_diffusion.pictures import to_model
 from cond_diffusion.randomness import generator
 from cond_diffusion.text import quiet_transformers
@@ -180,7 +182,8 @@ def _training_loss(
 ) -> Float[Tensor, ""]:
     indices = sample_indices(len(data), config.seed, step * config.batch_size, config.batch_size)
     groups = data.group_of[indices]
-    captions = data.draw_captions(indices, generator("captions", config.seed, step))
+    places = torch.rand(len(indices), generator=generator("captions", config.seed, step))
+    captions = data.captions_of(indices, places)
     unique = list(dict.fromkeys(zip(captions, groups.tolist(), strict=True)))
 
     images = F.normalize(_embed_images(clip, data.images[indices]), dim=-1)
@@ -203,7 +206,8 @@ def _embed_texts(
 
 
 def main() -> None:
-    pretrain(parse_config(ClipPretrainingConfig, "Train a small CLIP on a captioned data set."))
+    words = config_parser("Train a small CLIP on a captioned data set.").parse_intermixed_args()
+    pretrain(load_config(ClipPretrainingConfig, words.config, words.overrides))
 
 
 if __name__ == "__main__":

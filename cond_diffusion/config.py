@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from cond_diffusion.data import DataConfig
+from cond_diffusion.data_config import DataConfig
 from cond_diffusion.errors import UserError, did_you_mean, first_line
 from cond_diffusion.latents import LatentConfig
 from cond_diffusion.objective import Objective, ObjectiveConfig
@@ -34,10 +34,15 @@ class TrainConfig:
     learning_rate, learning_rate_schedule, warmup_steps: the peak; what follows the linear warm-up to it.
     decay_steps: how many of the last steps the schedule "warmup_stable_decay" falls in.
     max_bad_steps: how many steps in a row may have gradients that are not finite, and be skipped, before the run ends.
+    mixed_precision, tf32: what a GPU computes in; a CPU stays with fp32 unless it has instructions for bf16.
+    compile: let torch.compile fuse the network's operations, which takes a minute or more before the first step.
+    gradient_checkpointing: keep less for the backward pass, and compute it again there: less memory, more time.
     ema_width: the width of the average of the weights, as a share of the training so far (Karras et al. 2024,
     sigma_rel).
+    snapshots: how often in a run that average, and one of half its width, are kept for `sample.py --ema-width`.
     caption_dropout: how often a caption is replaced by the empty one, so that the network learns to do without it, too.
-    checkpoint_every, sample_every, log_every: in steps; 0 is never (the last step always writes a checkpoint).
+    checkpoint_every, sample_every, evaluate_every, log_every: in steps; 0 is never (the last step always writes a
+    checkpoint).
     """
 
     batch_size: int = 64
@@ -50,12 +55,17 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     max_bad_steps: int = 10
     gradient_accumulation_steps: int = 1
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    tf32: bool = True
+    compile: bool = False
+    gradient_checkpointing: bool = False
     ema_width: float = 0.1
+    snapshots: int = 16
     caption_dropout: float = 0.1
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     sample_every: int = 1000
+    evaluate_every: int = 1000
     log_every: int = 50
 
     def __post_init__(self) -> None:
@@ -66,7 +76,8 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"train.{name}: {getattr(self, name)} must be above 0")
-        for name in ("warmup_steps", "decay_steps", "weight_decay", "checkpoint_every", "sample_every"):
+        never_at_0 = ("snapshots", "checkpoint_every", "sample_every", "evaluate_every")
+        for name in ("warmup_steps", "decay_steps", "weight_decay", *never_at_0):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name}: {getattr(self, name)} must not be negative")
         if not 0 <= self.caption_dropout <= 1:
@@ -94,11 +105,16 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. `resume` goes on from the newest checkpoint in `run_dir`."""
+    """A whole run.
+
+    resume: go on from the newest checkpoint in `run_dir`.
+    track: one of Accelerate's trackers, such as tensorboard, which is then told what `metrics.jsonl` is told.
+    """
 
     run_dir: str = "runs/new"
     seed: int = 0
     resume: bool = False
+    track: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
@@ -115,17 +131,14 @@ class Config:
         schedule.shorter_chain(min(self.sample.steps, schedule.num_timesteps))
 
 
-def parse_config(
-    schema: type[Schema], description: str, arguments: list[str] | None = None, default: Path | None = None
-) -> Schema:
-    """Parse the command line `[--config FILE] [key=value ...]` into `schema`."""
+def config_parser(description: str, default: Path | None = None) -> argparse.ArgumentParser:
+    """Return a parser for `[--config FILE] [key=value ...]`, whose `config` and `overrides` go to `load_config`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--config", type=Path, default=default, metavar="FILE", help=f"a YAML file (default: {default})"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.batch_size=64")
-    parsed = parser.parse_intermixed_args(arguments)
-    return load_config(schema, parsed.config, parsed.overrides)
+    return parser
 
 
 def load_config(schema: type[Schema], file: Path | None = None, overrides: list[str] | None = None) -> Schema:

@@ -15,7 +15,20 @@ from cond_diffusion.samplers import Step
 
 # What goes into a PNG and out of it again: the options of `TextToImage.__call__` that decide the picture.
 SETTINGS = {
-    *("checkpoint", "num_images", "seed", "sampler", "steps", "variance", "eta", "order", "image", "strength", "mask"),
+    *(
+        "checkpoint",
+        "ema_width",
+        "num_images",
+        "seed",
+        "sampler",
+        "steps",
+        "variance",
+        "eta",
+        "order",
+        "image",
+        "strength",
+        "mask",
+    ),
     *("resamplings", "guidance_scale", "negative_prompt", "guidance_interval", "guidance_rescale"),
     "dynamic_thresholding",
 }
@@ -29,6 +42,7 @@ def draw_to_file(
     options: dict[str, Any],
     *,
     checkpoint: str,
+    ema_width: float | None,
     output: str | None,
     film: str | None,
     attention_maps: str | None,
@@ -38,11 +52,12 @@ def draw_to_file(
     options: those of `TextToImage.__call__` by name, pictures as paths. They go into the PNG with the prompts, the
     checkpoint and the version, so that `recorded_words` can type them again.
     """
-    pipe = TextToImage.from_pretrained(checkpoint).to_accelerator()
+    pipe = TextToImage.from_pretrained(checkpoint, ema_width=ema_width).to_accelerator()
     pictures = {n: open_picture(options[n], f"--{n}") for n in ("image", "mask") if options[n] is not None}
     settings = {**options, "steps": options["steps"] or pipe.schedule.num_timesteps}
     # Of a run the checkpoint that it is now: the run may go on.
     settings["checkpoint"] = str(pipe.folder) if Path(checkpoint).is_dir() else checkpoint
+    settings["ema_width"] = ema_width
     each = options["num_images"]
     moving, maps = Film(), AttentionMaps(pipe.unet, pipe.side)
     watchers: list[Watch] = []

@@ -1,39 +1,41 @@
-"""An average of the weights over training, which draws better pictures than the weights themselves.
+"""Averages of the weights over training, which draw better pictures than the weights themselves.
 
-The average is a power function of the step (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
+An average is a power function of the step (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
 Diffusion Models", section 3.1): it remembers a fixed share of the training so far, however long that is, and forgets
 the random start by itself, so it needs neither a warm-up nor a decay that fits the length of the run.
+
+Two of them are kept. One is what the checkpoints hold; from snapshots of both an average of any other width can be put
+together after training (`posthoc_ema.py`).
 """
 
-import copy
-from typing import Generic, TypeVar
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Network = TypeVar("Network", bound=nn.Module)
+Weights = Mapping[str, Tensor]
 
 
-class EMA(Generic[Network]):
-    """A copy of a network whose parameters are averages of the network's.
+class EMA:
+    """An average of parameters, kept where they are: on the same device, sharded as they are.
 
     width: sigma_rel, the average's standard deviation in time as a share of the training so far.
     """
 
-    def __init__(self, network: Network, width: float) -> None:
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+    def __init__(self, parameters: Weights, width: float) -> None:
+        self.width = width
         self.exponent = power_of_width(width)
+        self.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     @torch.no_grad()
-    def update(self, network: Network, step: int) -> None:
+    def update(self, parameters: Weights, step: int) -> None:
         """Take in the parameters after optimizer step number `step`, counted from 1.
 
         beta = (1 - 1 / step)^(exponent + 1) is 0 at the first step, which therefore replaces the start.
         """
         beta = (1 - 1 / step) ** (self.exponent + 1)
-        averages: list[Tensor] = list(self.network.parameters())
-        weights: list[Tensor] = list(network.parameters())
+        averages, weights = list(self.weights.values()), [parameters[name].detach() for name in self.weights]
         torch._foreach_lerp_(averages, weights, 1 - beta)  # pyright: ignore[reportPrivateImportUsage]
 
 

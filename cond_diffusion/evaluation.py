@@ -10,8 +10,6 @@ import argparse
 import hashlib
 import os
 import sys
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
@@ -22,8 +20,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from cond_diffusion.config import checkpoint_config
-from cond_diffusion.data import CaptionedImages, DataConfig, load_captioned_images, sample_indices
+from cond_diffusion.contexts import cache_folder
+from cond_diffusion.data import CaptionedImages, load_captioned_images
 from cond_diffusion.errors import UserError, command_line
+from cond_diffusion.order import sample_indices
 from cond_diffusion.pictures import from_pillow, to_model
 from cond_diffusion.pipeline import TextToImage
 
@@ -64,12 +64,13 @@ def train_classifier(data: CaptionedImages) -> Classifier:
     return classifier.eval()
 
 
-def kept_classifier(config: DataConfig, data: CaptionedImages) -> Classifier:
+def kept_classifier(data: CaptionedImages) -> Classifier:
     """Return the classifier for a data set, trained if this machine has not done so before."""
-    pixels = hashlib.blake2b(data.images.numpy().data, digest_size=8).hexdigest()
-    key = repr((asdict(config), pixels, EPOCHS, BATCH_SIZE, LEARNING_RATE))
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cond_diffusion"
-    file = folder / f"classifier-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.safetensors"
+    key = hashlib.blake2b(repr((data.caption_groups, EPOCHS, BATCH_SIZE, LEARNING_RATE)).encode(), digest_size=8)
+    key.update(data.images.numpy().data)
+    key.update(data.group_of.numpy().data)
+    folder = cache_folder()
+    file = folder / f"classifier-{key.hexdigest()}.safetensors"
     if file.exists():
         classifier = Classifier(data.images.shape[1], len(data.caption_groups))
         classifier.load_state_dict(load_file(file))
@@ -113,7 +114,7 @@ def main() -> None:
     pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
     config = checkpoint_config(pipe.folder).data
     train, test = load_captioned_images(config), load_captioned_images(config, "test")
-    classifier = kept_classifier(config, train)
+    classifier = kept_classifier(train)
     print(f"the classifier recognises {accuracy_on_real_images(classifier, train, test):.2%} of the real test images")
 
     wanted = slice(1, None) if arguments.paraphrases else slice(0, 1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cond_diffusion.errors import UserError
@@ -52,11 +52,10 @@ class GuidanceConfig:
 
 
 def drop_captions(
-    context: Float[Tensor, "b l d"], null_context: Float[Tensor, "l d"], probability: float, draw: torch.Generator
+    context: Float[Tensor, "b l d"], null_context: Float[Tensor, "l d"], dropped: Bool[Tensor, " b"]
 ) -> Float[Tensor, "b l d"]:
-    """Replace each example's context by the null context with `probability` (Ho and Salimans 2022, algorithm 1)."""
-    drop = torch.rand(len(context), generator=draw, device=draw.device) < probability
-    return torch.where(drop.to(context.device)[:, None, None], null_context, context)
+    """Put the null context in the place of those that are dropped (Ho and Salimans 2022, algorithm 1)."""
+    return torch.where(dropped.to(context.device)[:, None, None], null_context, context)
 
 
 def guided(

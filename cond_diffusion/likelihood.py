@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from cond_diffusion import latents
 from cond_diffusion.config import checkpoint_config
+from cond_diffusion.contexts import embed
 from cond_diffusion.data import load_captioned_images
 from cond_diffusion.errors import UserError, command_line
 from cond_diffusion.guidance import GuidanceConfig, guided
@@ -113,7 +114,7 @@ def main() -> None:
     schedule = pipe.schedule
     data = load_captioned_images(checkpoint_config(pipe.folder).data, arguments.split)
     count = min(len(data), arguments.samples or len(data))
-    contexts = pipe.text_encoder.table([captions[0] for captions in data.caption_groups])
+    contexts = embed(pipe.text_encoder, [captions[0] for captions in data.caption_groups])
 
     priors, terms = [], []
     starts = range(0, count, arguments.batch_size)
@@ -121,7 +122,7 @@ def main() -> None:
         for start in starts:
             rows = slice(start, min(count, start + arguments.batch_size))
             x_0 = latents.encode(to_model(data.images[rows].to(pipe.device)), pipe.patch_size)
-            context = contexts.contexts[data.group_of[rows].to(pipe.device)]
+            context = contexts[data.group_of[rows].to(pipe.device)]
             draw = generator("likelihood", arguments.seed, start, device=pipe.device)
             bits = []
             for _, term in variational_bound(_unguided(pipe, context), schedule, x_0, _noise_like(x_0, draw)):

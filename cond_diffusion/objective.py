@@ -71,13 +71,15 @@ class Objective:
             )
         # One factor for all t changes what `train.max_grad_norm` means, and nothing else; a mean of 1 keeps the losses
         # of all objectives near each other.
-        weight = weight / weight.mean()
-        self.density = _density(config.timesteps, weight)
-        self.weight = weight / (self.density * schedule.num_timesteps)
+        self.weight = weight / weight.mean()
+        self.density = _density(config.timesteps, self.weight)
+        self.importance = 1 / (self.density * schedule.num_timesteps)  # of one draw, so that the mean stays what it is
 
-    def draw_timesteps(self, count: int, draw: torch.Generator) -> Int64[Tensor, " count"]:
-        """Draw t from the density, on the CPU, where the tables are: looking them up then waits for no accelerator."""
-        places = torch.rand(count, generator=draw, dtype=torch.float64)
+    def timesteps_at(self, places: Float[Tensor, " b"]) -> Int64[Tensor, " b"]:
+        """Turn numbers drawn uniformly from 0 to 1 into timesteps drawn from the density.
+
+        On the CPU, where the tables are: looking them up then waits for no accelerator.
+        """
         return torch.searchsorted(self.density.cumsum(0), places).clamp(max=self.schedule.num_timesteps - 1)
 
     def loss(
@@ -88,10 +90,22 @@ class Objective:
         eps: Float[Tensor, "b *chw"],
         context: Float[Tensor, "b l d"],
     ) -> Float[Tensor, ""]:
-        """Return the mean over the batch of weight_t (target - output(x_t, t, context))^2, x_t being x_0 with eps."""
+        """Return the mean of the examples' losses, each divided by how likely its t is drawn."""
+        losses = self.losses(network, x_0, t, eps, context)
+        return (self.importance[t.cpu()].to(losses) * losses).mean()
+
+    def losses(
+        self,
+        network: Network,
+        x_0: Float[Tensor, "b *chw"],
+        t: Int64[Tensor, " b"],
+        eps: Float[Tensor, "b *chw"],
+        context: Float[Tensor, "b l d"],
+    ) -> Float[Tensor, " b"]:
+        """Return weight_t (target - output(x_t, t, context))^2 for each example, x_t being x_0 with eps."""
         output = network(self.schedule.q_sample(x_0, t, eps), t.to(x_0.device), context)
         error = (output - self.prediction.of(x_0, eps, t)).square().flatten(1).mean(1)
-        return (self.weight[t.cpu()].to(error) * error).mean()
+        return self.weight[t.cpu()].to(error) * error
 
 
 def _weight(config: ObjectiveConfig, schedule: NoiseSchedule) -> Float[Tensor, " T"]:

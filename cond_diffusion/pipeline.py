@@ -21,6 +21,7 @@ from cond_diffusion.editing import Edit
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.guidance import GuidanceConfig, guided, scale_of_each, threshold_dynamically
 from cond_diffusion.pictures import fit, from_pillow, to_pillow, upright
+from cond_diffusion.posthoc_ema import weights_of_width
 from cond_diffusion.prediction import Prediction, PredictionKind, denoiser
 from cond_diffusion.randomness import generator
 from cond_diffusion.sampler_config import SamplerConfig
@@ -54,8 +55,11 @@ class TextToImage:
         self.folder: Path | None = None  # the checkpoint that it was loaded from
 
     @classmethod
-    def from_pretrained(cls, source: str | Path = "builtin") -> "TextToImage":
+    def from_pretrained(cls, source: str | Path = "builtin", *, ema_width: float | None = None) -> "TextToImage":
         """Load the built-in model, a run's newest checkpoint, a checkpoint folder, or a hub id.
+
+        ema_width: average the weights over another share of the training than the checkpoint does, as far as the run's
+            snapshots reach up to it.
 
         Raises UserError where there is none, or where a file of it is missing, damaged or for another kind of pipeline.
         """
@@ -63,8 +67,11 @@ class TextToImage:
         index = _read_json(folder / INDEX_NAME)
         if index.get("_class_name") != cls.__name__:
             raise UserError(f"{folder} holds a {index.get('_class_name')}; expected a {cls.__name__}")
+        unet = UNet.from_pretrained(folder / "unet")
+        if ema_width is not None:
+            unet = UNet.with_weights(unet.config, weights_of_width(folder, ema_width))
         pipe = cls(
-            UNet.from_pretrained(folder / "unet"),
+            unet,
             TextEncoder.from_pretrained(folder, max_length=None),
             _read_scheduler(folder / "scheduler" / "scheduler_config.json"),
             patch_size=index.get("patch_size", 1),

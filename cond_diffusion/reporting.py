@@ -1,21 +1,29 @@
-"""What a run shows while it trains: a progress bar, `metrics.jsonl`, grids of samples, and a last line."""
+"""What a run shows while it trains: a progress bar, `metrics.jsonl`, a tracker, grids of samples, and a last line."""
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
 
+import psutil
+import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cond_diffusion.checkpoint import checkpoints
 from cond_diffusion.config import Config
-from cond_diffusion.pictures import grid
+from cond_diffusion.diagnosis import Findings
+from cond_diffusion.errors import UserError, did_you_mean
+from cond_diffusion.pictures import from_pillow, grid, to_bytes, to_model, to_pillow
 from cond_diffusion.pipeline import TextToImage
+
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -33,6 +41,11 @@ class Reporter:
         self.metrics = run_dir / "metrics.jsonl"
         if accelerator.is_main_process:
             _drop_metrics_after(self.metrics, start)
+        if config.track:
+            accelerator.init_trackers(
+                "tracked",
+                init_kwargs={"tensorboard": {"purge_step": start + 1}},  # forget steps that are done again
+            )
         self.last_log = (start, monotonic())
 
     def steps(self) -> Iterator[int]:
@@ -48,36 +61,59 @@ class Reporter:
         if done % self.config.train.log_every and done != self.config.train.max_steps:
             return
         mean_loss = cast(Tensor, self.accelerator.reduce(loss, "mean")).item()
-        if not self.accelerator.is_main_process:
-            return
         steps, seconds = done - self.last_log[0], monotonic() - self.last_log[1]
         self.last_log = (done, monotonic())
-        line = {
-            "step": done,
-            "images": done * self.images_per_step,
-            "loss": _or_none(mean_loss),
-            "gradient_norm": _or_none(float(gradient_norm)),
-            "learning_rate": learning_rate,
-            "images_per_second": round(steps * self.images_per_step / seconds, 1),
+        images_per_second = steps * self.images_per_step / seconds
+        self._write(
+            done,
+            {
+                "images": done * self.images_per_step,
+                "loss": mean_loss,
+                "gradient_norm": float(gradient_norm),
+                "learning_rate": learning_rate,
+                "images_per_second": round(images_per_second, 1),
+                "memory_gb": round(_memory(self.accelerator.device) / 1e9, 3),
+            },
+        )
+        self.bar.set_postfix({"loss": f"{mean_loss:.4f}", "images/s": f"{images_per_second:.0f}"})
+
+    def tell(self, done: int, findings: Findings) -> None:
+        """Report what the diagnosis has found."""
+        by_timestep = {f"held_out_loss_bucket_{i}": loss for i, loss in enumerate(findings.by_timestep)}
+        over_all = {
+            "held_out_loss": findings.true_caption,
+            "held_out_loss_other_caption": findings.other_caption,
+            "held_out_loss_no_caption": findings.no_caption,
         }
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.bar.set_postfix(loss=f"{mean_loss:.4f}", **{"images/s": f"{line['images_per_second']:.0f}"})
+        self._write(done, over_all | by_timestep)
+        if self.accelerator.is_main_process:
+            self.bar.write(f"step {done}: {findings.in_words()}")
 
     def draw(self, done: int, pipe: TextToImage) -> None:
-        """Draw the fixed prompts, one a column, always with the same noise, so that the grids show the progress."""
-        sample = self.config.sample
+        """Draw the fixed prompts, one a column, always with the same noise, so that the grids show the progress.
+
+        All processes must call this; each draws some of the columns.
+        """
+        sample, accelerator = self.config.sample, self.accelerator
+        prompts, processes = sample.prompts, accelerator.num_processes
+        rounds = -(-len(prompts) // processes)  # as many for each, so that they can be gathered; some are drawn twice
+        mine = [prompts[(i * processes + accelerator.process_index) % len(prompts)] for i in range(rounds)]
         images = pipe(
-            sample.prompts,
+            mine,
             num_images=sample.num_images,
             guidance_scale=sample.guidance_scale,
             steps=min(sample.steps, pipe.schedule.num_timesteps),
             progress=False,
         )
-        by_row = [image for i in range(sample.num_images) for image in images[i :: sample.num_images]]
-        folder = self.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        grid(by_row, columns=len(sample.prompts)).save(folder / f"step-{done:08d}.png")
+        pixels = to_bytes(torch.stack([from_pillow(image) for image in images]))
+        columns = pixels.unflatten(0, (rounds, sample.num_images)).to(accelerator.device)
+        gathered = cast(Tensor, accelerator.gather(columns))  # process by process
+        if accelerator.is_main_process:
+            by_column = gathered.unflatten(0, (processes, rounds)).transpose(0, 1).flatten(0, 1)[: len(prompts)]
+            by_row = by_column.transpose(0, 1).flatten(0, 1).cpu()
+            folder = self.run_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            grid(to_pillow(to_model(by_row)), columns=len(prompts)).save(folder / f"step-{done:08d}.png")
 
     def last_words(self) -> Path:
         """Say where the result is and what to type next."""
@@ -87,10 +123,35 @@ class Reporter:
             print(f'wrote {newest}; next: python sample.py "{prompt}" --checkpoint {self.run_dir}')
         return newest
 
+    def _write(self, done: int, values: dict[str, Any]) -> None:
+        """Add a line to `metrics.jsonl`, and tell the tracker."""
+        if self.config.track:
+            self.accelerator.log(values, step=done)
+        if self.accelerator.is_main_process:
+            # JSON has no word for what is not finite.
+            line = {"step": done, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
-def _or_none(value: float) -> float | None:
-    """JSON has no word for what is not finite."""
-    return value if math.isfinite(value) else None
+
+def check_tracker(name: str | None) -> None:
+    """Raise UserError for a tracker that Accelerate does not know or that is not installed."""
+    if name is None:
+        return
+    known = {str(kind) for kind in LOGGER_TYPE_TO_CLASS}
+    if name not in known:
+        raise UserError(
+            f"track: {name!r} is no tracker{did_you_mean(name, known)}; it is one of {', '.join(sorted(known))}"
+        )
+    if name not in {str(kind) for kind in get_available_trackers()}:
+        raise UserError(f"track: {name} is not installed; type: pip install {name}")
+
+
+def _memory(device: torch.device) -> int:
+    """Return how many bytes of the accelerator were in use at most, or are of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 def _drop_metrics_after(file: Path, step: int) -> None:

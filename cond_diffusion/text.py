@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -139,6 +138,14 @@ class TextEncoder(nn.Module):
         room = self.max_length - 2
         return "" if len(offsets) <= room else caption[offsets[room][0] :]
 
+    def cut(self, captions: Sequence[str]) -> list[str]:
+        """Return those of the captions that are longer than `max_length` tokens."""
+        tokens = self.tokenizer(list(captions), add_special_tokens=False, verbose=False)
+        ids: Any = tokens["input_ids"]
+        return [
+            caption for caption, of_caption in zip(captions, ids, strict=True) if len(of_caption) > self.max_length - 2
+        ]
+
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         """Return each word of the prompt that is read, with the places of its tokens in the context."""
         encoding = self.tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=False)
@@ -151,23 +158,6 @@ class TextEncoder(nn.Module):
             if tokens:
                 found.append((word.group(), tokens))
         return found
-
-    def table(self, captions: Sequence[str], *, batch_size: int = 256, progress: bool = True) -> "ContextTable":
-        """Embed every caption once. With the frozen encoder that is all that training ever asks of it."""
-        starts = tqdm(range(0, len(captions), batch_size), desc="embedding captions", disable=not progress, leave=False)
-        rows = [self(captions[i : i + batch_size]) for i in starts]
-        return ContextTable({caption: i for i, caption in enumerate(captions)}, torch.cat(rows))
-
-
-@dataclass(frozen=True)
-class ContextTable:
-    """The context of each unique caption."""
-
-    row_of: dict[str, int]
-    contexts: Float[Tensor, "captions l d"]
-
-    def __getitem__(self, captions: Sequence[str]) -> Float[Tensor, "b l d"]:
-        return self.contexts[[self.row_of[caption] for caption in captions]]
 
 
 @contextmanager

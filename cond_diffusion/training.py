@@ -3,8 +3,10 @@
 import logging
 import math
 import os
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +14,26 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from cond_diffusion.batches import Batches
-from cond_diffusion.checkpoint import (
-    load_state,
-    make_run_dir,
-    new_run_dir,
-    newest_checkpoint,
-    save_checkpoint,
-    save_state,
-)
-from cond_diffusion.config import Config, TrainConfig, load_config, save_config
-from cond_diffusion.data import CaptionedImages, load_captioned_images
-from cond_diffusion.ema import EMA
+from cond_diffusion.batches import Batches, samples_per_step
+from cond_diffusion.config import Config, TrainConfig
+from cond_diffusion.contexts import context_table
+from cond_diffusion.decoding import cores_of_this_process
+from cond_diffusion.diagnosis import Diagnosis
 from cond_diffusion.errors import UserError
+from cond_diffusion.feed import ShuffledSet, open_feed
 from cond_diffusion.interruption import Interruption
+from cond_diffusion.layers import ResidualBlock, SpatialTransformer
+from cond_diffusion.objective import Objective
 from cond_diffusion.pipeline import TextToImage
-from cond_diffusion.reporting import Reporter
-from cond_diffusion.text import ContextTable, TextEncoder
+from cond_diffusion.reporting import Reporter, check_tracker
+from cond_diffusion.resuming import check_config, find_run, go_on, make_run
+from cond_diffusion.saving import Saver
+from cond_diffusion.schedule import NoiseSchedule
+from cond_diffusion.stream import CaptionedStream
+from cond_diffusion.text import TextEncoder
+from cond_diffusion.training_state import TrainingState
 from cond_diffusion.unet import UNet
 from cond_diffusion.unet_config import UNetConfig
 
@@ -38,34 +42,32 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config) -> Path:
     """Train as `config` says, or go on with a run; return the newest checkpoint's folder."""
-    on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
-    if on_cpu:
-        _share_cores()
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=_precision(config.train, on_cpu))
-    run_dir, newest = _find_run(config)
-    with accelerator.main_process_first():  # the others then read what the first one has cached
-        data = load_captioned_images(config.data, progress=accelerator.is_main_process)
+    accelerator = make_accelerator(config)
+    run_dir, newest = find_run(config)
+    if newest is not None:
+        check_config(config, newest, aloud=accelerator.is_main_process)
+    feed = open_feed(config.data, config.seed, aloud=accelerator.is_main_process)
     # A resumed run reads with the encoder that its checkpoint holds, whatever has become of the one that it began with.
     encoder = config.text.encoder if newest is None else newest
     text_encoder = TextEncoder.from_pretrained(encoder, config.text.max_length).to(accelerator.device)
-    batches = Batches(config, data, _embed_captions(data, text_encoder, accelerator), accelerator)
+    contexts = contexts_of(feed, text_encoder, accelerator)
+    objective = Objective(config.objective, NoiseSchedule(config.schedule))
+    diagnosis = Diagnosis(config, feed, contexts, objective)
 
-    torch.manual_seed(config.seed)  # torch draws initial weights from the global state; nothing else here does
-    unet = UNet(complete_unet_config(config, text_encoder.context_dim)).to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
-    )
-    ema = EMA(unet, config.train.ema_width)
-    pipe = TextToImage(ema.network, text_encoder, batches.objective.prediction, config.latent.patch_size)
-    start = 0 if newest is None else _resume(newest, batches.per_step, unet, ema, optimizer)
-    network, optimizer = accelerator.prepare(unet, optimizer)
-    _make_run(run_dir, config, accelerator)
+    unet = new_unet(config, text_encoder.context_dim).to(accelerator.device)
+    network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
+    state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train.ema_width, accelerator)
+    per_step = samples_per_step(config, accelerator)
+    start = 0 if newest is None else go_on(newest, state, feed, per_step, aloud=accelerator.is_main_process)
+    pipe = TextToImage(state.averaged_unet(), text_encoder, objective.prediction, config.latent.patch_size)
+    make_run(run_dir, config, accelerator)
 
-    reporter = Reporter(config, run_dir, start, batches.per_step, accelerator)
+    batches = Batches(config, feed, contexts, objective, accelerator, start)
+    reporter = Reporter(config, run_dir, start, per_step, accelerator)
     done, bad = start, 0
-    with Interruption(accelerator) as interruption:
+    with Interruption(accelerator) as interruption, Saver(run_dir, config, pipe, state, accelerator) as saver:
         for step in reporter.steps():
-            loss = _accumulate_gradients(network, batches, step, accelerator)
+            loss = accumulate_gradients(network, batches, accelerator)
             gradient_norm: Any = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
             rate = learning_rate(config.train, step)
             for group in optimizer.param_groups:
@@ -73,28 +75,101 @@ def train(config: Config) -> Path:
             # The same on all processes, which have exchanged their gradients.
             bad = 0 if torch.isfinite(gradient_norm) else bad + 1
             if bad:
-                _skip(step, bad, batches, accelerator)
+                _skip(step, bad, batches, optimizer, accelerator)
             else:
                 optimizer.step()
-                ema.update(unet, step + 1)
+                state.update_averages(step + 1)
             optimizer.zero_grad()
 
             done = step + 1
             reporter.log(done, loss, gradient_norm, rate)
             leaving = interruption.noted(done) or done == config.train.max_steps
-            if accelerator.is_main_process:
-                if leaving or _is_due(done, config.train.checkpoint_every):
-                    progress = {"step": done, "samples_per_step": batches.per_step}
-                    _save(run_dir, config, progress, pipe, unet, optimizer, must=leaving)
-                if config.sample.prompts and _is_due(done, config.train.sample_every):
-                    reporter.draw(done, pipe)
+            if config.train.snapshots and (leaving or is_snapshot_due(config.train, done)):
+                saver.snapshot(done)
+            if leaving or _is_due(done, config.train.checkpoint_every):
+                saver.checkpoint({"step": done, "samples_per_step": per_step, **feed.progress(), **state.progress()})
+            if _is_due(done, config.train.evaluate_every):
+                pipe.unet = state.averaged_unet()
+                if findings := diagnosis.measure(pipe.unet, accelerator):
+                    reporter.tell(done, findings)
+            if config.sample.prompts and _is_due(done, config.train.sample_every):
+                pipe.unet = state.averaged_unet()
+                reporter.draw(done, pipe)
             if leaving:
                 break
+        saver.finish(must=True)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_training(accelerator)
     if interruption.signal is not None and done < config.train.max_steps:
         interruption.leave(done)
     return reporter.last_words()
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Find out what there is to compute on, and set it up as the config says."""
+    check_tracker(config.track)
+    on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
+    if on_cpu:
+        _share_cores()
+    else:
+        torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.train.tf32
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision=_precision(config.train, on_cpu),
+        log_with=config.track,
+        project_dir=config.run_dir,
+    )
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Close the trackers, and on GPUs the connections between processes."""
+    if accelerator.device.type != "cpu":
+        accelerator.end_training()
+        return
+    # Gloo's connections close with the process. Closed here they can wait for ever: whoever closes them holds Python's
+    # lock and waits for gloo's threads, one of which may be waiting for the lock, to let go of the last tensor.
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def contexts_of(
+    feed: ShuffledSet | CaptionedStream, text_encoder: TextEncoder, accelerator: Accelerator
+) -> Callable[[Sequence[str]], Tensor]:
+    """Return captions -> contexts: a table of all that a set has, or the encoder itself for a stream, whose captions
+    nobody knows in advance. Say how many captions are longer than the encoder reads.
+    """
+    if isinstance(feed, CaptionedStream):
+        return text_encoder
+    captions = feed.captions()
+    if accelerator.is_main_process and (cut := text_encoder.cut(captions)):
+        logger.warning(
+            "%d of %d captions are longer than text.max_length (%d tokens) and are cut, for example %r",
+            len(cut),
+            len(captions),
+            text_encoder.max_length,
+            cut[0],
+        )
+    return context_table(text_encoder, captions, accelerator)
+
+
+def new_unet(config: Config, context_dim: int) -> UNet:
+    """Return a network with fresh weights, a function of the seed."""
+    torch.manual_seed(config.seed)  # torch draws initial weights from the global state; nothing else here does
+    unet = UNet(complete_unet_config(config, context_dim))
+    if config.train.gradient_checkpointing:
+        for module in unet.modules():
+            if isinstance(module, ResidualBlock | SpatialTransformer):
+                # Nothing inside draws random numbers whose state would have to be kept.
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+    if config.train.compile:
+        unet.compile()
+    return unet
+
+
+def new_optimizer(config: TrainConfig, unet: UNet) -> torch.optim.AdamW:
+    """Return AdamW, in its version that updates all weights in a few calls."""
+    return torch.optim.AdamW(unet.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
 def complete_unet_config(config: Config, context_dim: int) -> UNetConfig:
@@ -134,24 +209,30 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * warmup * decay
 
 
-def _accumulate_gradients(network: Any, batches: Batches, step: int, accelerator: Accelerator) -> Float[Tensor, ""]:
-    """Add up the gradients of a step's micro-batches; return their mean loss on this process."""
-    rounds = batches.config.train.gradient_accumulation_steps
+def accumulate_gradients(network: Any, batches: Batches, accelerator: Accelerator) -> Float[Tensor, ""]:
+    """Add up the gradients of the next step's micro-batches; return their mean loss on this process."""
     total = torch.zeros((), device=accelerator.device)
-    for i, batch in enumerate(batches.of_step(step)):
+    for i, batch in enumerate(batches.next_step()):
         # Processes exchange gradients once a step, with the last micro-batch.
-        with nullcontext() if i == rounds - 1 else accelerator.no_sync(network):
+        with nullcontext() if i == batches.rounds - 1 else accelerator.no_sync(network):
             loss = batches.objective.loss(network, batch.x_0, batch.t, batch.eps, batch.context)
-            accelerator.backward(loss / rounds)
-        total += loss.detach() / rounds
+            accelerator.backward(loss / batches.rounds)
+        total += loss.detach() / batches.rounds
     return total
 
 
-def _skip(step: int, bad: int, batches: Batches, accelerator: Accelerator) -> None:
+def is_snapshot_due(config: TrainConfig, done: int) -> bool:
+    """Say whether `done` is one of the `snapshots` steps that lie evenly over the run."""
+    return config.snapshots > 0 and _is_due(done, math.ceil(config.max_steps / config.snapshots))
+
+
+def _skip(step: int, bad: int, batches: Batches, optimizer: Any, accelerator: Accelerator) -> None:
     """Say which samples gave gradients that are not finite; raise UserError when there were too many such steps."""
+    if accelerator.scaler is not None:
+        optimizer.step()  # changes no weights, but lowers the factor of the loss, which is what fp16 mostly wants
     if accelerator.is_main_process:
-        indices = batches.indices_of_step(step).tolist()
-        logger.warning("step %d has gradients that are not finite and is skipped; its samples: %s", step + 1, indices)
+        names = batches.names_of_step(step)
+        logger.warning("step %d has gradients that are not finite and is skipped; its samples: %s", step + 1, names)
     if bad >= batches.config.train.max_bad_steps:
         raise UserError(
             f"train.max_bad_steps: {bad} steps in a row, up to step {step + 1}, had gradients that are not finite; the "
@@ -164,11 +245,12 @@ def _is_due(done: int, every: int) -> bool:
 
 
 def _precision(config: TrainConfig, on_cpu: bool) -> str:
-    """Return the mixed precision to use: on a CPU without bf16 instructions bf16 is many times slower than fp32."""
-    if config.mixed_precision == "bf16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        logger.warning("train.mixed_precision=bf16: this CPU has no bf16 instructions; training in fp32")
-        return "no"
-    return config.mixed_precision
+    """Return the mixed precision to use: without instructions for it a CPU is many times slower than in fp32."""
+    wanted = config.mixed_precision
+    if not on_cpu or wanted == "no" or (wanted == "bf16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return wanted
+    logger.warning("train.mixed_precision=%s: this CPU has no instructions for it; training in fp32", wanted)
+    return "no"
 
 
 def _share_cores() -> None:
@@ -178,89 +260,4 @@ def _share_cores() -> None:
     idle.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def _embed_captions(data: CaptionedImages, text_encoder: TextEncoder, accelerator: Accelerator) -> ContextTable:
-    """Embed each unique caption, and the empty one, once; say how many are longer than the encoder reads."""
-    captions = list(dict.fromkeys(["", *(caption for group in data.caption_groups for caption in group)]))
-    if accelerator.is_main_process and (cut := [caption for caption in captions if text_encoder.words_cut(caption)]):
-        logger.warning(
-            "%d of %d captions are longer than text.max_length (%d tokens) and are cut, for example %r",
-            len(cut),
-            len(captions),
-            text_encoder.max_length,
-            cut[0],
-        )
-    return text_encoder.table(captions, progress=accelerator.is_main_process)
-
-
-def _find_run(config: Config) -> tuple[Path, Path | None]:
-    """Return the folder for a new run; or with `resume` that of the run that is there, if it has the same config, and
-    the newest of its checkpoints that is whole.
-    """
-    if not config.resume:
-        return new_run_dir(config.run_dir, or_else=", or go on with it by resume=true"), None
-    run_dir = Path(config.run_dir)
-    if not (run_dir / "config.yaml").exists():
-        return new_run_dir(config.run_dir, or_else="; it is no run that could be resumed"), None
-    if newest := newest_checkpoint(run_dir, with_state=True):
-        _check_unchanged(config, load_config(Config, newest / "config.yaml"))
-    return run_dir, newest
-
-
-def _make_run(run_dir: Path, config: Config, accelerator: Accelerator) -> None:
-    """Make the run's folder, now that nothing in the config has turned out to be wrong."""
-    accelerator.wait_for_everyone()  # until all processes have seen that it was not there
-    if accelerator.is_main_process:
-        make_run_dir(run_dir)
-        save_config(config, run_dir / "config.yaml")
-
-
-def _check_unchanged(config: Config, before: Config) -> None:
-    """Raise UserError for a key that decides what the weights mean, or what the next step sees."""
-    if config.seed != before.seed:
-        raise UserError(f"resume: seed was {before.seed} in this run and is now {config.seed}")
-    for section in ("data", "text", "latent", "unet", "schedule", "objective"):
-        now, then = asdict(getattr(config, section)), asdict(getattr(before, section))
-        for key in now:
-            if now[key] != then[key]:
-                raise UserError(f"resume: {section}.{key} was {then[key]!r} in this run and is now {now[key]!r}")
-
-
-def _resume(newest: Path, per_step: int, unet: UNet, ema: EMA[UNet], optimizer: torch.optim.Optimizer) -> int:
-    """Load a checkpoint; return the number of steps that are done."""
-    ema.network.load_state_dict(UNet.from_pretrained(newest / "unet").state_dict())
-    progress = load_state(newest / "state", unet, optimizer)
-    if progress["samples_per_step"] != per_step:
-        raise UserError(
-            f"resume: a step saw {progress['samples_per_step']} samples in this run and would now see {per_step}; keep "
-            "train.batch_size x train.gradient_accumulation_steps x processes the same"
-        )
-    return progress["step"]
-
-
-def _save(
-    run_dir: Path,
-    config: Config,
-    progress: dict[str, int],
-    pipe: TextToImage,
-    unet: UNet,
-    optimizer: Any,
-    *,
-    must: bool,
-) -> None:
-    """Write a checkpoint. On a full disk the run goes on without it, unless it `must` be written."""
-
-    def write(folder: Path) -> None:
-        pipe.save_pretrained(folder)
-        save_config(config, folder / "config.yaml")
-        save_state(folder / "state", unet, optimizer, progress)
-
-    try:
-        save_checkpoint(run_dir, progress["step"], write, keep=config.train.keep_checkpoints)
-    except UserError as error:
-        if must:
-            raise
-        logger.warning("%s", error)
+        torch.set_num_threads(cores_of_this_process())

@@ -5,6 +5,7 @@ other wrote.
 """
 
 import json
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import cast
@@ -198,6 +199,14 @@ class UNet(nn.Module):
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
     @classmethod
+    def with_weights(cls, config: UNetConfig, weights: Mapping[str, Tensor]) -> "UNet":
+        """Return a network whose parameters are `weights`, not copies of them; RuntimeError if they do not fit."""
+        with torch.device("meta"):  # no random weights are drawn for those that are given
+            unet = cls(config)
+        unet.load_state_dict(weights, assign=True)
+        return unet.eval()
+
+    @classmethod
     def from_pretrained(cls, folder: Path | str) -> "UNet":
         """Load, in fp32, what `save_pretrained` wrote, ours or diffusers'.
 
@@ -205,9 +214,8 @@ class UNet(nn.Module):
         """
         folder = Path(folder)
         try:
-            with torch.device("meta"):  # no random weights are drawn for those that are read next
-                unet = cls(from_diffusers(json.loads((folder / CONFIG_NAME).read_text())))
-            unet.load_state_dict(load_file(folder / WEIGHTS_NAME), assign=True)
+            config = from_diffusers(json.loads((folder / CONFIG_NAME).read_text()))
+            unet = cls.with_weights(config, load_file(folder / WEIGHTS_NAME))
         except FileNotFoundError as error:
             raise UserError(f"{folder} is no UNet: there is no {Path(error.filename or str(error)).name}") from error
         except (SafetensorError, json.JSONDecodeError) as error:
@@ -216,7 +224,7 @@ class UNet(nn.Module):
             raise UserError(
                 f"{folder}: the weights are not those of its {CONFIG_NAME}: {' '.join(str(error).split())}"
             ) from error
-        return unet.float().eval()
+        return unet.float()
 
 
 def _zero(layer: nn.Module) -> None:

@@ -1,10 +1,12 @@
 """What the tests share: small captioned pictures, and a config that trains on them in seconds."""
 
+import json
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cond_diffusion.config import Config, load_config
 
@@ -56,3 +58,13 @@ def bars_overrides(bars_parquet: Path) -> list[str]:
 @pytest.fixture
 def bars_config(bars_overrides: list[str], tmp_path: Path) -> Config:
     return load_config(Config, overrides=[*bars_overrides, f"run_dir={tmp_path / 'run'}"])
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The averaged and the raw weights, and the optimizer's moments."""
+    files = ["unet/diffusion_pytorch_model.safetensors", "state/unet.safetensors", "state/optimizer.safetensors"]
+    return {f"{file}:{name}": value for file in files for name, value in load_file(checkpoint / file).items()}
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -30,7 +30,7 @@ def test_a_classifier_of_real_digits_recognises_what_the_model_draws(pipe: TextT
     """In short: 50 steps of the chain, and every wording of every digit once."""
     config = load_config(Config, BUILT_IN_MODEL / "config.yaml").data
     train, test = (load_captioned_images(config, split, progress=False) for split in ("train", "test"))
-    classifier = kept_classifier(config, train)
+    classifier = kept_classifier(train)
     assert accuracy_on_real_images(classifier, train, test) > 0.99
     prompts = [(caption, group) for group, captions in enumerate(train.caption_groups) for caption in captions]
     images = pipe([caption for caption, _ in prompts], steps=50, progress=False)

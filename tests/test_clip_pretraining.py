@@ -13,7 +13,8 @@ from cond_diffusion.clip_pretraining import (
     zero_shot_accuracy,
 )
 from cond_diffusion.config import load_config
-from cond_diffusion.data import DataConfig, load_captioned_images
+from cond_diffusion.data import load_captioned_images
+from cond_diffusion.data_config import DataConfig
 from cond_diffusion.errors import UserError
 from cond_diffusion.text import BUILT_IN_ENCODER, TextEncoder
 

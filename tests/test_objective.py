@@ -93,15 +93,17 @@ def test_drawing_some_timesteps_more_often_does_not_change_the_mean(timesteps, l
     uniform = Objective(ObjectiveConfig(loss=loss), SCHEDULE)
     objective = Objective(ObjectiveConfig(loss=loss, timesteps=timesteps), SCHEDULE)
     torch.testing.assert_close(objective.density.sum(), torch.tensor(1.0, dtype=torch.float64))
-    torch.testing.assert_close(objective.density * objective.weight * 200, uniform.weight)
-    assert (objective.weight <= 2 * uniform.weight + 1e-12).all()
+    torch.testing.assert_close(objective.density * objective.importance * 200, torch.ones(200, dtype=torch.float64))
+    assert (objective.importance <= 2 + 1e-12).all()
+    assert torch.equal(objective.weight, uniform.weight)
 
 
 @pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "loss_weight"])
 def test_timesteps_are_drawn_from_the_density(timesteps):
     objective = Objective(ObjectiveConfig(loss="variational_bound", timesteps=timesteps), SCHEDULE)
     count = 200_000
-    drawn = objective.draw_timesteps(count, torch.Generator().manual_seed(0)).bincount(minlength=200)
+    places = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = objective.timesteps_at(places).bincount(minlength=200)
     expected = objective.density * count
     chi_squared = ((drawn - expected) ** 2 / expected).sum().item()
     assert chi_squared < 200 + 4 * (2 * 200) ** 0.5

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel
 
+from cond_diffusion import contexts
+from cond_diffusion.contexts import context_table
 from cond_diffusion.errors import UserError
 from cond_diffusion.text import TextEncoder
 
@@ -50,8 +53,8 @@ def test_the_words_that_are_cut_are_named(encoder: TextEncoder):
 
 def test_the_table_holds_the_context_of_each_caption(encoder: TextEncoder):
     captions = ["", "seven", "a digit two"]
-    table = encoder.table(captions, batch_size=2, progress=False)
-    torch.testing.assert_close(table[["a digit two", "", "a digit two"]], encoder(["a digit two", "", "a digit two"]))
+    table = context_table(encoder, captions, Accelerator(cpu=True))
+    torch.testing.assert_close(table(["a digit two", "", "a digit two"]), encoder(["a digit two", "", "a digit two"]))
 
 
 @pytest.mark.parametrize(
@@ -99,3 +102,50 @@ def test_a_hub_that_cannot_be_reached_is_one_line_that_says_what_to_do(monkeypat
     with pytest.raises(UserError, match=r"openai/clip-vit-base-patch32.*text\.encoder=builtin") as caught:
         TextEncoder.from_pretrained("openai/clip-vit-base-patch32", max_length=77)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def many(encoder: TextEncoder, tmp_path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """More captions than are embedded in memory; the cache lies in a folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(contexts, "PER_SHARD", 10)
+    return [f"a digit {word} {number}" for number in range(12) for word in ("two", "seven")]
+
+
+def test_many_captions_are_embedded_once_and_kept_on_the_disk(
+    encoder: TextEncoder, many: list[str], tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    table = context_table(encoder, many, Accelerator(cpu=True))
+    torch.testing.assert_close(table(many[::-1]), encoder(many[::-1]))
+    files = sorted(tmp_path.rglob("contexts/*/*"))
+    assert [file.name for file in files] == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
+    files[1].unlink()  # as if it had been killed before that one
+    embedded = []
+    embed = contexts.embed
+
+    def counted(encoder: TextEncoder, captions: list[str], **options: bool) -> torch.Tensor:
+        embedded.extend(captions)
+        return embed(encoder, captions, **options)
+
+    monkeypatch.setattr(contexts, "embed", counted)
+    again = context_table(encoder, many, Accelerator(cpu=True))
+    assert embedded == many[10:20]
+    assert torch.equal(again(many), table(many))
+
+
+def test_kept_contexts_are_those_of_this_encoder_length_and_captions(encoder: TextEncoder, many: list[str], tmp_path):
+    context_table(encoder, many, Accelerator(cpu=True))
+    other = TextEncoder.from_pretrained("builtin", max_length=16)
+    with torch.no_grad():
+        next(other.clip.parameters()).mul_(1.5)
+    longer = TextEncoder.from_pretrained("builtin", max_length=12)
+    for read_by, captions in ((other, many), (longer, many), (encoder, many[::-1])):
+        table = context_table(read_by, captions, Accelerator(cpu=True))
+        torch.testing.assert_close(table(captions), read_by(captions))
+    assert len(list(tmp_path.glob("cond_diffusion/contexts/*"))) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(encoder: TextEncoder, many: list[str], tmp_path):
+    (tmp_path / "cond_diffusion").write_text("in the way")
+    with pytest.raises(UserError, match="the captions' embeddings cannot be kept in .*: (Not a directory|File exists)"):
+        context_table(encoder, many, Accelerator(cpu=True))

@@ -3,39 +3,30 @@
 import errno
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
-import time
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import colours
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIDE, bar
-from safetensors.torch import load_file
+from conftest import ROOT, SIDE, bar, metrics, weights
 
-from cond_diffusion import TextToImage, training
-from cond_diffusion.checkpoint import checkpoints, save_checkpoint
-from cond_diffusion.config import Config, TrainConfig
-from cond_diffusion.data import sample_indices
-from cond_diffusion.ema import EMA, power_of_width
+from cond_diffusion import TextToImage, batches, reporting, saving, training, training_state
+from cond_diffusion.check import bytes_kept
+from cond_diffusion.checkpoint import checkpoints, damage, save_checkpoint
+from cond_diffusion.config import Config, TrainConfig, load_config
+from cond_diffusion.data import load_captioned_images
 from cond_diffusion.errors import UserError
+from cond_diffusion.feed import ShuffledSet
 from cond_diffusion.objective import ObjectiveConfig
 from cond_diffusion.schedule_config import ScheduleConfig
-from cond_diffusion.training import complete_unet_config, learning_rate, train
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The averaged and the raw weights, and the optimizer's moments."""
-    files = ["unet/diffusion_pytorch_model.safetensors", "state/unet.safetensors", "state/optimizer.safetensors"]
-    return {f"{file}:{name}": value for file in files for name, value in load_file(checkpoint / file).items()}
-
-
-def metrics(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+from cond_diffusion.training import complete_unet_config, learning_rate, make_accelerator, new_unet, train
 
 
 def changed(config: Config, **train_changes: object) -> Config:
@@ -53,73 +44,10 @@ def test_four_steps_equal_two_and_resumed_two(bars_config: Config, tmp_path: Pat
     expected, found = weights(straight), weights(resumed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    lines = [[{**line, "images_per_second": 0} for line in metrics(Path(c.run_dir))] for c in (config, stopped)]
+    own = {"images_per_second", "memory_gb"}
+    lines = [[{k: line[k] for k in line.keys() - own} for line in metrics(Path(c.run_dir))] for c in (config, stopped)]
     assert lines[0] == lines[1]
     assert [line["step"] for line in lines[0]] == [1, 2, 3, 4]
-
-
-def launch(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
-    program = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *program, str(ROOT / "train.py"), *arguments],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_with_twice_the_accumulation(bars_overrides: list[str], tmp_path: Path):
-    runs = {}
-    for processes, rounds in ((1, 2), (2, 1)):
-        run_dir = tmp_path / f"{processes}"
-        rounds_word = f"train.gradient_accumulation_steps={rounds}"
-        process = launch([*bars_overrides, "train.max_steps=20", rounds_word, f"run_dir={run_dir}"], processes)
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-        runs[processes] = run_dir
-    losses = {n: [line["loss"] for line in metrics(run_dir)] for n, run_dir in runs.items()}
-    assert len(losses[1]) == 20
-    np.testing.assert_allclose(losses[2], losses[1], atol=1e-5)
-    one, two = (weights(checkpoints(runs[n])[-1]) for n in (1, 2))
-    for name in one:  # Adam's second moments are far below 1e-4 themselves
-        small = one[name].abs().max().item() if name.endswith("exp_avg_sq") else 1.0
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-4 * small, msg=name)
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(bars_overrides: list[str], tmp_path: Path):
-    """SIGKILL, which leaves no time, and SIGTERM and SIGINT, which are answered by saving and a line that says so."""
-    words = [*bars_overrides, "train.max_steps=60", "train.keep_checkpoints=2"]
-    straight = launch([*words, f"run_dir={tmp_path / 'straight'}"])
-    killed_words = [*words, "resume=true", f"run_dir={tmp_path / 'killed'}"]
-    _, errors = straight.communicate()
-    assert straight.returncode == 0, errors
-    for kill_after, number in ((3, signal.SIGKILL), (14, signal.SIGTERM), (27, signal.SIGINT), (41, signal.SIGKILL)):
-        process = launch(killed_words)
-        file = tmp_path / "killed" / "metrics.jsonl"
-        while process.poll() is None and not (file.exists() and len(file.read_text().splitlines()) >= kill_after):
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, errors = process.communicate()
-        if number == signal.SIGKILL:
-            assert process.returncode == -number
-            continue
-        assert process.returncode == 128 + number
-        newest = checkpoints(tmp_path / "killed")[-1]
-        step = int(newest.name.removeprefix("step-"))
-        assert step >= kill_after
-        assert errors.splitlines()[-1] == (
-            f"interrupted at step {step}, which is saved; the same command with resume=true goes on from there"
-        )
-    last = launch(killed_words)
-    _, errors = last.communicate()
-    assert last.returncode == 0, errors
-    expected, found = (weights(checkpoints(tmp_path / name)[-1]) for name in ("straight", "killed"))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert [line["step"] for line in metrics(tmp_path / "killed")] == list(range(1, 61))
 
 
 @pytest.mark.slow
@@ -129,11 +57,13 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(bars_overrides: 
     [("epsilon", "uniform", 0.4), ("v_prediction", "logit_normal", 0.6)],
 )
 def test_a_few_pictures_are_learned_by_heart_and_the_text_chooses_among_them(
-    bars_config: Config, prediction: Any, timesteps: Any, falls_to: float
+    bars_config: Config, prediction: Any, timesteps: Any, falls_to: float, capsys: Any
 ):
     """Overfit; then the words alone decide which way the bar lies. Also where the last timestep holds no signal."""
     config = changed(
-        bars_config, max_steps=300, batch_size=64, learning_rate=3e-3, warmup_steps=20, log_every=50, checkpoint_every=0
+        bars_config,
+        **{"max_steps": 300, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 20},
+        **{"log_every": 10, "checkpoint_every": 0, "evaluate_every": 300},
     )
     config = replace(
         config,
@@ -142,7 +72,9 @@ def test_a_few_pictures_are_learned_by_heart_and_the_text_chooses_among_them(
     )
     train(config)
     lines = metrics(Path(config.run_dir))
-    assert lines[-1]["loss"] < falls_to * lines[0]["loss"]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-5:]) < falls_to * losses[0]
+    assert "the text is used" in capsys.readouterr().out
     pipe = TextToImage.from_pretrained(config.run_dir)
     assert pipe.prediction.kind == prediction
     images = pipe(["a bar that is upright", "level"], num_images=16, guidance_scale=2.0, progress=False)
@@ -167,22 +99,6 @@ def test_the_learning_rate_is_a_function_of_the_step():
     constant = replace(config, learning_rate_schedule="constant")
     assert learning_rate(constant, 0) == pytest.approx(0.2)
     assert learning_rate(constant, 109) == 2.0
-
-
-@pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
-def test_the_average_of_the_weights_is_the_power_function_of_its_width(width: float):
-    """An average that weighs step s of n in proportion to s^gamma has moments that are integrals of powers of s."""
-    gamma, steps = power_of_width(width), 3000
-    network = torch.nn.Linear(2, 1, bias=False).double()
-    ema = EMA(network, width)
-    for step in range(1, steps + 1):
-        with torch.no_grad():
-            network.weight.copy_(torch.tensor([[step / steps, (step / steps) ** 2]]))
-        ema.update(network, step)
-    mean, square = ema.network.weight.flatten().tolist()
-    assert mean == pytest.approx((gamma + 1) / (gamma + 2), rel=2e-3)
-    assert square == pytest.approx((gamma + 1) / (gamma + 3), rel=2e-3)
-    assert (square - mean**2) ** 0.5 == pytest.approx(width, rel=0.01)
 
 
 def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path: Path):
@@ -214,8 +130,8 @@ def test_an_existing_run_is_never_overwritten_and_a_changed_one_not_resumed(bars
         train(wider)
     with pytest.raises(UserError, match="resume: seed was 0 in this run and is now 1"):
         train(replace(bars_config, resume=True, seed=1))
-    with pytest.raises(UserError, match="resume: objective.loss was 'epsilon' in this run and is now 'min_snr'"):
-        train(replace(bars_config, resume=True, objective=ObjectiveConfig(loss="min_snr")))
+    with pytest.raises(UserError, match="resume: objective.prediction was 'epsilon' in this run and is now 'sample'"):
+        train(replace(bars_config, resume=True, objective=ObjectiveConfig("sample", "sample")))
     with pytest.raises(UserError, match="a step saw 8 samples in this run and would now see 16"):
         train(replace(changed(bars_config, batch_size=16), resume=True))
     after = weights(newest)
@@ -262,13 +178,13 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(bars_config: Confi
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps whose pictures become infinite; to be filled by the test."""
     steps: list[int] = []
-    draw = training.Batches._draw
+    read = batches.Batches._read
 
-    def maybe_poisoned(self: Any, step: int, number: int, numbers: int) -> Any:
-        batch = draw(self, step, number, numbers)
-        return replace(batch, x_0=batch.x_0 * torch.inf) if step in steps else batch
+    def maybe_poisoned(self: Any, first: int) -> Any:
+        samples = read(self, first)
+        return replace(samples, eps=samples.eps * torch.inf) if first // self.per_step in steps else samples
 
-    monkeypatch.setattr(training.Batches, "_draw", maybe_poisoned)
+    monkeypatch.setattr(batches.Batches, "_read", maybe_poisoned)
     return steps
 
 
@@ -279,8 +195,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(
     poisoned += [2]
     after = weights(train(replace(changed(bars_config, max_steps=3), resume=True)))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    indices = sample_indices(64, bars_config.seed, 16, 8).tolist()
-    assert f"step 3 has gradients that are not finite and is skipped; its samples: {indices}" in caplog.text
+    (samples,) = re.findall(r"step 3 has gradients that are not finite and is skipped; its samples: (.*)", caplog.text)
+    assert json.loads(samples) == ShuffledSet(load_captioned_images(bars_config.data), 0, 3).indices(16, 8).tolist()
     assert metrics(Path(bars_config.run_dir))[-1]["loss"] is None
     poisoned.clear()
     assert metrics(Path(train(replace(bars_config, resume=True)).parent.parent))[-1]["loss"] < 10  # it goes on
@@ -298,20 +214,167 @@ def test_a_full_disk_costs_the_new_checkpoint_and_never_the_old_one(
     bars_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """The run goes on without it; at the end, where nothing follows, it is an error."""
-    whole, saved = training.save_state, []
+    write, saved = training_state.TrainingState.write_pieces, []
 
     def full_from_the_second_on(*arguments: Any) -> None:
-        whole(*arguments)
+        write(*arguments)
         saved.append(arguments)
         if len(saved) > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(training, "save_state", full_from_the_second_on)
+    monkeypatch.setattr(training_state.TrainingState, "write_pieces", full_from_the_second_on)
     with pytest.raises(UserError, match=r"step-00000006 cannot be written \(.*No space left .* are untouched"):
         train(changed(bars_config, max_steps=6))
     assert len(saved) == 3
     assert "step-00000004 cannot be written" in caplog.text
     assert [path.name for path in (Path(bars_config.run_dir) / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_disk_that_is_really_full_does_the_same(bars_config: Config, tmp_path: Path, caplog: Any):
+    """A disk with room for one checkpoint, and no second one."""
+    size = sum(file.stat().st_size for file in train(changed(bars_config, snapshots=0)).rglob("*"))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size)}", "tmpfs", str(disk)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only the system's administrator can mount a small disk")
+    try:
+        config = changed(bars_config, max_steps=6, snapshots=0)
+        with pytest.raises(UserError, match=r"step-00000006 cannot be written \(.*\); the checkpoints before it are"):
+            train(replace(config, run_dir=str(disk / "run")))
+        assert "step-00000004 cannot be written" in caplog.text
+        assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+        assert damage(disk / "run" / "checkpoints" / "step-00000002", with_state=True) is None
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_saving_holds_training_up_no_longer_than_copying(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
+    """While a checkpoint waits for its disk, steps go on; and what they change is not in it."""
+    straight = weights(train(changed(bars_config, max_steps=2)))
+    disk_is_ready, begun = threading.Event(), threading.Event()
+    save = saving.save_checkpoint
+
+    def slow(*arguments: Any, **options: Any) -> Path:
+        begun.set()
+        assert disk_is_ready.wait(60)
+        return save(*arguments, **options)
+
+    log = reporting.Reporter.log
+
+    def watched(self: Any, done: int, *arguments: Any) -> None:
+        log(self, done, *arguments)
+        if done == 3:  # step 2 has begun to save
+            assert begun.wait(60)
+            assert not list((Path(config.run_dir) / "checkpoints").glob("step-*"))
+            disk_is_ready.set()
+
+    monkeypatch.setattr(saving, "save_checkpoint", slow)
+    monkeypatch.setattr(reporting.Reporter, "log", watched)
+    config = replace(changed(bars_config, max_steps=3, keep_checkpoints=3, learning_rate_schedule="constant"))
+    config = replace(config, run_dir=bars_config.run_dir + "-slow")
+    train(config)
+    assert [c.name for c in checkpoints(Path(config.run_dir))] == ["step-00000002", "step-00000003"]
+    constant = changed(bars_config, max_steps=2, learning_rate_schedule="constant")
+    monkeypatch.undo()
+    straight = weights(train(replace(constant, run_dir=bars_config.run_dir + "-2")))
+    found = weights(checkpoints(Path(config.run_dir))[0])
+    assert all(torch.equal(straight[name], found[name]) for name in straight)
+
+
+def test_any_ema_width_can_be_drawn_from_after_training(bars_config: Config):
+    """The width of training gives the checkpoint's own weights; another one those that training with it would have."""
+    config = changed(bars_config, max_steps=32, snapshots=32, checkpoint_every=0)
+    train(config)
+    other = changed(replace(config, run_dir=config.run_dir + "-other"), ema_width=0.07)
+    train(other)
+    own, as_trained = (TextToImage.from_pretrained(config.run_dir, ema_width=w).unet.state_dict() for w in (0.1, None))
+    for name, weight in as_trained.items():
+        torch.testing.assert_close(own[name], weight, rtol=1e-5, atol=1e-6)
+    found = TextToImage.from_pretrained(config.run_dir, ema_width=0.07).unet.state_dict()
+    wanted = TextToImage.from_pretrained(other.run_dir).unet.state_dict()
+    distance, moved = (sum((w - of[n]).square().sum() for n, w in wanted.items()) for of in (found, as_trained))
+    assert distance < 0.01 * moved
+
+
+def test_gradient_checkpointing_gives_the_same_weights_and_keeps_less(bars_config: Config):
+    plain = weights(train(bars_config))
+    config = changed(replace(bars_config, run_dir=bars_config.run_dir + "-2"), gradient_checkpointing=True)
+    found = weights(train(config))
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
+    kept = []
+    for checkpointing in (False, True):
+        complete = replace(bars_config.unet, in_channels=1, sample_size=8, context_dim=64)
+        unet = new_unet(replace(changed(bars_config, gradient_checkpointing=checkpointing), unet=complete), 64)
+        x, t, context = torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64), torch.randn(8, 16, 64)
+        kept.append(bytes_kept(unet, lambda unet=unet, x=x, t=t, context=context: unet(x, t, context).sum()))
+    assert kept[1] < 0.4 * kept[0]
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_the_same_but_for_rounding(bars_overrides: list[str], bars_config: Config):
+    """In a process of its own, where no types are checked: the compiler would compile the checks, too."""
+    small = [*bars_overrides, "unet.channels=[32]", "unet.attention=[true]"]
+    compiled = bars_config.run_dir + "-2"
+    train(load_config(Config, ROOT / "configs" / "mnist.yaml", [*small, f"run_dir={bars_config.run_dir}"]))
+    command = [sys.executable, ROOT / "train.py", *small, "train.compile=true", f"run_dir={compiled}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    losses = [[line["loss"] for line in metrics(Path(run_dir))] for run_dir in (bars_config.run_dir, compiled)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    TextToImage.from_pretrained(compiled)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_cpu_without_the_instructions_trains_in_fp32_and_says_so(
+    bars_config: Config, precision: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
+    assert make_accelerator(changed(bars_config, mixed_precision=precision)).mixed_precision == "no"
+    assert f"train.mixed_precision={precision}: this CPU has no instructions for it" in caplog.text
+
+
+def test_with_fp16_a_step_that_overflows_lowers_the_factor_of_the_loss_and_no_weights(
+    bars_config: Config, poisoned: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """On a CPU Accelerate makes no scaler; here it is given torch's own."""
+    make = training.make_accelerator
+
+    def with_scaler(config: Config) -> Any:
+        accelerator = make(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return accelerator
+
+    before = weights(train(changed(bars_config, max_steps=2)))
+    monkeypatch.setattr(training, "make_accelerator", with_scaler)
+    poisoned += [2]
+    newest = train(replace(changed(bars_config, max_steps=3), resume=True))
+    after = weights(newest)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((newest / "state" / "progress.json").read_text())["scaler"]["scale"] == 512
+    train(replace(bars_config, resume=True))  # goes on with what was saved
+    newest = checkpoints(Path(bars_config.run_dir))[-1]
+    assert json.loads((newest / "state" / "progress.json").read_text())["scaler"]["scale"] == 512
+    assert not all(torch.equal(value, after[name]) for name, value in weights(newest).items())
+
+
+def test_a_resumed_run_says_what_changed_and_goes_on_where_that_is_safe(
+    bars_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    train(changed(bars_config, max_steps=2))
+    colours.write(tmp_path / "other", "jsonl", 40)
+    data = replace(bars_config.data, source=str(tmp_path / "other"), caption_column="text", caption_templates=())
+    train(replace(changed(bars_config, max_steps=4), data=data, resume=True))
+    assert f"resume: data.source was '{bars_config.data.source}' in this run and is now" in caplog.text
+    assert "resume: the data are others: {'pictures': 64, " in caplog.text
+    caplog.clear()
+    streamed = replace(data, streaming=True)
+    train(replace(changed(bars_config, max_steps=5), data=streamed, resume=True))
+    assert "resume: data.streaming was False in this run and is now True; going on with it" in caplog.text
+    train(replace(changed(bars_config, max_steps=6), data=streamed, resume=True))
+    with pytest.raises(UserError, match="resume: data.resolution was 8 in this run and is now 16; the weights mean"):
+        train(replace(bars_config, data=replace(data, resolution=16), resume=True))
 
 
 def test_what_the_data_decides_about_the_unet_is_filled_in_or_checked(bars_config: Config):

@@ -1,0 +1,135 @@
+"""What a run learns about itself while it trains: the loss on pictures that it is not trained on, timestep by timestep,
+and whether the captions make any difference.
+
+All of it is measured with the averaged weights, on the same pictures with the same noise each time, so that two steps
+of a run, and two runs, can be compared.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from cond_diffusion import latents
+from cond_diffusion.config import Config
+from cond_diffusion.data import Places
+from cond_diffusion.feed import ShuffledSet
+from cond_diffusion.objective import Network, Objective
+from cond_diffusion.pictures import to_model
+from cond_diffusion.randomness import generator
+from cond_diffusion.stream import CaptionedStream
+
+EXAMPLES = 512
+BUCKETS = 8
+SURE, LEAST = 3, 0.002  # standard errors, and share of the loss, that a difference has to exceed to be one
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Held-out losses: by timestep, in `BUCKETS` equal parts of the chain, and over all with the true captions, with
+    those of other pictures, and without any.
+
+    difference, its_error: how much worse other captions are, on average over the examples, with its standard error; 0
+    where all captions are the same.
+    """
+
+    by_timestep: list[float]
+    true_caption: float
+    other_caption: float
+    no_caption: float
+    difference: float
+    its_error: float
+
+    @property
+    def text_is_used(self) -> bool:
+        return self.difference > max(SURE * self.its_error, LEAST * self.true_caption)
+
+    def in_words(self) -> str:
+        """Say what was found."""
+        losses = (
+            f"held-out loss {self.true_caption:.4f}, with the captions of other pictures {self.other_caption:.4f}, "
+            f"without captions {self.no_caption:.4f}"
+        )
+        if self.text_is_used:
+            return f"{losses}: the text is used"
+        return f"{losses}: no difference to speak of; so far the network ignores the text"
+
+
+class Diagnosis:
+    """Fixed examples: held-out pictures with their captions, noise and timesteps.
+
+    contexts: captions to their contexts.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        feed: ShuffledSet | CaptionedStream,
+        contexts: Callable[[Sequence[str]], Tensor],
+        objective: Objective,
+    ) -> None:
+        self.contexts = contexts
+        self.objective = objective
+        self.batch_size = config.train.batch_size
+        middle = torch.full((EXAMPLES,), 0.5, dtype=torch.float64)
+        first_caption = torch.zeros_like(middle)
+        self.batch = feed.held_out(Places(first_caption, middle))
+        if self.batch is None:
+            return
+        self.encoded = latents.encode(self.batch.images, config.latent.patch_size)
+        self.eps = torch.randn(self.encoded.shape, generator=generator("held-out noise", config.seed))
+        # Every part of the chain alike, and in an order that has nothing to do with that of the pictures.
+        order = torch.randperm(EXAMPLES, generator=generator("held-out timesteps", config.seed))
+        self.t = order * objective.schedule.num_timesteps // EXAMPLES
+        self.bucket = order * BUCKETS // EXAMPLES
+
+    @torch.no_grad()
+    def measure(self, network: Network, accelerator: Accelerator) -> Findings | None:
+        """Measure; None if no pictures are held out. All processes must ask together, and share the work."""
+        if self.batch is None:
+            return None
+        captions = self.batch.captions
+        losses = torch.zeros(3, EXAMPLES, device=accelerator.device)
+        mine = torch.arange(EXAMPLES)[accelerator.process_index :: accelerator.num_processes]
+        for row, words in enumerate((captions, others(captions), [""] * EXAMPLES)):
+            for indices in mine.split(self.batch_size):
+                losses[row, indices] = self._losses(network, indices, words, accelerator.device)
+        total: Tensor = accelerator.reduce(losses, "sum")  # type: ignore[assignment]
+        return findings(total.cpu().double(), self.bucket)
+
+    def _losses(
+        self, network: Network, indices: Int64[Tensor, " b"], captions: list[str], device: torch.device
+    ) -> Float[Tensor, " b"]:
+        return self.objective.losses(
+            network,
+            to_model(self.encoded[indices].to(device)),
+            self.t[indices],
+            self.eps[indices].to(device),
+            self.contexts([captions[i] for i in indices.tolist()]).to(device),
+        )
+
+
+def others(captions: list[str]) -> list[str]:
+    """Return for each caption the next one that is another; itself where all are the same."""
+    twice = captions + captions
+    return [
+        next((other for other in twice[i + 1 : i + len(captions)] if other != caption), caption)
+        for i, caption in enumerate(captions)
+    ]
+
+
+def findings(losses: Float[Tensor, "3 n"], bucket: Int64[Tensor, " n"]) -> Findings:
+    """Sum up the losses of n examples with the true captions, with others, and with none."""
+    true, other, none = losses
+    worse = other - true
+    return Findings(
+        by_timestep=[true[bucket == number].mean().item() for number in range(BUCKETS)],
+        true_caption=true.mean().item(),
+        other_caption=other.mean().item(),
+        no_caption=none.mean().item(),
+        difference=worse.mean().item(),
+        its_error=(worse.var() / len(worse)).sqrt().item(),
+    )

@@ -1,0 +1,93 @@
+"""A run's folder at its beginning: a new one is never mixed with an old one, and a run goes on only as what it was."""
+
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from cond_diffusion.checkpoint import make_run_dir, new_run_dir, newest_checkpoint
+from cond_diffusion.config import Config, load_config, save_config
+from cond_diffusion.errors import UserError
+from cond_diffusion.feed import ShuffledSet
+from cond_diffusion.stream import CaptionedStream
+from cond_diffusion.training_state import TrainingState
+
+# What may change within a run, since the weights mean the same afterwards; everything else decides what they mean.
+SAFE = {
+    "objective": ("loss", "min_snr_gamma", "timesteps"),
+    "data": (
+        *("source", "streaming", "shuffle_buffer", "image_column", "caption_column", "caption_templates"),
+        *("label_names", "crop", "flip", "background", "max_bad_fraction", "memory_gb", "held_out"),
+    ),
+}
+
+logger = logging.getLogger(__name__)
+
+
+def find_run(config: Config) -> tuple[Path, Path | None]:
+    """Return the folder for a new run; or with `resume` that of the run that is there, and the newest of its
+    checkpoints that is whole.
+
+    Raises UserError where the folder holds something else, or a run that cannot go on with this config.
+    """
+    if not config.resume:
+        return new_run_dir(config.run_dir, or_else=", or go on with it by resume=true"), None
+    run_dir = Path(config.run_dir)
+    if not (run_dir / "config.yaml").exists():
+        return new_run_dir(config.run_dir, or_else="; it is no run that could be resumed"), None
+    return run_dir, newest_checkpoint(run_dir, with_state=True)
+
+
+def make_run(run_dir: Path, config: Config, accelerator: Accelerator) -> None:
+    """Make the run's folder, now that nothing in the config has turned out to be wrong."""
+    accelerator.wait_for_everyone()  # until all processes have seen that it was not there
+    if accelerator.is_main_process:
+        make_run_dir(run_dir)
+        for unfinished in (run_dir / "checkpoints").glob(".step-*"):  # of a run that was killed while it wrote this
+            shutil.rmtree(unfinished)
+        save_config(config, run_dir / "config.yaml")
+
+
+def check_config(config: Config, checkpoint: Path, *, aloud: bool) -> None:
+    """Compare the config with that of the run that wrote the checkpoint.
+
+    Raises UserError for a change that the weights do not survive; warns of one that they do.
+    """
+    before = load_config(Config, checkpoint / "config.yaml")
+    if config.seed != before.seed:
+        raise UserError(f"resume: seed was {before.seed} in this run and is now {config.seed}; keep it")
+    changes: list[str] = []
+    for section in ("data", "text", "latent", "unet", "schedule", "objective"):
+        now, then = asdict(getattr(config, section)), asdict(getattr(before, section))
+        for key in now:
+            if now[key] == then[key]:
+                continue
+            change = f"{section}.{key} was {then[key]!r} in this run and is now {now[key]!r}"
+            if key not in SAFE.get(section, ()):
+                raise UserError(f"resume: {change}; the weights mean something only with the former")
+            changes.append(change)
+    if aloud:
+        for change in changes:
+            logger.warning("resume: %s; going on with it", change)
+
+
+def go_on(
+    checkpoint: Path, state: TrainingState, feed: ShuffledSet | CaptionedStream, per_step: int, *, aloud: bool
+) -> int:
+    """Load a checkpoint, and have the feed go on from there; return the number of steps that are done.
+
+    Raises UserError where the checkpoint is not whole, or for another number of samples a step.
+    """
+    progress = state.load(checkpoint)
+    if progress["samples_per_step"] != per_step:
+        raise UserError(
+            f"resume: a step saw {progress['samples_per_step']} samples in this run and would now see {per_step}; keep "
+            "train.batch_size x train.gradient_accumulation_steps x processes the same"
+        )
+    then, now = progress["data"], feed.identity()
+    if then != now and aloud:
+        logger.warning("resume: the data are others: %s, now %s; going on with them in a new order", then, now)
+    feed.resume(progress, progress["step"] * per_step, same=then == now)
+    return progress["step"]

@@ -1,0 +1,117 @@
+"""Saving without holding up training: the weights are copied, and a thread writes the copies."""
+
+import json
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from cond_diffusion.checkpoint import save_checkpoint
+from cond_diffusion.config import Config, save_config
+from cond_diffusion.ema import Weights
+from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.pipeline import TextToImage
+from cond_diffusion.posthoc_ema import save_snapshot
+from cond_diffusion.training_state import PROGRESS_NAME, TrainingState
+from cond_diffusion.unet import UNet
+
+logger = logging.getLogger(__name__)
+
+Pieces = dict[str, dict[str, torch.Tensor]]
+
+
+class Saver:
+    """Writes checkpoints and snapshots of a run, one after the other, in the background."""
+
+    def __init__(
+        self, run_dir: Path, config: Config, pipe: TextToImage, state: TrainingState, accelerator: Accelerator
+    ) -> None:
+        self.run_dir = run_dir
+        self.config = config
+        self.pipe = pipe
+        self.state = state
+        self.is_main = accelerator.is_main_process
+        # The threads of several processes must speak to each other beside what training exchanges.
+        self.group = torch.distributed.new_group(backend="gloo") if state.sharded else None
+        self.thread = ThreadPoolExecutor(1, "saving")
+        self.writing: Future[None] | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
+    def checkpoint(self, progress: dict[str, Any]) -> None:
+        """Begin to write a checkpoint of the step that is done. All processes must call this."""
+        if self.is_main or self.state.sharded:
+            pieces, averages = self.state.pieces(), self.state.whole_averages()
+            self._begin(partial(self._write_checkpoint, progress, pieces, averages[0]))
+
+    def snapshot(self, step: int) -> None:
+        """Begin to write both averages. All processes must call this."""
+        if self.is_main or self.state.sharded:
+            averages = self.state.whole_averages()
+            widths = [average.width for average in self.state.averages]
+            if self.is_main:
+                self._begin(partial(save_snapshot, self.run_dir, step, list(zip(widths, averages, strict=True))))
+
+    def finish(self, *, must: bool = False) -> None:
+        """Wait until what was begun is written. A full disk costs that and no more, unless it `must` be written."""
+        writing, self.writing = self.writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except UserError as error:
+            if must:
+                raise
+            logger.warning("%s", error)
+
+    def _begin(self, write: partial[None]) -> None:
+        self.finish()
+        self.writing = self.thread.submit(write)
+
+    def _write_checkpoint(self, progress: dict[str, Any], pieces: Pieces, average: Weights) -> None:
+        step = progress["step"]
+        aside = self.run_dir / "checkpoints" / f".step-{step:08d}.pieces"
+        problem = self._write_pieces(aside, pieces)
+        if not self.is_main:
+            return
+
+        def write(folder: Path) -> None:
+            if problem:
+                raise OSError(problem)
+            unet = UNet.with_weights(self.pipe.unet.config, average)
+            pipe = TextToImage(unet, self.pipe.text_encoder, self.pipe.prediction, self.pipe.patch_size)
+            pipe.save_pretrained(folder)
+            save_config(self.config, folder / "config.yaml")
+            aside.rename(folder / "state")
+            (folder / "state" / PROGRESS_NAME).write_text(json.dumps(progress, indent=2) + "\n")
+
+        try:
+            save_checkpoint(self.run_dir, step, write, keep=self.config.train.keep_checkpoints)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _write_pieces(self, folder: Path, pieces: Pieces) -> str | None:
+        """Write this process's pieces and wait for those of the others; say what went wrong with any of them."""
+        problem = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.state.write_pieces(folder, pieces)
+        except (OSError, SafetensorError) as error:
+            problem = first_line(error)
+        if self.group is not None:
+            failed = torch.tensor([problem is not None], dtype=torch.int32)
+            torch.distributed.all_reduce(failed, group=self.group)
+            if failed.item() and problem is None:
+                problem = "another process could not write its part"
+        return problem

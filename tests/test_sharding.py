@@ -1,0 +1,134 @@
+"""A network that is sharded among processes (FSDP2) writes and reads the same checkpoints as one that is not.
+
+Accelerate shards on GPUs alone, so here torch's own `fully_shard` does, on two processes without one.
+"""
+
+import multiprocessing
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import weights
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+from cond_diffusion import TextToImage
+from cond_diffusion.checkpoint import checkpoints
+from cond_diffusion.config import Config
+from cond_diffusion.layers import ResidualBlock
+from cond_diffusion.posthoc_ema import snapshots_until
+from cond_diffusion.prediction import Prediction
+from cond_diffusion.saving import Saver
+from cond_diffusion.schedule import NoiseSchedule
+from cond_diffusion.schedule_config import ScheduleConfig
+from cond_diffusion.text import TextEncoder
+from cond_diffusion.training_state import TrainingState
+from cond_diffusion.unet import UNet
+from cond_diffusion.unet_config import UNetConfig
+
+UNET = UNetConfig(
+    channels=(32, 32), attention=(False, True), num_groups=8, in_channels=1, sample_size=8, context_dim=64
+)
+BATCH, PROCESSES = 8, 2
+
+
+def run(config: Config, process: int, processes: int, start: int, steps: int) -> None:
+    """Train on random pictures, this process on its share of each batch, and save; sharded if there are several."""
+    torch.manual_seed(0)
+    unet = UNet(UNET)
+    if processes > 1:
+        mesh = init_device_mesh("cpu", (processes,))
+        for module in unet.modules():
+            if isinstance(module, ResidualBlock):
+                fully_shard(module, mesh=mesh)
+        fully_shard(unet, mesh=mesh)
+    optimizer = torch.optim.AdamW(unet.parameters(), 1e-3, fused=True)
+    accelerator = Accelerator(cpu=True)
+    state = TrainingState(unet, optimizer, config.train.ema_width, accelerator)
+    assert state.sharded == (processes > 1)
+    if start:
+        assert state.load(checkpoints(Path(config.run_dir))[-1])["step"] == start
+    prediction = Prediction("epsilon", NoiseSchedule(ScheduleConfig()))
+    pipe = TextToImage(state.averaged_unet(), TextEncoder.from_pretrained("builtin", 16), prediction, 1)
+    with Saver(Path(config.run_dir), config, pipe, state, accelerator) as saver:
+        for step in range(start, start + steps):
+            draw = torch.Generator().manual_seed(step)
+            x, t = torch.randn(BATCH, 1, 8, 8, generator=draw), torch.randint(1000, (BATCH,), generator=draw)
+            context, target = torch.randn(BATCH, 16, 64, generator=draw), torch.randn(x.shape, generator=draw)
+            mine = slice(process, None, processes)
+            F.mse_loss(unet(x[mine], t[mine], context[mine]), target[mine]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            state.update_averages(step + 1)
+        saver.snapshot(start + steps)
+        saver.checkpoint({"step": start + steps})
+        saver.finish(must=True)
+
+
+def as_process(config: Config, process: int, port: int, start: int, steps: int) -> None:
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(PROCESSES)}
+    os.environ.update({**where, "RANK": str(process), "LOCAL_RANK": str(process)})
+    torch.set_num_threads(1)
+    run(config, process, PROCESSES, start, steps)
+
+
+def run_sharded(config: Config, start: int, steps: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=as_process, args=(config, i, port, start, steps)) for i in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0
+
+
+def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The training state, put together from its pieces by hand."""
+    found: dict[str, torch.Tensor] = {}
+    for stem in ("unet", "optimizer", "narrow_ema"):
+        files = sorted((checkpoint / "state").glob(f"{stem}-0000?-of-00002.safetensors"))
+        assert len(files) == PROCESSES
+        pieces = [load_file(file) for file in files]
+        for name, first in pieces[0].items():
+            whole = torch.cat([piece[name] for piece in pieces]) if first.ndim else first
+            found[f"state/{stem}.safetensors:{name}"] = whole
+    return found
+
+
+@pytest.mark.slow
+def test_a_sharded_run_writes_whole_weights_and_its_state_in_pieces_and_any_number_of_processes_goes_on(
+    bars_config: Config, tmp_path: Path
+):
+    sharded, alone = (replace(bars_config, run_dir=str(tmp_path / name)) for name in ("sharded", "alone"))
+    run(alone, 0, 1, 0, 3)
+    run_sharded(sharded, 0, 3)
+    expected = weights(checkpoints(tmp_path / "alone")[-1])
+    (checkpoint,) = checkpoints(tmp_path / "sharded")
+    averaged = "unet/diffusion_pytorch_model.safetensors"
+    pieces = whole_state(checkpoint)
+    for name, value in expected.items():
+        found = load_file(checkpoint / averaged)[name.split(":")[1]] if name.startswith(averaged) else pieces[name]
+        torch.testing.assert_close(found, value, rtol=0, atol=1e-5, msg=name)
+    assert (
+        sum(file.stat().st_size for file in checkpoint.rglob("state/unet-*"))
+        < 1.2 * (checkpoints(tmp_path / "alone")[-1] / "state" / "unet.safetensors").stat().st_size
+    )
+    assert len(snapshots_until(tmp_path / "sharded", 3)) == 2
+    TextToImage.from_pretrained(tmp_path / "sharded")("seven", steps=2, progress=False)
+
+    run(alone, 0, 1, 3, 2)
+    run_sharded(sharded, 3, 2)  # two processes go on
+    run(sharded, 0, 1, 5, 2)  # then one alone
+    run(alone, 0, 1, 5, 2)
+    expected, found = (weights(checkpoints(tmp_path / name)[-1]) for name in ("alone", "sharded"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4, msg=name)
