@@ -1,4 +1,4 @@
-"""Train: accelerate launch train.py [--config FILE] [key=value ...]"""
+"""Train: accelerate launch train.py [--config FILE] [key=value ...]; python train.py --check before a long run."""
 
 import sys
 from pathlib import Path
@@ -8,11 +8,17 @@ from cond_diffusion.errors import Interrupted, command_line
 
 def main() -> None:
     # Imported here, so that Ctrl-C during the imports is one line, too.
-    from cond_diffusion.config import Config, parse_config
+    from cond_diffusion.check import check
+    from cond_diffusion.config import Config, config_parser, load_config
     from cond_diffusion.training import train
 
-    default = Path(__file__).parent / "configs" / "mnist.yaml"
-    config = parse_config(Config, "Train a text-to-image model.", default=default)
+    words = config_parser("Train a text-to-image model.", Path(__file__).parent / "configs" / "mnist.yaml")
+    words.add_argument("--check", action="store_true", help="look at the data and try one batch, and train nothing")
+    given = words.parse_intermixed_args()
+    config = load_config(Config, given.config, given.overrides)
+    if given.check:
+        check(config)
+        return
     try:
         train(config)
     except Interrupted:

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import colours
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, bar
 from PIL import Image
 
@@ -30,13 +32,24 @@ COMMANDS = {
     'python sample.py "a digit seven" --num-images 3 --steps 24 --film seven.webp --attention-maps words.png '
     "--output seven.png": "",
     'python sample.py "a digit seven" --checkpoint runs/mnist': "--steps 10",
+    "python train.py --check": "train.batch_size=4",
     "accelerate launch train.py": "train.max_steps=2 train.batch_size=4",
+    "accelerate launch train.py track=tensorboard run_dir=runs/watched": "train.max_steps=1 train.batch_size=4",
+    'python sample.py "a digit seven" --checkpoint runs/mnist --ema-width 0.05': "--steps 10",
     "accelerate launch train.py resume=true": "train.max_steps=3 train.batch_size=4",
     "python train.py --config configs/mnist.yaml train.batch_size=64 run_dir=runs/x": "train.max_steps=1",
     "torchrun --nproc_per_node 2 train.py run_dir=runs/two": "train.max_steps=1 train.batch_size=4",
     "python train.py --config configs/folder.yaml data.source=my_pictures run_dir=runs/mine": (
         "train.max_steps=1 train.batch_size=2 unet.channels=[32,32,32]"
     ),
+    "python train.py --config configs/folder.yaml data.source=my_tars data.image_column=png data.caption_column=txt "
+    "data.streaming=true run_dir=runs/streamed": "train.max_steps=1 train.batch_size=2 unet.channels=[32,32,32]",
+    "python tests/colours.py my_colours": "40",
+    "python -m cond_diffusion.clip_pretraining data.source=my_colours data.image_column=png data.caption_column=txt "
+    "data.resolution=24 data.channels=3 test_split=train batch_size=128 max_steps=1500 run_dir=runs/clip_colours": (
+        "max_steps=2 warmup_steps=1 batch_size=8"
+    ),
+    "accelerate launch train.py --config configs/colours.yaml": "train.max_steps=1 train.batch_size=4",
     "python train.py objective.prediction=v_prediction objective.loss=v_prediction schedule.zero_terminal_snr=true "
     "run_dir=runs/v": "train.max_steps=1 train.batch_size=4",
     "python tests/benchmarks/objectives.py": "--predictions sample --losses sample --steps 1 --samples 10",
@@ -59,6 +72,8 @@ def clone(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, folder)
     for name in ("configs", "tests/benchmarks"):
         shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "tests" / "colours.py", folder / "tests")
+    colours.write(folder / "my_tars", "tar", 6)
     pictures = folder / "my_pictures"
     pictures.mkdir()
     lines = []
@@ -93,6 +108,16 @@ def test_every_command_runs(clone: Path):
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     assert (clone / "digits.png").exists()
     assert (clone / "runs" / "mnist" / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_the_lines_for_several_gpus_are_ones_that_accelerate_knows():
+    lines = [line for block in blocks("console") for line in block.splitlines()]
+    assert len(lines) == 3
+    for line in lines:
+        given = launch_command_parser().parse_args(line.removeprefix("accelerate launch ").split())
+        assert given.training_script == "train.py"
+        assert given.num_processes == 8 * int(given.num_machines or 1)
+        assert given.multi_gpu != given.use_fsdp
 
 
 def test_every_python_block_runs(clone: Path, monkeypatch: pytest.MonkeyPatch):

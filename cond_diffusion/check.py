@@ -1,0 +1,166 @@
+"""`python train.py --check`: what one would like to have known before a long run, in less than a minute.
+
+It looks at the data and at a batch of them, estimates memory and time, and learns one batch by heart: a network that
+cannot do that will not learn anything else.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from textwrap import wrap
+from time import monotonic
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cond_diffusion.batches import Batches
+from cond_diffusion.config import Config
+from cond_diffusion.data import Places, open_captioned_files
+from cond_diffusion.errors import UserError
+from cond_diffusion.feed import ShuffledSet
+from cond_diffusion.objective import Objective
+from cond_diffusion.pictures import claimed_path, enlarged, grid, to_model, to_pillow
+from cond_diffusion.schedule import NoiseSchedule
+from cond_diffusion.stream import CaptionedStream
+from cond_diffusion.text import TextEncoder
+from cond_diffusion.training import make_accelerator, new_optimizer, new_unet
+from cond_diffusion.unet import UNet
+
+LOOKED_AT, PER_BATCH = 1000, 100  # pictures
+SHOWN, WIDTH = 8, 160  # pictures, and pixels of each
+SECONDS, MOST_STEPS = 25, 200  # for learning a batch by heart
+LEARNS = 0.7  # to which share of itself the loss of one batch falls within that time if all is well
+BYTES_A_PARAMETER = 24  # the weight, its gradient, two moments, two averages, 4 bytes each
+
+
+def check(config: Config) -> None:
+    """Print what was found, and write a picture of a batch; raise UserError for what training would refuse."""
+    accelerator = make_accelerator(config)
+    if accelerator.num_processes > 1:
+        raise UserError("--check looks at the work of one process; type: python train.py --check")
+    text_encoder = TextEncoder.from_pretrained(config.text.encoder, config.text.max_length).to(accelerator.device)
+    unet = new_unet(config, text_encoder.context_dim).to(accelerator.device)
+    feed = _check_data(config, text_encoder)
+    objective = Objective(config.objective, NoiseSchedule(config.schedule))
+    batch = next(Batches(config, feed, text_encoder, objective, accelerator, start=0).next_step())
+
+    def loss() -> Tensor:
+        return objective.loss(unet, batch.x_0, batch.t, batch.eps, batch.context)
+
+    optimizer = new_optimizer(config.train, unet)
+    seconds = _check_cost(config, unet, loss, optimizer)
+    print(_learn_by_heart(config, loss, optimizer, max(10, min(MOST_STEPS, int(SECONDS / seconds)))))
+
+
+def _check_data(config: Config, text_encoder: TextEncoder) -> ShuffledSet | CaptionedStream:
+    """Tell what the source holds and what is wrong with it, from its first pictures in the order of training."""
+    data = config.data
+    if data.streaming:
+        feed = CaptionedStream(data, config.seed)
+        size, columns, decoder, count = "a stream", feed.columns, feed.decoder, LOOKED_AT
+    else:
+        files = open_captioned_files(data)
+        feed = ShuffledSet(files, config.seed, data.held_out)
+        size, columns, decoder, count = (
+            f"{len(files)} pictures",
+            files.columns,
+            files.decoder,
+            min(len(files), LOOKED_AT),
+        )
+    print(f"data: {data.source}, {size}; columns: {', '.join(columns)}")
+
+    captions: list[str] = []
+    shown: list[Image.Image] = []
+    for first in tqdm(range(0, count, PER_BATCH), desc="looking at pictures", leave=False):
+        middle = torch.full((min(PER_BATCH, count - first),), 0.5)
+        batch = feed.read(first, Places(caption=torch.zeros_like(middle), crop=middle))
+        captions += batch.captions
+        shown += to_pillow(to_model(batch.images[: SHOWN - len(shown)]))
+    feed.resume({}, position=0, same=False)
+    print(
+        f"pictures: column {data.image_column}; of {decoder.seen} looked at, {len(decoder.bad)} cannot be read and "
+        f"{decoder.enlarged} are smaller than data.resolution ({data.resolution}) and are enlarged"
+    )
+    different = feed.captions()[1:] if isinstance(feed, ShuffledSet) else list(dict.fromkeys(captions))
+    cut = text_encoder.cut(different)
+    print(
+        f"captions: column {data.caption_column}; {len(different)} different ones; {len(cut)} are longer than "
+        f"text.max_length ({text_encoder.max_length} tokens) and are cut{f', for example {cut[0]!r}' if cut else ''}"
+    )
+    with claimed_path(None, f"check {config.run_dir}", "--check", (".png",)) as path:
+        grid([_labelled(*pair) for pair in zip(shown, captions, strict=False)], columns=4).save(path)
+    print(f"wrote {path}: pictures with their captions")
+    return feed
+
+
+def _check_cost(config: Config, unet: UNet, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> float:
+    """Tell the parameters, the memory and the time that a step takes; return the seconds."""
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    print(f"network: {parameters / 1e6:.2f} million parameters")
+    state, kept = parameters * BYTES_A_PARAMETER / 1e9, bytes_kept(unet, loss) / 1e9
+    print(
+        f"memory: about {state:.2f} GB for weights, gradients, moments and averages, and {kept:.2f} GB for what a "
+        f"batch of {config.train.batch_size} keeps for the backward pass"
+    )
+    times = []
+    for _ in range(3):
+        begun = monotonic()
+        loss().backward()
+        times.append(monotonic() - begun)
+    optimizer.zero_grad()
+    seconds = min(times)
+    rounds = config.train.gradient_accumulation_steps
+    total = seconds * rounds * config.train.max_steps
+    print(f"time: {seconds * rounds:.2f} s a step, {total / 3600:.1f} h for {config.train.max_steps} of them")
+    return seconds
+
+
+def bytes_kept(network: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Return the size of what the forward pass of `loss` keeps for the backward pass, beside the network's weights."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        value = loss()  # alive until the end, so that no storage makes room for another at its address
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    del value
+    return sum(size for pointer, size in sizes.items() if pointer not in weights)
+
+
+def _learn_by_heart(config: Config, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int) -> str:
+    """Train on one batch with its noise, and return a verdict in words."""
+    losses = []
+    for _ in tqdm(range(steps), desc="learning one batch by heart", unit=" steps", leave=False):
+        value = loss()
+        losses.append(value.item())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    return verdict(losses, config.train.learning_rate)
+
+
+def verdict(losses: Sequence[float], rate: float) -> str:
+    """Say what the losses of one batch, step by step, mean."""
+    if not all(math.isfinite(value) for value in losses):
+        return f"verdict: the loss of one batch is no number any more; train.learning_rate ({rate}) is too high"
+    fell = f"the loss of one batch went from {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps"
+    share = losses[-1] / losses[0]
+    if share < LEARNS:
+        return f"verdict: {fell}: it learns; start the run"
+    if share < 1:
+        return f"verdict: {fell}: it learns slowly; train.learning_rate ({rate}) may be low"
+    return f"verdict: {fell}: it does not learn; train.learning_rate ({rate}) may be too high"
+
+
+def _labelled(picture: Image.Image, caption: str) -> Image.Image:
+    """Write the caption under the picture."""
+    large = enlarged(picture.convert("RGB"), WIDTH).resize((WIDTH, WIDTH), Image.Resampling.NEAREST)
+    sheet = Image.new("RGB", (WIDTH, WIDTH + 48), "white")
+    sheet.paste(large)
+    ImageDraw.Draw(sheet).text((4, WIDTH + 4), "\n".join(wrap(caption, WIDTH // 7)[:3]), fill="black")
+    return sheet
