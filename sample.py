@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint", default="builtin", help="a run folder, a checkpoint folder or a hub id (default: %(default)s)"
     )
     words.add_argument(
-        "--ema-width", type=float, help="average a run's weights over this share of it, 0 to 0.28 (default: as trained)"
+        "--ema-width", type=float, help="average over this share of the training, 0.03 to 0.25 (default: as trained)"
     )
     words.add_argument("--num-images", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
     words.add_argument("--seed", type=int, default=0, help="picture i has seed + i (default: %(default)s)")

@@ -58,13 +58,19 @@ def chosen(group: CaptionGroup, place: float) -> str:
 
 def _words_in_braces(template: str) -> list[str]:
     try:
-        return [word for _, word, _, _ in Formatter().parse(template) if word is not None]
+        parts = list(Formatter().parse(template))
     except ValueError as error:
         raise UserError(f"data.caption_templates: {template!r}: {error}") from error
+    if any(form or conversion for _, _, form, conversion in parts):
+        raise UserError(f"data.caption_templates: {template!r}: expected only a word in braces, such as {{word}}")
+    return [word for _, word, _, _ in parts if word is not None]
 
 
 def _texts(cell: Any, column: str) -> CaptionGroup:
     texts = (cell,) if isinstance(cell, str) else tuple(cell) if isinstance(cell, list) else ()
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"data.caption_column: {column!r} holds {repr(cell)[:60]}; expected a text or a list of texts")
+        labels = "; for labels give data.caption_templates and data.label_names" if isinstance(cell, int) else ""
+        raise UserError(
+            f"data.caption_column: {column!r} holds {repr(cell)[:60]}; expected a text or a list of texts{labels}"
+        )
     return texts

@@ -21,6 +21,7 @@ from cond_diffusion.errors import UserError
 from cond_diffusion.feed import ShuffledSet
 from cond_diffusion.objective import Objective
 from cond_diffusion.pictures import claimed_path, enlarged, grid, to_model, to_pillow
+from cond_diffusion.resuming import find_run
 from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.stream import CaptionedStream
 from cond_diffusion.text import TextEncoder
@@ -35,22 +36,33 @@ BYTES_A_PARAMETER = 24  # the weight, its gradient, two moments, two averages, 4
 
 
 def check(config: Config) -> None:
-    """Print what was found, and write a picture of a batch; raise UserError for what training would refuse."""
+    """Print what was found, and write a picture of a batch; raise UserError for what training would refuse at once."""
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:
         raise UserError("--check looks at the work of one process; type: python train.py --check")
+    find_run(config, aloud=True)
     text_encoder = TextEncoder.from_pretrained(config.text.encoder, config.text.max_length).to(accelerator.device)
     unet = new_unet(config, text_encoder.context_dim).to(accelerator.device)
     feed = _check_data(config, text_encoder)
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
     batch = next(Batches(config, feed, text_encoder, objective, accelerator, start=0).next_step())
+    network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
 
     def loss() -> Tensor:
-        return objective.loss(unet, batch.x_0, batch.t, batch.eps, batch.context)
+        return objective.loss(network, batch.x_0, batch.t, batch.eps, batch.context)
 
-    optimizer = new_optimizer(config.train, unet)
-    seconds = _check_cost(config, unet, loss, optimizer)
-    print(_learn_by_heart(config, loss, optimizer, max(10, min(MOST_STEPS, int(SECONDS / seconds)))))
+    def step() -> float:
+        value = loss()
+        accelerator.backward(value)
+        accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.item()  # waits for the accelerator
+
+    seconds = _check_cost(config, unet, loss, step)
+    steps = max(10, min(MOST_STEPS, int(SECONDS / seconds)))
+    bar = tqdm(range(steps), desc="learning one batch by heart", unit=" steps", leave=False)
+    print(verdict([step() for _ in bar], config.train.learning_rate))
 
 
 def _check_data(config: Config, text_encoder: TextEncoder) -> ShuffledSet | CaptionedStream:
@@ -61,7 +73,7 @@ def _check_data(config: Config, text_encoder: TextEncoder) -> ShuffledSet | Capt
         size, columns, decoder, count = "a stream", feed.columns, feed.decoder, LOOKED_AT
     else:
         files = open_captioned_files(data)
-        feed = ShuffledSet(files, config.seed, data.held_out)
+        feed = ShuffledSet(files, config.seed, held_out=0)  # all are to be looked at
         size, columns, decoder, count = (
             f"{len(files)} pictures",
             files.columns,
@@ -74,6 +86,8 @@ def _check_data(config: Config, text_encoder: TextEncoder) -> ShuffledSet | Capt
     shown: list[Image.Image] = []
     for first in tqdm(range(0, count, PER_BATCH), desc="looking at pictures", leave=False):
         middle = torch.full((min(PER_BATCH, count - first),), 0.5)
+        if isinstance(feed, CaptionedStream) and feed.state["epoch"] > 0:
+            break  # it is a short one, and all of it has been seen
         batch = feed.read(first, Places(caption=torch.zeros_like(middle), crop=middle))
         captions += batch.captions
         shown += to_pillow(to_model(batch.images[: SHOWN - len(shown)]))
@@ -94,7 +108,7 @@ def _check_data(config: Config, text_encoder: TextEncoder) -> ShuffledSet | Capt
     return feed
 
 
-def _check_cost(config: Config, unet: UNet, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> float:
+def _check_cost(config: Config, unet: UNet, loss: Callable[[], Tensor], step: Callable[[], float]) -> float:
     """Tell the parameters, the memory and the time that a step takes; return the seconds."""
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     print(f"network: {parameters / 1e6:.2f} million parameters")
@@ -106,9 +120,8 @@ def _check_cost(config: Config, unet: UNet, loss: Callable[[], Tensor], optimize
     times = []
     for _ in range(3):
         begun = monotonic()
-        loss().backward()
+        step()
         times.append(monotonic() - begun)
-    optimizer.zero_grad()
     seconds = min(times)
     rounds = config.train.gradient_accumulation_steps
     total = seconds * rounds * config.train.max_steps
@@ -117,7 +130,10 @@ def _check_cost(config: Config, unet: UNet, loss: Callable[[], Tensor], optimize
 
 
 def bytes_kept(network: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Return the size of what the forward pass of `loss` keeps for the backward pass, beside the network's weights."""
+    """Return the size of what the forward pass of `loss` keeps for the backward pass, beside the network's weights.
+
+    With gradient checkpointing the inputs of the parts that are computed again are not counted.
+    """
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -130,18 +146,6 @@ def bytes_kept(network: nn.Module, loss: Callable[[], Tensor]) -> int:
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     del value
     return sum(size for pointer, size in sizes.items() if pointer not in weights)
-
-
-def _learn_by_heart(config: Config, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int) -> str:
-    """Train on one batch with its noise, and return a verdict in words."""
-    losses = []
-    for _ in tqdm(range(steps), desc="learning one batch by heart", unit=" steps", leave=False):
-        value = loss()
-        losses.append(value.item())
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-    return verdict(losses, config.train.learning_rate)
 
 
 def verdict(losses: Sequence[float], rate: float) -> str:

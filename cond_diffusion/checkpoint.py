@@ -9,7 +9,7 @@
 
 A checkpoint is written into a hidden sibling, flushed to the disk and then renamed, so a folder named step-* is
 complete whenever the process or the machine stopped. What happens to it later is seen by the sizes and checksums of its
-weights. Nothing in it can run code: safetensors, JSON and YAML only.
+files. Nothing in it can run code: safetensors, JSON and YAML only.
 """
 
 import hashlib
@@ -49,6 +49,11 @@ def make_run_dir(run_dir: Path) -> None:
         raise UserError(f"run_dir: {run_dir} cannot be made: {error.strerror}") from error
 
 
+def checkpoint_of(run_dir: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, the oldest first."""
     return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
@@ -71,7 +76,7 @@ def newest_checkpoint(run_dir: Path, *, with_state: bool) -> Path | None:
 
 
 def damage(checkpoint: Path, *, with_state: bool) -> str | None:
-    """Say which of the weights' files is missing, was cut short or changed since it was written; None if none is.
+    """Say which of a checkpoint's files is missing, was cut short or changed since it was written; None if none is.
 
     with_state: look at the training state, too, which nobody needs for drawing.
     """
@@ -79,7 +84,7 @@ def damage(checkpoint: Path, *, with_state: bool) -> str | None:
         listed = json.loads((checkpoint / CHECKSUMS_NAME).read_text())
     except FileNotFoundError:
         return None  # of another make, or from before there were checksums
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or not even text
         return f"{CHECKSUMS_NAME} was cut short"
     for name, expected in listed.items():
         if name.startswith("state/") and not with_state:
@@ -99,20 +104,20 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
 
     Raises UserError where it cannot be written, a full disk for example; the ones before it are then untouched.
     """
-    final = run_dir / "checkpoints" / f"step-{step:08d}"
+    final = checkpoint_of(run_dir, step)
     unfinished = final.with_name(f".{final.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it wrote this
     try:
         unfinished.mkdir(parents=True)
         write(unfinished)
-        files = sorted(unfinished.rglob("*.safetensors"))
+        files = sorted(file for file in unfinished.rglob("*") if file.is_file())
         listed = {
             str(file.relative_to(unfinished)): {"bytes": file.stat().st_size, "blake2b": _checksum(file)}
             for file in files
         }
         (unfinished / CHECKSUMS_NAME).write_text(json.dumps(listed, indent=2) + "\n")
         for path in [*unfinished.rglob("*"), unfinished]:
-            _flush(path)
+            flush(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(
@@ -121,8 +126,10 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
     if final.exists():  # one that was found damaged, and that the run now has come back to
         _remove(final)
     unfinished.rename(final)
-    _flush(final.parent)
-    for old in checkpoints(run_dir)[:-keep]:
+    flush(final.parent)
+    # Later ones are damaged, or the run would not have come back to this step; they do not count.
+    earlier = [path for path in checkpoints(run_dir) if path.name < final.name]
+    for old in earlier[: len(earlier) - (keep - 1)]:
         _remove(old)
     return final
 
@@ -137,7 +144,7 @@ def _checksum(file: Path) -> str:
         return hashlib.file_digest(content, "blake2b").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Ask the system to have `path` on the disk before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from cond_diffusion.data_config import DataConfig
 from cond_diffusion.errors import UserError, did_you_mean, first_line
+from cond_diffusion.guidance import HIGHEST_SCALE
 from cond_diffusion.latents import LatentConfig
 from cond_diffusion.objective import Objective, ObjectiveConfig
 from cond_diffusion.schedule import NoiseSchedule
@@ -99,8 +100,8 @@ class SampleConfig:
         for name in ("num_images", "steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"sample.{name}: {getattr(self, name)} must be at least 1")
-        if not self.guidance_scale >= 0:
-            raise UserError(f"sample.guidance_scale: {self.guidance_scale} must be a number from 0 on")
+        if not 0 <= self.guidance_scale <= HIGHEST_SCALE:
+            raise UserError(f"sample.guidance_scale: {self.guidance_scale} must lie between 0 and {HIGHEST_SCALE}")
 
 
 @dataclass(frozen=True)

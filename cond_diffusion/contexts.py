@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.text import TextEncoder
 
 PER_SHARD = 1024  # captions; 0.25 GB of them for a CLIP of width 768 that reads 77 tokens
@@ -32,7 +33,7 @@ class ContextTable:
     shards: the contexts, `PER_SHARD` captions in each but the last.
     """
 
-    def __init__(self, captions: Sequence[str], shards: list[Float[Tensor, "captions l d"]]) -> None:
+    def __init__(self, captions: Sequence[str], shards: list[Float[Tensor, "_ l d"]]) -> None:
         self.row_of = {caption: row for row, caption in enumerate(captions)}
         self.shards = shards
 
@@ -62,7 +63,7 @@ def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerato
     starts = range(0, len(captions), PER_SHARD)
     files = [folder / f"{number:05d}.safetensors" for number in range(len(starts))]
     mine = slice(accelerator.local_process_index, None, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    todo = [(start, file) for start, file in list(zip(starts, files, strict=True))[mine] if not file.exists()]
+    todo = [(start, file) for start, file in list(zip(starts, files, strict=True))[mine] if not _is_whole(file)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for start, file in tqdm(todo, desc="embedding captions", unit=" shards", disable=not progress, leave=False):
@@ -70,8 +71,10 @@ def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerato
             unfinished = file.with_suffix(f".{os.getpid()}")
             save_file({"contexts": contexts.cpu().contiguous()}, unfinished)
             unfinished.replace(file)
-    except OSError as error:
-        raise UserError(f"the captions' embeddings cannot be kept in {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the captions' embeddings cannot be kept in {folder}: {first_line(error)}", of_this_process=True
+        ) from error
     accelerator.wait_for_everyone()
     return ContextTable(captions, [load_file(file)["contexts"] for file in files])
 
@@ -81,8 +84,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cond_diffusion"
 
 
+def _is_whole(file: Path) -> bool:
+    """Say whether `file` is there, and as long as it says it is."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def _key(text_encoder: TextEncoder, captions: Sequence[str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
+    clip = text_encoder.clip.config
+    digest.update(repr((clip.hidden_act, clip.num_attention_heads, clip.layer_norm_eps)).encode())
     for name, weight in text_encoder.clip.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().numpy().data)

@@ -4,7 +4,7 @@ Every source goes through one path: `datasets` opens it, the configured columns 
 cropped to `resolution` x `resolution`. Captions are kept once each: an image belongs to one caption group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,11 +18,14 @@ from tqdm.auto import tqdm
 
 from cond_diffusion.captions import CaptionGroup, caption_reader, chosen
 from cond_diffusion.data_config import DataConfig
-from cond_diffusion.decoding import Decoder, Pixels
+from cond_diffusion.decoding import Cell, Decoder, Pixels, decode_all
 from cond_diffusion.errors import UserError, did_you_mean, first_line
 from cond_diffusion.sources import open_source
 
-AT_ONCE = 1024  # pictures that are decoded between two updates of the progress bar
+AT_ONCE = 256  # files that are in memory while a set is decoded
+
+Candidates = Callable[[int], Int64[Tensor, " b"]]
+"""attempt -> samples: those of attempt 0 are wanted, those of attempt 1 where these cannot be read, and so on."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,17 @@ class CaptionedBatch:
     images: UInt8[Tensor, "b c h w"]
     captions: list[str]
 
+    @classmethod
+    def of(cls, pictures: list[Pixels], groups: list[CaptionGroup], places: Places) -> "CaptionedBatch":
+        """Put decoded pictures together, and choose their captions."""
+        captions = [chosen(group, place) for group, place in zip(groups, places.caption.tolist(), strict=True)]
+        return cls(rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w").contiguous(), captions)
+
+    def repeated(self, count: int) -> "CaptionedBatch":
+        """Return `count` of them: these, again and again."""
+        numbers = torch.arange(count) % len(self.captions)
+        return CaptionedBatch(self.images[numbers], [self.captions[i] for i in numbers.tolist()])
+
 
 @dataclass(frozen=True)
 class CaptionedImages:
@@ -52,8 +66,9 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: Int64[Tensor, " b"], places: Places) -> CaptionedBatch:
-        """Gather the samples `indices`."""
+    def read(self, candidates: Candidates, places: Places) -> CaptionedBatch:
+        """Gather the first candidates: those that could not be read are not in here."""
+        indices = candidates(0)
         return CaptionedBatch(self.images[indices], self.captions_of(indices, places.caption))
 
     def captions_of(self, indices: Int64[Tensor, " b"], places: Float[Tensor, " b"]) -> list[str]:
@@ -76,46 +91,57 @@ class CaptionedFiles:
         caption_groups: tuple[CaptionGroup, ...],
         *,
         columns: list[str],
-        aloud: bool,
     ) -> None:
         self.config = config
         self.columns = columns
         self.files = files
         self.group_of = group_of
         self.caption_groups = caption_groups
-        self.decoder = Decoder(config, len(files), aloud=aloud)
+        self.decoder = Decoder(config, len(files))
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, indices: Int64[Tensor, " b"], places: Places) -> CaptionedBatch:
-        """Decode the samples `indices`; raise UserError if too many cannot be read."""
-        rows = indices.tolist()
-        cells = self.files[rows][self.config.image_column]
-        groups = [self.caption_groups[group] for group in self.group_of[indices].tolist()]
-        names = [f"row {row} of {len(self)}, counted from 0" for row in rows]
-        return decoded_batch(self.decoder, cells, groups, names, places)
+    def read(self, candidates: Candidates, places: Places) -> CaptionedBatch:
+        """Decode samples, those of the next attempt where they cannot be read; UserError if those are too many."""
+        rows = candidates(0).tolist()
+
+        def cells_of(numbers: list[int], attempt: int) -> list[Cell]:
+            if attempt:
+                others = candidates(attempt).tolist()
+                for i in numbers:
+                    rows[i] = others[i]
+            return self._cells([rows[i] for i in numbers])
+
+        pixels, _ = decode_all(self.decoder, len(rows), cells_of, places.crop.tolist())
+        groups = [self.caption_groups[group] for group in self.group_of[rows].tolist()]
+        return CaptionedBatch.of(pixels, groups, places)
 
     def in_memory(self, *, progress: bool) -> CaptionedImages:
         """Decode all of them, once; raise UserError if too many cannot be read."""
-        side, channels = self.config.resolution, self.config.channels
-        decoded = np.empty((len(self), side, side, channels), dtype=np.uint8)
+        side = self.config.resolution
+        decoded = np.empty((len(self), self.config.channels, side, side), dtype=np.uint8)
         read: list[int] = []
         starts = range(0, len(self), AT_ONCE)
         with tqdm(total=len(self), desc=f"reading {self.config.source}", disable=not progress, leave=False) as bar:
             for rows in (range(start, min(start + AT_ONCE, len(self))) for start in starts):
-                cells = self.files[rows][self.config.image_column]
-                names = [f"row {row} of {len(self)}, counted from 0" for row in rows]
-                pictures = self.decoder.decode(cells, names, [0.5] * len(rows))
+                pictures = self.decoder.decode(self._cells(list(rows)), [0.5] * len(rows))
+                self.decoder.check(aloud=progress)
                 for row, pixels in zip(rows, pictures, strict=True):
                     if pixels is not None:
-                        decoded[len(read)] = pixels
+                        decoded[len(read)] = rearrange(pixels, "h w c -> c h w")
                         read.append(row)
                 bar.update(len(rows))
-        self.decoder.check()
-        self.decoder.tell_enlarged()
-        images = rearrange(torch.from_numpy(decoded[: len(read)]), "n h w c -> n c h w").contiguous()
-        return CaptionedImages(images, self.group_of[read], self.caption_groups)
+        if not read:
+            raise UserError(f"{self.decoder.where}: none of the {len(self)} pictures can be read")
+        if progress:
+            self.decoder.tell_enlarged()
+        return CaptionedImages(torch.from_numpy(decoded[: len(read)]), self.group_of[read], self.caption_groups)
+
+    def _cells(self, rows: list[int]) -> list[Cell]:
+        contents = self.files[rows][self.config.image_column]
+        names = (f"row {row} of {len(self)}, counted from 0" for row in rows)
+        return [Cell(content, name) for content, name in zip(contents, names, strict=True)]
 
     def fits_into_memory(self) -> bool:
         """Say whether the decoded pictures are to be held."""
@@ -128,17 +154,19 @@ def open_captioned_files(config: DataConfig, split: str = "train", *, aloud: boo
 
     Raises UserError where the source, a column or a template does not fit, naming the key and what is there instead.
     """
-    table = cast(datasets.Dataset, open_source(config.source, split))
+    table = cast(datasets.Dataset, open_source(config.source, split, aloud=aloud))
     if len(table) == 0:
         raise UserError(f"data.source: {config.source} ({split}) holds no examples; expected at least one picture")
     files = files_of(table, config)
     captions_of = caption_reader(config, table.features[config.caption_column])
     group_numbers: dict[CaptionGroup, int] = {}
-    cells = table.data.column(config.caption_column)
-    group_of = [group_numbers.setdefault(captions_of(cell), len(group_numbers)) for cell in _values(cells)]
-    return CaptionedFiles(
-        config, files, torch.tensor(group_of), tuple(group_numbers), columns=table.column_names, aloud=aloud
-    )
+    group_of = []
+    for row, cell in enumerate(_values(table.data.column(config.caption_column))):
+        try:
+            group_of.append(group_numbers.setdefault(captions_of(cell), len(group_numbers)))
+        except UserError as error:
+            raise UserError(f"{error} (row {row} of {len(table)}, counted from 0)") from error
+    return CaptionedFiles(config, files, torch.tensor(group_of), tuple(group_numbers), columns=table.column_names)
 
 
 def load_captioned_images(config: DataConfig, split: str = "train", *, progress: bool = True) -> CaptionedImages:
@@ -150,7 +178,8 @@ def files_of(table: Any, config: DataConfig) -> Any:
     """Return the column with the pictures of a table or a stream, undecoded; raise UserError where a column is missing
     or holds no pictures.
     """
-    names = table.column_names
+    # Of some streams `datasets` knows no columns before it has read a row.
+    names = table.column_names or list(next(iter(table), {}))
     for key, column in (("image_column", config.image_column), ("caption_column", config.caption_column)):
         if column not in names:
             hint = "" if len(names) > 1 else "; captions go into a metadata.jsonl, or into a.txt beside a.png"
@@ -158,7 +187,10 @@ def files_of(table: Any, config: DataConfig) -> Any:
                 f"data.{key}: no column {column!r} in {config.source}{did_you_mean(column, names)}; "
                 f"it has {', '.join(map(repr, names))}{hint}"
             )
+    feature = (table.features or {}).get(config.image_column)
     try:
+        if isinstance(feature, datasets.Value) and feature.dtype not in ("string", "binary", "large_string"):
+            raise ValueError(f"it holds values of type {feature.dtype}")
         if isinstance(table, datasets.Dataset):
             table = table.select_columns(config.image_column)
         return table.cast_column(config.image_column, datasets.Image(decode=False))
@@ -166,24 +198,6 @@ def files_of(table: Any, config: DataConfig) -> Any:
         raise UserError(
             f"data.image_column: {config.image_column!r} of {config.source} holds no pictures ({first_line(error)})"
         ) from error
-
-
-def decoded_batch(
-    decoder: Decoder, cells: list[Any], groups: list[CaptionGroup], names: list[str], places: Places
-) -> CaptionedBatch:
-    """Decode a batch. The place of a picture that cannot be read is taken by the next one that can, with its caption.
-
-    So the batch keeps its size, and is still a function of which samples it was to hold.
-    """
-    pictures = decoder.decode(cells, names, places.crop.tolist())
-    decoder.check()
-    whole = [i for i, pixels in enumerate(pictures) if pixels is not None]
-    if not whole:
-        raise UserError(f"{decoder.where}: all {len(cells)} pictures of a batch cannot be read: {decoder.bad[-1]}")
-    of = [next((j for j in whole if j >= i), whole[0]) for i in range(len(cells))]
-    pixels: list[Pixels] = [pictures[i] for i in of]  # type: ignore[misc]
-    captions = [chosen(groups[i], place) for i, place in zip(of, places.caption.tolist(), strict=True)]
-    return CaptionedBatch(rearrange(torch.from_numpy(np.stack(pixels)), "b h w c -> b c h w").contiguous(), captions)
 
 
 def _values(column: Any) -> Iterator[Any]:

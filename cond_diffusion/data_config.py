@@ -21,13 +21,14 @@ class DataConfig:
     label). In a tar a column is a file's ending: png, txt.
     resolution, channels: the pictures' side in pixels; 1 for grey or 3 for RGB.
     crop: of what is longer than wide, or wider than long: its centre, or another place each time.
-    flip: mirror every other picture, left to right.
+    flip: mirror half of the pictures, left to right, others each time.
     caption_templates: where the caption column is a label, the captions made of it: "a digit {word}" names a list of
         `label_names`; "{label}" is the name that the data set itself gives the label.
     label_names: for each word in braces, the label's name by its number.
     background: the colour, a name or #rrggbb, that transparent pictures are laid on.
-    max_bad_fraction: the share of pictures that may be unreadable, and are left out.
-    memory_gb: up to which size the decoded pictures are held in memory; larger sets are decoded again for each batch.
+    max_bad_fraction: the share of pictures that may be unreadable; they are left out, another taking their place.
+    memory_gb: up to which size the decoded pictures are held in memory by each process; larger sets, and those that are
+        cropped at random, are decoded again for each batch.
     held_out: how many pictures are not trained on, but measured on; at most one in twenty.
     """
 

@@ -6,7 +6,7 @@ of a run, and two runs, can be compared.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -32,8 +32,8 @@ class Findings:
     """Held-out losses: by timestep, in `BUCKETS` equal parts of the chain, and over all with the true captions, with
     those of other pictures, and without any.
 
-    difference, its_error: how much worse other captions are, on average over the examples, with its standard error; 0
-    where all captions are the same.
+    difference, its_error: how much worse other captions are, on average over the examples, with its standard error.
+    captions_are_alike: there are no other captions.
     """
 
     by_timestep: list[float]
@@ -42,6 +42,7 @@ class Findings:
     no_caption: float
     difference: float
     its_error: float
+    captions_are_alike: bool = False
 
     @property
     def text_is_used(self) -> bool:
@@ -53,6 +54,8 @@ class Findings:
             f"held-out loss {self.true_caption:.4f}, with the captions of other pictures {self.other_caption:.4f}, "
             f"without captions {self.no_caption:.4f}"
         )
+        if self.captions_are_alike:
+            return f"{losses}: the held-out captions are all the same, so nothing can be said of the text"
         if self.text_is_used:
             return f"{losses}: the text is used"
         return f"{losses}: no difference to speak of; so far the network ignores the text"
@@ -98,7 +101,7 @@ class Diagnosis:
             for indices in mine.split(self.batch_size):
                 losses[row, indices] = self._losses(network, indices, words, accelerator.device)
         total: Tensor = accelerator.reduce(losses, "sum")  # type: ignore[assignment]
-        return findings(total.cpu().double(), self.bucket)
+        return replace(findings(total.cpu().double(), self.bucket), captions_are_alike=len(set(captions)) == 1)
 
     def _losses(
         self, network: Network, indices: Int64[Tensor, " b"], captions: list[str], device: torch.device

@@ -42,7 +42,7 @@ def draw_to_file(
     options: dict[str, Any],
     *,
     checkpoint: str,
-    ema_width: float | None,
+    ema_width: float | None = None,
     output: str | None,
     film: str | None,
     attention_maps: str | None,

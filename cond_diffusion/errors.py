@@ -10,7 +10,14 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input. The message says what is wrong, where, what was expected and what to type; it is one line."""
+    """Bad input. The message says what is wrong, where, what was expected and what to type; it is one line.
+
+    of_this_process: of several processes the others may have nothing to say.
+    """
+
+    def __init__(self, message: str, *, of_this_process: bool = False) -> None:
+        super().__init__(message)
+        self.of_this_process = of_this_process
 
 
 class Interrupted(KeyboardInterrupt):
@@ -46,7 +53,8 @@ def command_line(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes that all have the same to say, one says it
+        # Of several processes that all have the same to say, one says it.
+        if error.of_this_process or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:

@@ -23,9 +23,9 @@ from cond_diffusion.config import checkpoint_config
 from cond_diffusion.contexts import cache_folder
 from cond_diffusion.data import CaptionedImages, load_captioned_images
 from cond_diffusion.errors import UserError, command_line
-from cond_diffusion.order import sample_indices
 from cond_diffusion.pictures import from_pillow, to_model
 from cond_diffusion.pipeline import TextToImage
+from cond_diffusion.randomness import generator
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 4, 128, 2e-3
 
@@ -51,11 +51,12 @@ def train_classifier(data: CaptionedImages) -> Classifier:
     """Train on `data`, the learning rate falling to 0."""
     torch.manual_seed(0)
     classifier = Classifier(data.images.shape[1], len(data.caption_groups))
-    steps = EPOCHS * len(data) // BATCH_SIZE
+    steps = max(1, EPOCHS * len(data) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(classifier.parameters(), fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    for step in tqdm(range(steps), desc="training the classifier", unit=" steps", leave=False):
-        indices = sample_indices(len(data), 0, step * BATCH_SIZE, BATCH_SIZE)
+    epochs = [torch.randperm(len(data), generator=generator("order", 0, epoch)) for epoch in range(EPOCHS)]
+    batches = torch.cat(epochs).split(BATCH_SIZE)[:steps]
+    for indices in tqdm(batches, desc="training the classifier", unit=" steps", leave=False):
         loss = F.cross_entropy(classifier(to_model(data.images[indices])), data.group_of[indices])
         optimizer.zero_grad()
         loss.backward()

@@ -38,7 +38,8 @@ class ShuffledSet:
 
     def read(self, first: int, places: Places) -> CaptionedBatch:
         """Return the samples from position `first` on."""
-        return self.data.read(self.indices(first, len(places.crop)), places)
+        numbers = sample_indices(self.num_trained_on, self.seed, first, len(places.crop))
+        return self._read(numbers, 0, self.num_trained_on, places)
 
     def indices(self, first: int, count: int) -> Int64[Tensor, " count"]:
         """Return which samples stand at positions first .. first + count - 1."""
@@ -48,8 +49,13 @@ class ShuffledSet:
         """Return samples that are not trained on, as many as there are places, again and again if they are fewer."""
         if not self.num_held_out:
             return None
-        numbers = torch.arange(len(places.crop)) % self.num_held_out
-        return self.data.read(self._of(self.num_trained_on + numbers), places)
+        numbers = torch.arange(self.num_trained_on, len(self.data))[: len(places.crop)]
+        few = Places(places.caption[: len(numbers)], places.crop[: len(numbers)])
+        return self._read(numbers, self.num_trained_on, len(self.data), few).repeated(len(places.crop))
+
+    def _read(self, numbers: Int64[Tensor, " b"], first: int, stop: int, places: Places) -> CaptionedBatch:
+        """Return samples by their numbers; where one cannot be read, of those from `first` to `stop` the next."""
+        return self.data.read(lambda attempt: self._of(first + (numbers - first + attempt) % (stop - first)), places)
 
     def captions(self) -> list[str]:
         """Return each caption once, and the empty one."""

@@ -10,11 +10,9 @@ from accelerate import Accelerator
 
 from cond_diffusion.errors import Interrupted
 
-ASK_EVERY = 10  # steps; several processes must leave at the same one, and to agree they wait for each other
-
 
 class Interruption:
-    """While its context is open a first signal is only noted; a second one of them leaves at once."""
+    """While its context is open a first signal is only noted; Ctrl-C after it leaves without saving."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -33,16 +31,16 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        # Of SIGTERM there may be two: a cluster sends it to every process, and torchrun hands on its own.
+        if self.signal is not None and number == signal.SIGINT:
             raise Interrupted("interrupted again: left without saving", number)
-        self.signal = number
+        self.signal = self.signal or number
 
-    def noted(self, done: int) -> bool:
-        """Say, after step `done`, whether any process has been signalled."""
+    def noted(self) -> bool:
+        """Say whether any process has been signalled; all must ask together."""
         if self.accelerator.num_processes == 1:
             return self.signal is not None
-        if done % ASK_EVERY:
-            return False
+        # They must all leave at the same step.
         mine = torch.tensor([0 if self.signal is None else self.signal], device=self.accelerator.device)
         noted = int(self.accelerator.gather(mine).max())  # type: ignore[union-attr]
         self.signal = self.signal or noted or None

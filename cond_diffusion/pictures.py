@@ -50,7 +50,7 @@ def upright(picture: Image.Image, background: str = "black") -> Image.Image:
     """Turn upright what a camera marked as rotated, in grey or RGB of 8 bits; transparent ones lie on `background`."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow would cut them at 255
-        picture = picture.point(lambda value: value * (1 / 257)).convert("L")
+        picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if picture.has_transparency_data:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture.convert("RGBA"))
     return picture if picture.mode in PILLOW_MODES.values() else picture.convert("L" if picture.mode == "1" else "RGB")

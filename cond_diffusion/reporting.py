@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.checkpoint import checkpoints
+from cond_diffusion.checkpoint import checkpoint_of
 from cond_diffusion.config import Config
 from cond_diffusion.diagnosis import Findings
 from cond_diffusion.errors import UserError, did_you_mean
@@ -103,6 +104,7 @@ class Reporter:
             num_images=sample.num_images,
             guidance_scale=sample.guidance_scale,
             steps=min(sample.steps, pipe.schedule.num_timesteps),
+            batch_size=self.config.train.batch_size,
             progress=False,
         )
         pixels = to_bytes(torch.stack([from_pillow(image) for image in images]))
@@ -111,13 +113,16 @@ class Reporter:
         if accelerator.is_main_process:
             by_column = gathered.unflatten(0, (processes, rounds)).transpose(0, 1).flatten(0, 1)[: len(prompts)]
             by_row = by_column.transpose(0, 1).flatten(0, 1).cpu()
-            folder = self.run_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            grid(to_pillow(to_model(by_row)), columns=len(prompts)).save(folder / f"step-{done:08d}.png")
+            file = self.run_dir / "samples" / f"step-{done:08d}.png"
+            try:
+                file.parent.mkdir(exist_ok=True)
+                grid(to_pillow(to_model(by_row)), columns=len(prompts)).save(file)
+            except OSError as error:
+                logger.warning("%s cannot be written (%s); training goes on", file, error.strerror)
 
-    def last_words(self) -> Path:
-        """Say where the result is and what to type next."""
-        newest = checkpoints(self.run_dir)[-1]  # the last step has written it
+    def last_words(self, done: int) -> Path:
+        """Say where the result is, the checkpoint of the last step, and what to type next; return it."""
+        newest = checkpoint_of(self.run_dir, done)
         if self.accelerator.is_main_process:
             prompt = self.config.sample.prompts[0] if self.config.sample.prompts else "a prompt"
             print(f'wrote {newest}; next: python sample.py "{prompt}" --checkpoint {self.run_dir}')
@@ -130,8 +135,11 @@ class Reporter:
         if self.accelerator.is_main_process:
             # JSON has no word for what is not finite.
             line = {"step": done, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
-            with self.metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with self.metrics.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                logger.warning("%s cannot be written (%s); training goes on", self.metrics, error.strerror)
 
 
 def check_tracker(name: str | None) -> None:
@@ -155,10 +163,17 @@ def _memory(device: torch.device) -> int:
 
 
 def _drop_metrics_after(file: Path, step: int) -> None:
-    """Forget the lines of steps that a resumed run does again."""
-    if file.exists():
-        lines = file.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        aside = file.with_suffix(".part")  # replaced in one go, so that being killed here costs nothing
+    """Forget the lines of steps that a resumed run does again, and what a full disk or a kill has left of a line."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+    aside = file.with_suffix(".part")  # replaced in one go, so that being killed here costs nothing
+    try:
         aside.write_text("".join(kept))
         aside.replace(file)
+    except OSError as error:
+        raise UserError(f"run_dir: {file} cannot be written: {error.strerror}") from error

@@ -11,6 +11,7 @@ from cond_diffusion.checkpoint import make_run_dir, new_run_dir, newest_checkpoi
 from cond_diffusion.config import Config, load_config, save_config
 from cond_diffusion.errors import UserError
 from cond_diffusion.feed import ShuffledSet
+from cond_diffusion.posthoc_ema import FOLDER as SNAPSHOTS
 from cond_diffusion.stream import CaptionedStream
 from cond_diffusion.training_state import TrainingState
 
@@ -26,7 +27,7 @@ SAFE = {
 logger = logging.getLogger(__name__)
 
 
-def find_run(config: Config) -> tuple[Path, Path | None]:
+def find_run(config: Config, *, aloud: bool) -> tuple[Path, Path | None]:
     """Return the folder for a new run; or with `resume` that of the run that is there, and the newest of its
     checkpoints that is whole.
 
@@ -37,17 +38,28 @@ def find_run(config: Config) -> tuple[Path, Path | None]:
     run_dir = Path(config.run_dir)
     if not (run_dir / "config.yaml").exists():
         return new_run_dir(config.run_dir, or_else="; it is no run that could be resumed"), None
-    return run_dir, newest_checkpoint(run_dir, with_state=True)
+    newest = newest_checkpoint(run_dir, with_state=True)
+    if newest is None and aloud:
+        logger.warning("resume: %s has no checkpoint yet; it begins anew", run_dir)
+    return run_dir, newest
 
 
-def make_run(run_dir: Path, config: Config, accelerator: Accelerator) -> None:
-    """Make the run's folder, now that nothing in the config has turned out to be wrong."""
+def make_run(run_dir: Path, config: Config, start: int, accelerator: Accelerator) -> None:
+    """Make the run's folder, now that nothing in the config has turned out to be wrong; remove what a run that goes on
+    after `start` steps will write again.
+    """
     accelerator.wait_for_everyone()  # until all processes have seen that it was not there
     if accelerator.is_main_process:
         make_run_dir(run_dir)
         for unfinished in (run_dir / "checkpoints").glob(".step-*"):  # of a run that was killed while it wrote this
             shutil.rmtree(unfinished)
-        save_config(config, run_dir / "config.yaml")
+        for snapshot in (run_dir / SNAPSHOTS).glob("step-*"):
+            if int(snapshot.stem.removeprefix("step-")) > start or snapshot.suffix != ".safetensors":
+                snapshot.unlink()
+        try:
+            save_config(config, run_dir / "config.yaml")
+        except OSError as error:
+            raise UserError(f"run_dir: {run_dir} cannot be written to: {error.strerror}") from error
 
 
 def check_config(config: Config, checkpoint: Path, *, aloud: bool) -> None:
@@ -56,8 +68,12 @@ def check_config(config: Config, checkpoint: Path, *, aloud: bool) -> None:
     Raises UserError for a change that the weights do not survive; warns of one that they do.
     """
     before = load_config(Config, checkpoint / "config.yaml")
-    if config.seed != before.seed:
-        raise UserError(f"resume: seed was {before.seed} in this run and is now {config.seed}; keep it")
+    for key, then, now in (
+        ("seed", before.seed, config.seed),
+        ("train.ema_width", before.train.ema_width, config.train.ema_width),
+    ):
+        if then != now:
+            raise UserError(f"resume: {key} was {then} in this run and is now {now}; keep it")
     changes: list[str] = []
     for section in ("data", "text", "latent", "unet", "schedule", "objective"):
         now, then = asdict(getattr(config, section)), asdict(getattr(before, section))

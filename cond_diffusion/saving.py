@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +47,18 @@ class Saver:
 
     def __exit__(self, *_: object) -> None:
         self.finish()
+        self.thread.shutdown()
 
-    def checkpoint(self, progress: dict[str, Any]) -> None:
-        """Begin to write a checkpoint of the step that is done. All processes must call this."""
-        if self.is_main or self.state.sharded:
-            pieces, averages = self.state.pieces(), self.state.whole_averages()
-            self._begin(partial(self._write_checkpoint, progress, pieces, averages[0]))
-
-    def snapshot(self, step: int) -> None:
-        """Begin to write both averages. All processes must call this."""
-        if self.is_main or self.state.sharded:
-            averages = self.state.whole_averages()
-            widths = [average.width for average in self.state.averages]
-            if self.is_main:
-                self._begin(partial(save_snapshot, self.run_dir, step, list(zip(widths, averages, strict=True))))
+    def save(self, step: int, progress: dict[str, Any] | None, *, snapshot: bool) -> None:
+        """Begin to write what is due after `step`: a checkpoint with this progress, a snapshot of both averages. All
+        processes must call this together.
+        """
+        if (progress is None and not snapshot) or not (self.is_main or self.state.sharded):
+            return
+        pieces = {} if progress is None else self.state.pieces()
+        averages = self.state.whole_averages(copy=self.is_main)
+        self.finish()
+        self.writing = self.thread.submit(self._write, step, progress, pieces, averages, snapshot)
 
     def finish(self, *, must: bool = False) -> None:
         """Wait until what was begun is written. A full disk costs that and no more, unless it `must` be written."""
@@ -75,11 +72,19 @@ class Saver:
                 raise
             logger.warning("%s", error)
 
-    def _begin(self, write: partial[None]) -> None:
-        self.finish()
-        self.writing = self.thread.submit(write)
+    def _write(
+        self, step: int, progress: dict[str, Any] | None, pieces: Pieces, averages: list[Weights], snapshot: bool
+    ) -> None:
+        if snapshot and self.is_main:
+            try:
+                widths = [average.width for average in self.state.averages]
+                save_snapshot(self.run_dir, step, list(zip(widths, averages, strict=True)))
+            except UserError as error:  # a run without it is poorer by a choice of widths, and no more
+                logger.warning("%s", error)
+        if progress is not None:
+            self._write_checkpoint(progress, pieces, averages)
 
-    def _write_checkpoint(self, progress: dict[str, Any], pieces: Pieces, average: Weights) -> None:
+    def _write_checkpoint(self, progress: dict[str, Any], pieces: Pieces, averages: list[Weights]) -> None:
         step = progress["step"]
         aside = self.run_dir / "checkpoints" / f".step-{step:08d}.pieces"
         problem = self._write_pieces(aside, pieces)
@@ -89,7 +94,7 @@ class Saver:
         def write(folder: Path) -> None:
             if problem:
                 raise OSError(problem)
-            unet = UNet.with_weights(self.pipe.unet.config, average)
+            unet = UNet.with_weights(self.pipe.unet.config, averages[0])
             pipe = TextToImage(unet, self.pipe.text_encoder, self.pipe.prediction, self.pipe.patch_size)
             pipe.save_pretrained(folder)
             save_config(self.config, folder / "config.yaml")

@@ -1,48 +1,57 @@
 """Where captioned pictures come from: whatever it is, `datasets` opens it, and a table or a stream comes out."""
 
 import logging
+import tarfile
+from glob import escape
 from pathlib import Path
 
 import datasets
 from datasets.data_files import EmptyDatasetError
-from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
 from PIL import Image
 
 from cond_diffusion.errors import UserError, did_you_mean, first_line
 
 BUILT_IN_SOURCES = {"mnist": Path(__file__).parent / "assets" / "mnist"}
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+FILES = {*BUILDERS, ".csv", ".gz", ".json", ".jsonl", ".txt", ".zip"}  # endings that no hub id has by chance
 
 logger = logging.getLogger(__name__)
 
 
-def open_source(source: str, split: str, *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+def open_source(
+    source: str, split: str, *, streaming: bool = False, aloud: bool = True
+) -> datasets.Dataset | datasets.IterableDataset:
     """Find out what `source` is, and open its `split`; raise UserError, naming `data.source`, where that cannot be.
 
-    streaming: leave it where it is, and read it from front to back.
+    streaming: leave it where it is, and read it from front to back. aloud: say what an ambiguous name is taken for.
     """
     path = BUILT_IN_SOURCES.get(source, Path(source))
-    _tell_what_is_taken(source, path)
-    folder: str | None = None
+    if aloud:
+        _tell_what_is_taken(source, path)
     files: dict[str, list[str]] | None = None
     if path.is_dir():
-        if beside := _captions_beside(path / split if (path / split).is_dir() else path):
-            if split != "train" and not (path / split).is_dir():
-                raise UserError(f"data.source: {source} has no split {split!r}: no folder {split}")
+        of_split = path / split if (path / split).is_dir() else path
+        described = any(of_split.rglob("metadata.*"))
+        archives = {ending: sorted(path.rglob(f"*{ending}")) for ending in BUILDERS}
+        ending = None if described else next((ending for ending, found in archives.items() if found), None)
+        if ending is not None:
+            builder, files = BUILDERS[ending], {split: _files_of_split(source, archives[ending], split)}
+        elif split != "train" and of_split == path:
+            raise UserError(f"data.source: {source} has no split {split!r}: no folder {split}")
+        elif not described and (beside := _captions_beside(of_split)):
             return beside.to_iterable_dataset(max(1, len(beside) // 1000)) if streaming else beside
-        ending = next((ending for ending in BUILDERS if any(path.glob(f"*{ending}"))), None)
-        if ending is None or (path / "metadata.parquet").exists():
-            builder, folder = "imagefolder", str(path)
         else:
-            builder, files = BUILDERS[ending], {split: _files_of_split(source, sorted(path.glob(f"*{ending}")), split)}
+            # All that lies there: `datasets` would guess at splits from words in the names of files.
+            builder, files = "imagefolder", {split: [f"{escape(str(of_split))}/**"]}
     elif path.is_file():
         if path.suffix not in BUILDERS:
             raise UserError(
                 f"data.source: {source} is no Parquet file and no tar; "
                 "expected a .parquet or .tar file, a folder or a hub id"
             )
-        builder, files = BUILDERS[path.suffix], {"train": [str(path)]}
-    elif path.is_absolute() or source.startswith(".") or path.suffix or source.count("/") != 1:
+        builder, files = BUILDERS[path.suffix], {"train": [escape(str(path))]}
+    elif path.is_absolute() or source.startswith(".") or path.suffix in FILES or source.count("/") != 1:
         raise UserError(
             f"data.source: no file or folder {source}{did_you_mean(source, BUILT_IN_SOURCES)}; "
             "expected mnist, a folder, a .parquet or .tar file or a hub id such as ylecun/mnist"
@@ -50,10 +59,12 @@ def open_source(source: str, split: str, *, streaming: bool = False) -> datasets
     else:
         builder = source
     try:
-        found = datasets.load_dataset(builder, data_dir=folder, data_files=files, streaming=streaming)
+        found = datasets.load_dataset(builder, data_files=files, streaming=streaming)
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
         raise UserError(f"data.source: {source} holds no pictures, no Parquet files and no tars") from error
     except (OSError, DatasetNotFoundError) as error:
+        if path.exists():
+            raise UserError(f"data.source: cannot read {source}: {first_line(error)}") from error
         raise UserError(
             f"data.source: cannot open {source}: there is no such file or folder, and as a hub id it cannot be fetched "
             f"({first_line(error)}); check the name and the network, or download it and give the folder"
@@ -63,8 +74,8 @@ def open_source(source: str, split: str, *, streaming: bool = False) -> datasets
             raise UserError(
                 f"data.source: {source} ({split}) holds no examples; expected at least one picture"
             ) from error
-        raise UserError(f"data.source: cannot read {source}: {first_line(error)}") from error
-    except DatasetGenerationError as error:
+        raise UserError(f"data.source: cannot read {source}: {' '.join(str(error).split())[:300]}") from error
+    except (DatasetsError, tarfile.TarError, RuntimeError) as error:
         raise UserError(f"data.source: cannot read {source}: {first_line(error.__cause__ or error)}") from error
     if split not in found:
         raise UserError(f"data.source: {source} has no split {split!r}; it has {', '.join(map(repr, found))}")
@@ -86,7 +97,7 @@ def _files_of_split(source: str, files: list[Path], split: str) -> list[str]:
         of_split = [file for file in files if not file.stem.startswith(("test", "val"))]
     if not of_split:
         raise UserError(f"data.source: {source} has no split {split!r}: no file {split}*{files[0].suffix}")
-    return list(map(str, of_split))
+    return [escape(str(file)) for file in of_split]
 
 
 def _captions_beside(folder: Path) -> datasets.Dataset | None:
@@ -96,7 +107,7 @@ def _captions_beside(folder: Path) -> datasets.Dataset | None:
     """
     pictures = sorted(file for file in folder.rglob("*") if file.suffix.lower() in Image.registered_extensions())
     captions = {file: file.with_suffix(".txt") for file in pictures}
-    if any(folder.rglob("metadata.*")) or not any(caption.is_file() for caption in captions.values()):
+    if not any(caption.is_file() for caption in captions.values()):
         return None
     for picture, caption in captions.items():
         if not caption.is_file():

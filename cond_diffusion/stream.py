@@ -11,15 +11,16 @@ are.
 
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import datasets
 import torch
 
 from cond_diffusion.captions import caption_reader
-from cond_diffusion.data import CaptionedBatch, Places, decoded_batch, files_of
+from cond_diffusion.data import CaptionedBatch, Places, files_of
 from cond_diffusion.data_config import DataConfig
-from cond_diffusion.decoding import Decoder
+from cond_diffusion.decoding import Cell, Decoder, decode_all
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.order import permuted
 from cond_diffusion.sources import open_source
@@ -45,21 +46,23 @@ class CaptionedStream:
     def __init__(self, config: DataConfig, seed: int, *, aloud: bool = True) -> None:
         self.config = config
         self.seed = seed
-        table = cast(datasets.IterableDataset, open_source(config.source, "train", streaming=True))
+        table = cast(datasets.IterableDataset, open_source(config.source, "train", streaming=True, aloud=aloud))
         self.table: datasets.IterableDataset = files_of(table, config)
-        self.columns = table.column_names or []
+        self.columns = table.column_names or list(next(iter(table), {}))
         self.captions_of = caption_reader(config, (table.features or {}).get(config.caption_column))
-        self.decoder = Decoder(config, None, aloud=aloud)
+        self.decoder = Decoder(config, None)
         wanted = min(config.held_out, MOST_HELD_OUT)
-        first_rows = _Reader(self, order=[0], shard=0, inside=None, skipped=0).take(20 * wanted)
-        self.set_apart = first_rows[: len(first_rows) // 20]
+        reader = _Reader(self, order=[0], shard=0, inside=None, skipped=0)
+        rows = reader.take(wanted)
+        count = len(rows) + sum(len(reader.take(1)) for _ in range(19 * wanted))
+        self.set_apart = rows[: count // 20]
         self.go_to(BEGINNING)
 
     def go_to(self, state: State) -> None:
         """Begin with the block whose `state` is given."""
         self.state = self.behind = state
         self.position = state["position"]
-        self._rows = self._endless(state)
+        self._turns = self._endless(state)
 
     def progress(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on behind the last batch that was trained on."""
@@ -67,7 +70,12 @@ class CaptionedStream:
 
     def identity(self) -> dict[str, Any]:
         """Return what tells one stream from another, as far as that can be known before it is read."""
-        return {"source": self.config.source, "shuffle_buffer": self.config.shuffle_buffer}
+        return {
+            "source": self.config.source,
+            "shards": self.table.num_shards,
+            "shuffle_buffer": self.config.shuffle_buffer,
+            "held_out": len(self.set_apart),
+        }
 
     def resume(self, progress: dict[str, Any], position: int, *, same: bool) -> None:
         """Go to where `progress` was made; to the beginning, counted as `position`, if the data are no longer the
@@ -76,30 +84,40 @@ class CaptionedStream:
         self.go_to(progress["stream"] if same else {**BEGINNING, "position": position})
 
     def read(self, first: int, places: Places) -> CaptionedBatch:
-        """Decode the samples from position `first` on, which must not lie behind what was read already."""
+        """Decode the samples from position `first` on, which must not lie behind what was read already; where one
+        cannot be read, the next one in its block that can. UserError if those are too many.
+        """
         assert first >= self.position
         for _ in range(first - self.position):
             self._next()
-        names = [f"the stream's row {first + i}, counted from 0" for i in range(len(places.crop))]
-        return self._decoded([self._next() for _ in names], names, places)
+        rows = [self._next() for _ in range(len(places.crop))]
+        return self._decoded(rows, f"the stream's row {first} + %d, counted from 0", places)
 
     def held_out(self, places: Places) -> CaptionedBatch | None:
         """Return rows that are not trained on, as many as there are places, again and again if they are fewer."""
         if not self.set_apart:
             return None
-        count = len(places.crop)
-        rows = [self.set_apart[i % len(self.set_apart)] for i in range(count)]
-        return self._decoded(rows, ["a row that is held out"] * count, places)
+        rows = [_Turn(self.set_apart, i) for i in range(min(len(places.crop), len(self.set_apart)))]
+        few = Places(places.caption[: len(rows)], places.crop[: len(rows)])
+        return self._decoded(rows, "held-out row %d, counted from 0", few).repeated(len(places.crop))
 
-    def _decoded(self, rows: list[Row], names: list[str], places: Places) -> CaptionedBatch:
-        groups = [self.captions_of(row[self.config.caption_column]) for row in rows]
-        return decoded_batch(self.decoder, [row[self.config.image_column] for row in rows], groups, names, places)
+    def _decoded(self, turns: list["_Turn"], name: str, places: Places) -> CaptionedBatch:
+        def cells_of(numbers: list[int], attempt: int) -> list[Cell]:
+            if attempt > min(len(turns[i].block) for i in numbers):
+                raise UserError(f"{self.decoder.where}: a whole block of the stream cannot be read")
+            rows = [turns[i].row(attempt) for i in numbers]
+            names = [name % i + (f", or {attempt} behind it" if attempt else "") for i in numbers]
+            return [Cell(r[self.config.image_column], n) for r, n in zip(rows, names, strict=True)]
 
-    def _next(self) -> Row:
+        pixels, attempts = decode_all(self.decoder, len(turns), cells_of, places.crop.tolist())
+        rows = [turn.row(attempt) for turn, attempt in zip(turns, attempts, strict=True)]
+        return CaptionedBatch.of(pixels, [self.captions_of(row[self.config.caption_column]) for row in rows], places)
+
+    def _next(self) -> "_Turn":
         self.position += 1
-        return next(self._rows)
+        return next(self._turns)
 
-    def _endless(self, state: State) -> Iterator[Row]:
+    def _endless(self, state: State) -> Iterator["_Turn"]:
         """Yield the rows from the beginning of a block on, each block shuffled; keep the state of the one at hand."""
         while True:
             epoch = state["epoch"]
@@ -108,12 +126,25 @@ class CaptionedStream:
             while block := reader.take(self.config.shuffle_buffer):
                 self.state = state
                 order = permuted(torch.arange(len(block)), len(block), "block", self.seed, epoch, state["block"])
-                yield from (block[i] for i in order.tolist())
+                shuffled = [block[i] for i in order.tolist()]
+                yield from (_Turn(shuffled, i) for i in range(len(block)))
                 following = {"block": state["block"] + 1, "position": state["position"] + len(block)}
                 state = {**state, **following, **reader.place()}
             if state["block"] == 0:
                 raise UserError(f"data.source: {self.config.source} holds no examples; expected at least one picture")
             state = {**state, "epoch": epoch + 1, "block": 0, "shard": 0, "inside": None}
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The row that a block shows at a place."""
+
+    block: list[Row]
+    place: int
+
+    def row(self, attempt: int) -> Row:
+        """Return it, or the one so many behind it."""
+        return self.block[(self.place + attempt) % len(self.block)]
 
 
 class _Reader:
@@ -138,11 +169,7 @@ class _Reader:
         """Read `count` rows, or what is left."""
         rows: list[Row] = []
         while len(rows) < count and self.shard < len(self.order):
-            try:
-                row = next(self.rows, None)
-            # What it is that cannot be read depends on the format and on where it comes from.
-            except (OSError, ValueError, tarfile.TarError) as error:
-                raise UserError(f"data.source: cannot read {self.source}: {first_line(error)}") from error
+            row = self._read()
             if row is None:
                 self._open(self.shard + 1, None)
             else:
@@ -162,5 +189,12 @@ class _Reader:
         self.rows: Iterator[Row] = iter(self.rows_of_shard)
         if inside is None and number == 0:
             for _ in range(self.skipped):
-                next(self.rows)
+                self._read()
                 self.begun = True
+
+    def _read(self) -> Row | None:
+        try:
+            return next(self.rows, None)
+        # What it is that cannot be read depends on the format and on where it comes from.
+        except (OSError, ValueError, TypeError, NotImplementedError, tarfile.TarError) as error:
+            raise UserError(f"data.source: cannot read {self.source}: {first_line(error)}") from error

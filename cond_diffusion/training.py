@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import platform
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 def train(config: Config) -> Path:
     """Train as `config` says, or go on with a run; return the newest checkpoint's folder."""
     accelerator = make_accelerator(config)
-    run_dir, newest = find_run(config)
+    run_dir, newest = find_run(config, aloud=accelerator.is_main_process)
     if newest is not None:
         check_config(config, newest, aloud=accelerator.is_main_process)
     feed = open_feed(config.data, config.seed, aloud=accelerator.is_main_process)
@@ -52,16 +53,17 @@ def train(config: Config) -> Path:
     text_encoder = TextEncoder.from_pretrained(encoder, config.text.max_length).to(accelerator.device)
     contexts = contexts_of(feed, text_encoder, accelerator)
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
-    diagnosis = Diagnosis(config, feed, contexts, objective)
 
     unet = new_unet(config, text_encoder.context_dim).to(accelerator.device)
     network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
     state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train.ema_width, accelerator)
     per_step = samples_per_step(config, accelerator)
     start = 0 if newest is None else go_on(newest, state, feed, per_step, aloud=accelerator.is_main_process)
-    pipe = TextToImage(state.averaged_unet(), text_encoder, objective.prediction, config.latent.patch_size)
-    make_run(run_dir, config, accelerator)
+    with torch.device("meta"):  # without weights, but for the moments when it draws
+        pipe = TextToImage(UNet(unet.config), text_encoder, objective.prediction, config.latent.patch_size)
+    make_run(run_dir, config, start, accelerator)
 
+    diagnosis = Diagnosis(config, feed, contexts, objective)
     batches = Batches(config, feed, contexts, objective, accelerator, start)
     reporter = Reporter(config, run_dir, start, per_step, accelerator)
     done, bad = start, 0
@@ -83,18 +85,13 @@ def train(config: Config) -> Path:
 
             done = step + 1
             reporter.log(done, loss, gradient_norm, rate)
-            leaving = interruption.noted(done) or done == config.train.max_steps
-            if config.train.snapshots and (leaving or is_snapshot_due(config.train, done)):
-                saver.snapshot(done)
-            if leaving or _is_due(done, config.train.checkpoint_every):
-                saver.checkpoint({"step": done, "samples_per_step": per_step, **feed.progress(), **state.progress()})
-            if _is_due(done, config.train.evaluate_every):
-                pipe.unet = state.averaged_unet()
-                if findings := diagnosis.measure(pipe.unet, accelerator):
-                    reporter.tell(done, findings)
-            if config.sample.prompts and _is_due(done, config.train.sample_every):
-                pipe.unet = state.averaged_unet()
-                reporter.draw(done, pipe)
+            interrupted = interruption.noted() and done < config.train.max_steps
+            leaving = interrupted or done == config.train.max_steps
+            if not interrupted:  # before the checkpoint, behind which a resumed run goes on
+                _look(done, config, diagnosis, reporter, state, pipe, accelerator)
+            saving = leaving or _is_due(done, config.train.checkpoint_every)
+            progress = {"step": done, "samples_per_step": per_step, **feed.progress(), **state.progress()}
+            saver.save(done, progress if saving else None, snapshot=leaving or is_snapshot_due(config.train, done))
             if leaving:
                 break
         saver.finish(must=True)
@@ -102,7 +99,7 @@ def train(config: Config) -> Path:
     end_training(accelerator)
     if interruption.signal is not None and done < config.train.max_steps:
         interruption.leave(done)
-    return reporter.last_words()
+    return reporter.last_words(done)
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -114,12 +111,15 @@ def make_accelerator(config: Config) -> Accelerator:
     else:
         torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.train.tf32
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=_precision(config.train, on_cpu),
         log_with=config.track,
         project_dir=config.run_dir,
     )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("accelerate launch --use_fsdp: expected --fsdp_version 2 beside it")
+    return accelerator
 
 
 def end_training(accelerator: Accelerator) -> None:
@@ -226,6 +226,27 @@ def is_snapshot_due(config: TrainConfig, done: int) -> bool:
     return config.snapshots > 0 and _is_due(done, math.ceil(config.max_steps / config.snapshots))
 
 
+def _look(
+    done: int,
+    config: Config,
+    diagnosis: Diagnosis,
+    reporter: Reporter,
+    state: TrainingState,
+    pipe: TextToImage,
+    accelerator: Accelerator,
+) -> None:
+    """Measure and draw what is due; the processes share the work."""
+    evaluating = _is_due(done, config.train.evaluate_every)
+    drawing = bool(config.sample.prompts) and _is_due(done, config.train.sample_every)
+    if not (evaluating or drawing):
+        return
+    with state.average_in(pipe):
+        if evaluating and (findings := diagnosis.measure(pipe.unet, accelerator)):
+            reporter.tell(done, findings)
+        if drawing:
+            reporter.draw(done, pipe)
+
+
 def _skip(step: int, bad: int, batches: Batches, optimizer: Any, accelerator: Accelerator) -> None:
     """Say which samples gave gradients that are not finite; raise UserError when there were too many such steps."""
     if accelerator.scaler is not None:
@@ -247,10 +268,18 @@ def _is_due(done: int, every: int) -> bool:
 def _precision(config: TrainConfig, on_cpu: bool) -> str:
     """Return the mixed precision to use: without instructions for it a CPU is many times slower than in fp32."""
     wanted = config.mixed_precision
-    if not on_cpu or wanted == "no" or (wanted == "bf16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not on_cpu or wanted == "no" or (wanted == "bf16" and _cpu_has_bf16()):
         return wanted
     logger.warning("train.mixed_precision=%s: this CPU has no instructions for it; training in fp32", wanted)
     return "no"
+
+
+def _cpu_has_bf16() -> bool:
+    # On x86 the first alone asks for no more than AVX-512.
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
+        not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 def _share_cores() -> None:

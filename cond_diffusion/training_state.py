@@ -6,7 +6,8 @@ drawn from are written whole.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cond_diffusion.ema import EMA, Weights
 from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.unet import UNet
 
 PROGRESS_NAME = "progress.json"
@@ -44,6 +46,16 @@ class TrainingState:
         for average in self.averages:
             average.update(self.parameters, step)
 
+    @contextmanager
+    def average_in(self, pipe: TextToImage) -> Iterator[None]:
+        """Have a pipeline draw from the average; under FSDP all processes must ask, and each has a copy meanwhile."""
+        before = pipe.unet
+        pipe.unet = self.averaged_unet()
+        try:
+            yield
+        finally:
+            pipe.unet = before
+
     def averaged_unet(self) -> UNet:
         """Return the network whose weights are the average; under FSDP a copy, for which all processes must ask."""
         return UNet.with_weights(
@@ -66,9 +78,16 @@ class TrainingState:
         }
         return {stem: _copied(tensors, _piece) for stem, tensors in parts.items()}
 
-    def whole_averages(self) -> list[dict[str, Tensor]]:
-        """Return copies of both averages, on the CPU; under FSDP all processes must ask together."""
-        return [_copied(average.weights, _whole) for average in self.averages]
+    def whole_averages(self, *, copy: bool) -> list[Weights]:
+        """Return copies of both averages, on the CPU; under FSDP all processes must ask together, and those that say
+        that they need no copy get none.
+        """
+        if copy:
+            return [_copied(average.weights, _whole) for average in self.averages]
+        for average in self.averages:
+            for weight in average.weights.values():
+                _whole(weight)
+        return []
 
     def progress(self) -> dict[str, Any]:
         """Return what is no tensor."""
@@ -86,6 +105,8 @@ class TrainingState:
         Raises UserError if it is not whole or does not fit.
         """
         folder = checkpoint / "state"
+        if not any(folder.glob("narrow_ema*")):
+            raise UserError(f"resume: {checkpoint} is of an older version, without a second average; begin a new run")
         try:
             _put(_read(folder, "unet"), self.parameters)
             whole = UNet.from_pretrained(checkpoint / "unet").state_dict()

@@ -113,4 +113,6 @@ def _write_tar(folder: Path, shard: int, rows: list[tuple[str, bytes, str]]) -> 
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or Path(sys.argv[1]).exists():
+        sys.exit("expected a folder that does not exist, for example: python tests/colours.py my_colours")
     write(Path(sys.argv[1]), "tar", int(sys.argv[2]) if len(sys.argv) > 2 else 6000)

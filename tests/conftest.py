@@ -61,8 +61,9 @@ def bars_config(bars_overrides: list[str], tmp_path: Path) -> Config:
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The averaged and the raw weights, and the optimizer's moments."""
-    files = ["unet/diffusion_pytorch_model.safetensors", "state/unet.safetensors", "state/optimizer.safetensors"]
+    """Both averages, the raw weights, and the optimizer's moments."""
+    state = [f"state/{stem}.safetensors" for stem in ("unet", "optimizer", "narrow_ema")]
+    files = ["unet/diffusion_pytorch_model.safetensors", *state]
     return {f"{file}:{name}": value for file in files for name, value in load_file(checkpoint / file).items()}
 
 

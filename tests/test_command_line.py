@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from cond_diffusion.errors import command_line
+from cond_diffusion.errors import UserError, command_line
 from cond_diffusion.pipeline import BUILT_IN_MODEL
 
 
@@ -255,10 +255,31 @@ def test_training_leaves_what_the_readme_promises(type_in, tmp_path: Path, bars_
     assert "loss=" in errors
     assert "images/s=" in errors
     run = tmp_path / "runs" / "bars"
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl", "samples"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "samples",
+        "snapshots",
+    ]
     with Image.open(run / "samples" / "step-00000004.png") as picture:
         assert picture.size == (8, 4 * 10 - 2)
     assert type_in("sample", "level", "--checkpoint", "runs/bars", "--steps", "2")[:2] == (0, "level.png\n")
     code, output, _ = type_in("train", *words, "resume=true")
     assert code == 0  # nothing is left to do, and it says so the same way
     assert "step-00000004; next:" in output
+
+
+def test_one_process_of_several_speaks_for_all_but_where_it_alone_has_something_to_say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def shared() -> None:
+        raise UserError("of all")
+
+    def own() -> None:
+        raise UserError("of one", of_this_process=True)
+
+    for rank, said in (("0", "error: of all\nerror: of one\n"), ("1", "error: of one\n")):
+        monkeypatch.setenv("RANK", rank)
+        assert [command_line(main) for main in (shared, own)] == [2, 2]
+        assert capsys.readouterr().err == said

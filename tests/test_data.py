@@ -186,6 +186,7 @@ def test_bytes_survive_the_way_to_the_model_and_back():
             "data.image_column: 'text' of .*: 6 of 6 pictures cannot be read, .* the first are row 0 of 6",
         ),
         ({"caption_templates": ("a {colour} bar",)}, "asks for 'colour', which data.label_names does not list"),
+        ({"caption_templates": ("a {bar:d}",)}, "'a {bar:d}': expected only a word in braces, such as {word}"),
         ({"caption_templates": ("a {bar",)}, "data.caption_templates: 'a {bar'"),
         ({"source": "mnits"}, r"no file or folder mnits \(did you mean 'mnist'\?\)"),
         ({"source": "no/such/folder"}, "data.source: no file or folder no/such/folder"),
@@ -214,7 +215,7 @@ def test_training_data_is_never_taken_for_a_test_set(bars_parquet: Path):
 
 
 def test_an_empty_set_and_a_broken_file_are_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="holds no pictures, no Parquet files and no tars"):
+    with pytest.raises(UserError, match="holds no (examples|pictures)"):
         load(replace(BARS, source=str(tmp_path)))
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_dict({"image": [], "text": []}, features=features).to_parquet(tmp_path / "x.parquet")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cond_diffusion.config import Config
 from cond_diffusion.contexts import context_table
+from cond_diffusion.data import CaptionedBatch
 from cond_diffusion.diagnosis import BUCKETS, EXAMPLES, Diagnosis, findings, others
 from cond_diffusion.errors import UserError
 from cond_diffusion.feed import open_feed
@@ -76,6 +77,14 @@ def test_a_difference_counts_when_it_is_more_than_chance():
     assert not findings(torch.stack([noise, noise + worse - 0.01, noise]), bucket).text_is_used
     assert not findings(torch.stack([noise, noise - worse, noise]), bucket).text_is_used
     assert not findings(torch.stack([noise, noise + 1e-4 * worse.abs(), noise]), bucket).text_is_used
+
+
+def test_where_all_captions_are_the_same_nothing_is_said_of_the_text(diagnosis: Diagnosis):
+    assert diagnosis.batch is not None
+    diagnosis.batch = CaptionedBatch(diagnosis.batch.images, ["level"] * EXAMPLES)
+    found = diagnosis.measure(lambda x_t, t, context: x_t, Accelerator(cpu=True))
+    assert found is not None
+    assert found.in_words().endswith("the held-out captions are all the same, so nothing can be said of the text")
 
 
 def test_every_caption_is_set_against_another():

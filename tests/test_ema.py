@@ -8,7 +8,7 @@ import torch
 from cond_diffusion import TextToImage
 from cond_diffusion.ema import EMA, power_of_width
 from cond_diffusion.errors import UserError
-from cond_diffusion.posthoc_ema import combination, reconstruct, save_snapshot, snapshots_until
+from cond_diffusion.posthoc_ema import combination, reconstruct, save_snapshot, snapshots_until, weights_of_width
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
@@ -80,3 +80,18 @@ def test_a_width_that_the_snapshots_do_not_reach_is_refused(kept: tuple[Path, di
         UserError, match="--ema-width: .*mnist_model has no snapshots; expected a checkpoint in its run"
     ):
         TextToImage.from_pretrained("builtin", ema_width=0.1)
+
+
+@pytest.mark.parametrize("width", [0.03, 0.07, 0.2, 0.25])
+def test_weights_that_have_stopped_changing_stay_what_they_are(width: float):
+    known = [(step, w) for step in range(100, 1601, 100) for w in (0.1, 0.05)]
+    assert sum(combination(known, 1600, width)[0]) == pytest.approx(1, abs=1e-9)
+
+
+def test_a_snapshot_that_was_cut_short_is_one_line(tmp_path: Path):
+    save_snapshot(tmp_path, 5, [(width, {"w": torch.zeros(1000)}) for width in (0.1, 0.05)])
+    (file,) = (tmp_path / "snapshots").iterdir()
+    file.write_bytes(file.read_bytes()[:1000])
+    (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
+    with pytest.raises(UserError, match="--ema-width: .*step-00000005.safetensors is damaged or was cut short; delete"):
+        weights_of_width(tmp_path / "checkpoints" / "step-00000005", 0.1)

@@ -1,0 +1,79 @@
+"""A stand-in for the hub on this machine: it serves a folder as the data set someone/pictures."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+API = "/api/datasets/someone/pictures"
+COMMIT = "0" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers what `datasets` and `huggingface_hub` ask of a data set: what is in it, and its files, in ranges."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, folder: Path, *connection: Any) -> None:
+        self.folder = folder
+        super().__init__(*connection)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlparse(self.path).path)
+        if path == API or path.startswith(f"{API}/revision/"):
+            self._json({"_id": "1", "id": "someone/pictures", "sha": COMMIT, "tags": [], "siblings": []})
+        elif path == f"{API}/tree/{COMMIT}":
+            self._json([self._entry(file) for file in sorted(self.folder.iterdir())])
+        elif "/resolve/" in path and (file := self.folder / path.split("/")[-1]).is_file():
+            self._file(file)
+        else:
+            self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    def _entry(self, file: Path) -> dict[str, Any]:
+        return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": _hash(file)}
+
+    def _file(self, file: Path) -> None:
+        content, headers = file.read_bytes(), {"ETag": f'"{_hash(file)}"', "Accept-Ranges": "bytes"}
+        if wanted := self.headers.get("Range"):
+            first, last = wanted.removeprefix("bytes=").split("-")
+            stop = min(int(last or len(content)) + 1, len(content))
+            headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(content)}"
+            self._answer(206, content[int(first) : stop], headers)
+        else:
+            self._answer(200, content, headers)
+
+    def _json(self, value: Any) -> None:
+        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _answer(self, code: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT, **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+@contextmanager
+def hub(folder: Path) -> Iterator[str]:
+    """Serve the files of `folder`; give the address for HF_ENDPOINT."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
