@@ -66,8 +66,7 @@ def run(config: Config, process: int, processes: int, start: int, steps: int) ->
             optimizer.step()
             optimizer.zero_grad()
             state.update_averages(step + 1)
-        saver.snapshot(start + steps)
-        saver.checkpoint({"step": start + steps})
+        saver.save(start + steps, {"step": start + steps}, snapshot=True)
         saver.finish(must=True)
 
 
