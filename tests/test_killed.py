@@ -53,9 +53,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
 ):
     """Bit for bit, with accumulation, in later epochs, and every third time while a checkpoint is being written."""
     changes = {
-        "max_steps": 150,
-        "evaluate_every": 50,
-        "checkpoint_every": 3,
+        "max_steps": 80,
+        "evaluate_every": 40,
+        "checkpoint_every": 5,
         "keep_checkpoints": 2,
         "gradient_accumulation_steps": 2,
     }
