@@ -89,9 +89,10 @@ def train(config: Config) -> Path:
             leaving = interrupted or done == config.train.max_steps
             if not interrupted:  # before the checkpoint, behind which a resumed run goes on
                 _look(done, config, diagnosis, reporter, state, pipe, accelerator)
-            saving = leaving or _is_due(done, config.train.checkpoint_every)
-            progress = {"step": done, "samples_per_step": per_step, **feed.progress(), **state.progress()}
-            saver.save(done, progress if saving else None, snapshot=leaving or is_snapshot_due(config.train, done))
+            progress = None
+            if leaving or _is_due(done, config.train.checkpoint_every):
+                progress = {"step": done, "samples_per_step": per_step, **feed.progress(), **state.progress()}
+            saver.save(done, progress, snapshot=is_snapshot_due(config.train, done, leaving))
             if leaving:
                 break
         saver.finish(must=True)
@@ -221,9 +222,9 @@ def accumulate_gradients(network: Any, batches: Batches, accelerator: Accelerato
     return total
 
 
-def is_snapshot_due(config: TrainConfig, done: int) -> bool:
-    """Say whether `done` is one of the `snapshots` steps that lie evenly over the run."""
-    return config.snapshots > 0 and _is_due(done, math.ceil(config.max_steps / config.snapshots))
+def is_snapshot_due(config: TrainConfig, done: int, leaving: bool) -> bool:
+    """Say whether `done` is one of the `snapshots` steps that lie evenly over the run, or the last that there is."""
+    return config.snapshots > 0 and (leaving or _is_due(done, math.ceil(config.max_steps / config.snapshots)))
 
 
 def _look(
