@@ -6,7 +6,7 @@ those of the step before, and shares them out among micro-batches and processes.
 never stopped, and how a step is shared out changes nothing but rounding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from cond_diffusion import latents
 from cond_diffusion.config import Config
+from cond_diffusion.contexts import Contexts
 from cond_diffusion.data import CaptionedImages, Places
-from cond_diffusion.feed import ShuffledSet, ahead
+from cond_diffusion.feed import Feed, ShuffledSet, ahead
 from cond_diffusion.guidance import drop_captions
 from cond_diffusion.objective import Objective
 from cond_diffusion.pictures import to_model
@@ -61,8 +62,8 @@ class Batches:
     def __init__(
         self,
         config: Config,
-        feed: ShuffledSet | CaptionedStream,
-        contexts: Callable[[Sequence[str]], Tensor],
+        feed: Feed,
+        contexts: Contexts,
         objective: Objective,
         accelerator: Accelerator,
         start: int,

@@ -2,7 +2,7 @@
 same ("a digit seven", "7").
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from string import Formatter
 from typing import Any
 
@@ -51,9 +51,9 @@ def caption_reader(config: DataConfig, feature: Any) -> Callable[[Any], CaptionG
     return fill_in
 
 
-def chosen(group: CaptionGroup, place: float) -> str:
-    """Return the caption that stands at `place`, from 0 to 1, of its group."""
-    return group[int(place * len(group))]
+def chosen(groups: Iterable[CaptionGroup], places: Iterable[float]) -> list[str]:
+    """Return of each group the caption that stands at its place, from 0 to 1."""
+    return [group[int(place * len(group))] for group, place in zip(groups, places, strict=True)]
 
 
 def _words_in_braces(template: str) -> list[str]:

@@ -18,7 +18,7 @@ from cond_diffusion.batches import Batches
 from cond_diffusion.config import Config
 from cond_diffusion.data import Places, open_captioned_files
 from cond_diffusion.errors import UserError
-from cond_diffusion.feed import ShuffledSet
+from cond_diffusion.feed import Feed, ShuffledSet
 from cond_diffusion.objective import Objective
 from cond_diffusion.pictures import claimed_path, enlarged, grid, to_model, to_pillow
 from cond_diffusion.resuming import find_run
@@ -65,22 +65,18 @@ def check(config: Config) -> None:
     print(verdict([step() for _ in bar], config.train.learning_rate))
 
 
-def _check_data(config: Config, text_encoder: TextEncoder) -> ShuffledSet | CaptionedStream:
+def _check_data(config: Config, text_encoder: TextEncoder) -> Feed:
     """Tell what the source holds and what is wrong with it, from its first pictures in the order of training."""
     data = config.data
     if data.streaming:
-        feed = CaptionedStream(data, config.seed)
-        size, columns, decoder, count = "a stream", feed.columns, feed.decoder, LOOKED_AT
+        source = feed = CaptionedStream(data, config.seed)
+        size, count = "a stream", LOOKED_AT
     else:
-        files = open_captioned_files(data)
-        feed = ShuffledSet(files, config.seed, held_out=0)  # all are to be looked at
-        size, columns, decoder, count = (
-            f"{len(files)} pictures",
-            files.columns,
-            files.decoder,
-            min(len(files), LOOKED_AT),
-        )
-    print(f"data: {data.source}, {size}; columns: {', '.join(columns)}")
+        source = open_captioned_files(data)
+        feed = ShuffledSet(source, config.seed, held_out=0)  # all are to be looked at
+        size, count = f"{len(source)} pictures", min(len(source), LOOKED_AT)
+    decoder = source.decoder
+    print(f"data: {data.source}, {size}; columns: {', '.join(source.columns)}")
 
     captions: list[str] = []
     shown: list[Image.Image] = []

@@ -19,9 +19,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from cond_diffusion.errors import UserError, first_line
 
@@ -132,6 +135,23 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
     for old in earlier[: len(earlier) - (keep - 1)]:
         _remove(old)
     return final
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, all of it or nothing; OSError or SafetensorError where that fails.
+
+    Several processes may write the same one at once.
+    """
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, unfinished, metadata)
+        flush(unfinished)
+        unfinished.replace(file)
+    except (OSError, SafetensorError):
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def _remove(checkpoint: Path) -> None:

@@ -8,23 +8,28 @@ out of date.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cond_diffusion.checkpoint import save_tensors
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.text import TextEncoder
 
 PER_SHARD = 1024  # captions; 0.25 GB of them for a CLIP of width 768 that reads 77 tokens
 PER_BATCH = 256
+
+
+Contexts = Callable[[Sequence[str]], Tensor]
+"""captions -> their contexts: a `ContextTable`, or the encoder itself."""
 
 
 class ContextTable:
@@ -65,12 +70,9 @@ def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerato
     mine = slice(accelerator.local_process_index, None, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     todo = [(start, file) for start, file in list(zip(starts, files, strict=True))[mine] if not _is_whole(file)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for start, file in tqdm(todo, desc="embedding captions", unit=" shards", disable=not progress, leave=False):
             contexts = embed(text_encoder, captions[start : start + PER_SHARD], progress=False)
-            unfinished = file.with_suffix(f".{os.getpid()}")
-            save_file({"contexts": contexts.cpu().contiguous()}, unfinished)
-            unfinished.replace(file)
+            save_tensors({"contexts": contexts.cpu().contiguous()}, file)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"the captions' embeddings cannot be kept in {folder}: {first_line(error)}", of_this_process=True

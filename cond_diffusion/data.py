@@ -46,8 +46,8 @@ class CaptionedBatch:
     @classmethod
     def of(cls, pictures: list[Pixels], groups: list[CaptionGroup], places: Places) -> "CaptionedBatch":
         """Put decoded pictures together, and choose their captions."""
-        captions = [chosen(group, place) for group, place in zip(groups, places.caption.tolist(), strict=True)]
-        return cls(rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w").contiguous(), captions)
+        images = rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w").contiguous()
+        return cls(images, chosen(groups, places.caption.tolist()))
 
     def repeated(self, count: int) -> "CaptionedBatch":
         """Return `count` of them: these, again and again."""
@@ -74,7 +74,7 @@ class CaptionedImages:
     def captions_of(self, indices: Int64[Tensor, " b"], places: Float[Tensor, " b"]) -> list[str]:
         """Return one caption for each of the samples `indices`, out of its group."""
         groups = [self.caption_groups[group] for group in self.group_of[indices].tolist()]
-        return [chosen(group, place) for group, place in zip(groups, places.tolist(), strict=True)]
+        return chosen(groups, places.tolist())
 
 
 class CaptionedFiles:

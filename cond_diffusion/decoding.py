@@ -83,6 +83,8 @@ class Decoder:
 
         A set knows how many it may leave out. Of a stream there may be somewhat more for a while than its share.
         """
+        if len(self.bad) == self.told:
+            return
         if self.expected is None:
             share = self.config.max_bad_fraction * max(self.seen, ENOUGH_TO_JUDGE)
             allowed = share + 4 * share**0.5  # four standard deviations

@@ -5,7 +5,6 @@ All of it is measured with the averaged weights, on the same pictures with the s
 of a run, and two runs, can be compared.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from cond_diffusion import latents
 from cond_diffusion.config import Config
+from cond_diffusion.contexts import Contexts
 from cond_diffusion.data import Places
-from cond_diffusion.feed import ShuffledSet
+from cond_diffusion.feed import Feed
 from cond_diffusion.objective import Network, Objective
 from cond_diffusion.pictures import to_model
 from cond_diffusion.randomness import generator
-from cond_diffusion.stream import CaptionedStream
 
 EXAMPLES = 512
 BUCKETS = 8
@@ -70,8 +69,8 @@ class Diagnosis:
     def __init__(
         self,
         config: Config,
-        feed: ShuffledSet | CaptionedStream,
-        contexts: Callable[[Sequence[str]], Tensor],
+        feed: Feed,
+        contexts: Contexts,
         objective: Objective,
     ) -> None:
         self.contexts = contexts

@@ -15,22 +15,9 @@ from cond_diffusion.samplers import Step
 
 # What goes into a PNG and out of it again: the options of `TextToImage.__call__` that decide the picture.
 SETTINGS = {
-    *(
-        "checkpoint",
-        "ema_width",
-        "num_images",
-        "seed",
-        "sampler",
-        "steps",
-        "variance",
-        "eta",
-        "order",
-        "image",
-        "strength",
-        "mask",
-    ),
+    *("checkpoint", "num_images", "seed", "sampler", "steps", "variance", "eta", "order", "image", "strength", "mask"),
     *("resamplings", "guidance_scale", "negative_prompt", "guidance_interval", "guidance_rescale"),
-    "dynamic_thresholding",
+    *("dynamic_thresholding", "ema_width"),
 }
 BELONGINGS = {"sampler": ("variance", "eta", "order"), "image": ("strength", "mask", "resamplings")}
 

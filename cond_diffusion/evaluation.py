@@ -8,17 +8,17 @@ that.
 
 import argparse
 import hashlib
-import os
 import sys
 
 import torch
 from jaxtyping import Float, Int64
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from cond_diffusion.checkpoint import save_tensors
 from cond_diffusion.config import checkpoint_config
 from cond_diffusion.contexts import cache_folder
 from cond_diffusion.data import CaptionedImages, load_captioned_images
@@ -70,17 +70,13 @@ def kept_classifier(data: CaptionedImages) -> Classifier:
     key = hashlib.blake2b(repr((data.caption_groups, EPOCHS, BATCH_SIZE, LEARNING_RATE)).encode(), digest_size=8)
     key.update(data.images.numpy().data)
     key.update(data.group_of.numpy().data)
-    folder = cache_folder()
-    file = folder / f"classifier-{key.hexdigest()}.safetensors"
+    file = cache_folder() / f"classifier-{key.hexdigest()}.safetensors"
     if file.exists():
         classifier = Classifier(data.images.shape[1], len(data.caption_groups))
         classifier.load_state_dict(load_file(file))
         return classifier.eval()
     classifier = train_classifier(data)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    save_file(classifier.state_dict(), unfinished)
-    unfinished.replace(file)
+    save_tensors(classifier.state_dict(), file)
     return classifier
 
 

@@ -77,7 +77,10 @@ class ShuffledSet:
         return permuted(numbers, len(self.data), "held out")
 
 
-def open_feed(config: DataConfig, seed: int, *, aloud: bool) -> ShuffledSet | CaptionedStream:
+Feed = ShuffledSet | CaptionedStream
+
+
+def open_feed(config: DataConfig, seed: int, *, aloud: bool) -> Feed:
     """Open the source of `config`: as a stream where it says so, else in memory where it fits."""
     if config.streaming:
         return CaptionedStream(config, seed, aloud=aloud)

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from cond_diffusion.checkpoint import flush
+from cond_diffusion.checkpoint import save_tensors
 from cond_diffusion.ema import Weights, power_of_width
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.unet import WEIGHTS_NAME
@@ -44,14 +43,9 @@ def save_snapshot(run_dir: Path, step: int, averages: Sequence[tuple[float, Weig
     """Write the averages of the given widths after `step` steps, all of it or nothing; UserError where that fails."""
     file = run_dir / FOLDER / f"step-{step:08d}.safetensors"
     weights = {f"{i}.{name}": value for i, (_, average) in enumerate(averages) for name, value in average.items()}
-    unfinished = file.with_suffix(".unfinished")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, unfinished, metadata={"widths": json.dumps([width for width, _ in averages])})
-        flush(unfinished)
-        unfinished.replace(file)
+        save_tensors(weights, file, {"widths": json.dumps([width for width, _ in averages])})
     except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"{file} cannot be written ({first_line(error)})") from error
 
 

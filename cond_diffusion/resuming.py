@@ -10,9 +10,8 @@ from accelerate import Accelerator
 from cond_diffusion.checkpoint import make_run_dir, new_run_dir, newest_checkpoint
 from cond_diffusion.config import Config, load_config, save_config
 from cond_diffusion.errors import UserError
-from cond_diffusion.feed import ShuffledSet
+from cond_diffusion.feed import Feed
 from cond_diffusion.posthoc_ema import FOLDER as SNAPSHOTS
-from cond_diffusion.stream import CaptionedStream
 from cond_diffusion.training_state import TrainingState
 
 # What may change within a run, since the weights mean the same afterwards; everything else decides what they mean.
@@ -54,7 +53,7 @@ def make_run(run_dir: Path, config: Config, start: int, accelerator: Accelerator
         for unfinished in (run_dir / "checkpoints").glob(".step-*"):  # of a run that was killed while it wrote this
             shutil.rmtree(unfinished)
         for snapshot in (run_dir / SNAPSHOTS).glob("step-*"):
-            if int(snapshot.stem.removeprefix("step-")) > start or snapshot.suffix != ".safetensors":
+            if snapshot.suffix != ".safetensors" or int(snapshot.stem.removeprefix("step-")) > start:
                 snapshot.unlink()
         try:
             save_config(config, run_dir / "config.yaml")
@@ -89,9 +88,7 @@ def check_config(config: Config, checkpoint: Path, *, aloud: bool) -> None:
             logger.warning("resume: %s; going on with it", change)
 
 
-def go_on(
-    checkpoint: Path, state: TrainingState, feed: ShuffledSet | CaptionedStream, per_step: int, *, aloud: bool
-) -> int:
+def go_on(checkpoint: Path, state: TrainingState, feed: Feed, per_step: int, *, aloud: bool) -> int:
     """Load a checkpoint, and have the feed go on from there; return the number of steps that are done.
 
     Raises UserError where the checkpoint is not whole, or for another number of samples a step.

@@ -1,6 +1,7 @@
 """Where captioned pictures come from: whatever it is, `datasets` opens it, and a table or a stream comes out."""
 
 import logging
+import os
 import tarfile
 from glob import escape
 from pathlib import Path
@@ -31,15 +32,17 @@ def open_source(
         _tell_what_is_taken(source, path)
     files: dict[str, list[str]] | None = None
     if path.is_dir():
+        there = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
         of_split = path / split if (path / split).is_dir() else path
-        described = any(of_split.rglob("metadata.*"))
-        archives = {ending: sorted(path.rglob(f"*{ending}")) for ending in BUILDERS}
-        ending = None if described else next((ending for ending, found in archives.items() if found), None)
-        if ending is not None:
-            builder, files = BUILDERS[ending], {split: _files_of_split(source, archives[ending], split)}
+        here = [file for file in there if file.is_relative_to(of_split)]
+        described = any(file.name.startswith("metadata.") for file in here)
+        endings = [] if described else [ending for ending in BUILDERS if any(file.suffix == ending for file in there)]
+        if endings:
+            archives = [file for file in there if file.suffix == endings[0]]
+            builder, files = BUILDERS[endings[0]], {split: _files_of_split(source, path, archives, split)}
         elif split != "train" and of_split == path:
             raise UserError(f"data.source: {source} has no split {split!r}: no folder {split}")
-        elif not described and (beside := _captions_beside(of_split)):
+        elif not described and (beside := _captions_beside(of_split, here)):
             return beside.to_iterable_dataset(max(1, len(beside) // 1000)) if streaming else beside
         else:
             # All that lies there: `datasets` would guess at splits from words in the names of files.
@@ -90,31 +93,37 @@ def _tell_what_is_taken(source: str, path: Path) -> None:
         logger.warning("data.source: %s is a folder here and is taken as such, not as a hub id", source)
 
 
-def _files_of_split(source: str, files: list[Path], split: str) -> list[str]:
-    """Return those of the files whose names begin with the split; for training those that are named after none."""
-    of_split = [file for file in files if file.stem.startswith(split)]
+def _files_of_split(source: str, folder: Path, files: list[Path], split: str) -> list[str]:
+    """Return those of the files whose names, or folders' names, begin with the split; for training those that are named
+    after none.
+    """
+
+    def named(file: Path, *splits: str) -> bool:
+        return any(part.startswith(splits) for part in file.relative_to(folder).parts)
+
+    of_split = [file for file in files if named(file, split)]
     if not of_split and split == "train":
-        of_split = [file for file in files if not file.stem.startswith(("test", "val"))]
+        of_split = [file for file in files if not named(file, "test", "val")]
     if not of_split:
         raise UserError(f"data.source: {source} has no split {split!r}: no file {split}*{files[0].suffix}")
     return [escape(str(file)) for file in of_split]
 
 
-def _captions_beside(folder: Path) -> datasets.Dataset | None:
-    """Open a folder that has name.txt, a caption, beside name.png; None if it has no such pair.
+def _captions_beside(folder: Path, files: list[Path]) -> datasets.Dataset | None:
+    """Open a folder whose files are name.txt, a caption, beside name.png; None if there is no such pair.
 
     Raises UserError for a picture without one.
     """
-    pictures = sorted(file for file in folder.rglob("*") if file.suffix.lower() in Image.registered_extensions())
-    captions = {file: file.with_suffix(".txt") for file in pictures}
-    if not any(caption.is_file() for caption in captions.values()):
+    endings, there = Image.registered_extensions(), set(files)
+    captions = {file: file.with_suffix(".txt") for file in files if file.suffix.lower() in endings}
+    if there.isdisjoint(captions.values()):
         return None
     for picture, caption in captions.items():
-        if not caption.is_file():
+        if caption not in there:
             raise UserError(f"data.source: {picture} has no caption: there is no {caption.name} beside it")
     try:
         texts = [caption.read_text(encoding="utf-8").strip() for caption in captions.values()]
     except UnicodeDecodeError as error:
         raise UserError(f"data.source: a caption in {folder} is not valid text ({error}); expected UTF-8") from error
-    columns = {"image": [str(picture) for picture in pictures], "text": texts}
+    columns = {"image": [str(picture) for picture in captions], "text": texts}
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())

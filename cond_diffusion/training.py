@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from cond_diffusion.batches import Batches, samples_per_step
 from cond_diffusion.config import Config, TrainConfig
-from cond_diffusion.contexts import context_table
+from cond_diffusion.contexts import Contexts, context_table
 from cond_diffusion.decoding import cores_of_this_process
 from cond_diffusion.diagnosis import Diagnosis
 from cond_diffusion.errors import UserError
-from cond_diffusion.feed import ShuffledSet, open_feed
+from cond_diffusion.feed import Feed, open_feed
 from cond_diffusion.interruption import Interruption
 from cond_diffusion.layers import ResidualBlock, SpatialTransformer
 from cond_diffusion.objective import Objective
@@ -134,9 +133,7 @@ def end_training(accelerator: Accelerator) -> None:
         tracker.finish()
 
 
-def contexts_of(
-    feed: ShuffledSet | CaptionedStream, text_encoder: TextEncoder, accelerator: Accelerator
-) -> Callable[[Sequence[str]], Tensor]:
+def contexts_of(feed: Feed, text_encoder: TextEncoder, accelerator: Accelerator) -> Contexts:
     """Return captions -> contexts: a table of all that a set has, or the encoder itself for a stream, whose captions
     nobody knows in advance. Say how many captions are longer than the encoder reads.
     """

@@ -158,6 +158,12 @@ def test_a_test_split_of_tars_is_found_by_its_name(colour_sets: dict[str, list[s
     assert (len(open_source(source, "train")), len(open_source(source, "test"))) == (6, 3)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"has no split 'validation': no file validation\*\.tar"):
         open_source(source, "validation")
+    for split in ("train", "test"):  # each in a folder of its own, under names that say nothing
+        colours.write(tmp_path / "folders" / split, "parquet", {"train": 6, "test": 3}[split])
+        for number, file in enumerate(sorted((tmp_path / "folders" / split).iterdir())):
+            file.rename(file.with_name(f"{number}.parquet"))
+    found = [open_source(str(tmp_path / "folders"), split) for split in ("train", "test")]
+    assert [len(of_split) for of_split in found] == [6, 3]  # type: ignore[arg-type]
 
 
 def test_samples_are_held_out_of_a_set_and_never_trained_on(colour_sets: dict[str, list[str]]):
