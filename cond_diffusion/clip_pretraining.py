@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from cond_diffusion.checkpoint import new_run_dir
+from cond_diffusion.clip import embed_images, embed_texts
 from cond_diffusion.config import config_parser, load_config
 from cond_diffusion.data import CaptionedImages, load_captioned_images
 from cond_diffusion.data_config import DataConfig
@@ -133,10 +134,10 @@ def zero_shot_accuracy(
     The wordings are the places of the captions in their groups, and go by the caption of the first group. Where groups
     differ in length, only the places that all of them have count.
     """
-    features = torch.cat([_embed_images(clip, images) for images in data.images.split(500)])
+    features = torch.cat([embed_images(clip, to_model(images)) for images in data.images.split(500)])
     accuracy = {}
     for captions in zip(*data.caption_groups, strict=False):
-        texts = F.normalize(_embed_texts(clip, tokenizer, list(captions), max_length), dim=-1)
+        texts = F.normalize(embed_texts(clip, tokenizer, list(captions), max_length), dim=-1)
         accuracy[captions[0]] = ((features @ texts.T).argmax(1) == data.group_of).float().mean().item()
     return accuracy
 
@@ -186,23 +187,10 @@ def _training_loss(
     captions = data.captions_of(indices, places)
     unique = list(dict.fromkeys(zip(captions, groups.tolist(), strict=True)))
 
-    images = F.normalize(_embed_images(clip, data.images[indices]), dim=-1)
-    texts = F.normalize(_embed_texts(clip, tokenizer, [caption for caption, _ in unique], config.max_length), dim=-1)
+    images = F.normalize(embed_images(clip, to_model(data.images[indices])), dim=-1)
+    texts = F.normalize(embed_texts(clip, tokenizer, [caption for caption, _ in unique], config.max_length), dim=-1)
     logits = clip.logit_scale.exp().clamp(max=100) * images @ texts.T
     return contrastive_loss(logits, groups, torch.tensor([group for _, group in unique]))
-
-
-def _embed_images(clip: CLIPModel, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-    found: Any = clip.get_image_features(pixel_values=to_model(images))
-    return found.pooler_output
-
-
-def _embed_texts(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], max_length: int
-) -> Float[Tensor, "b d"]:
-    tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
-    found: Any = clip.get_text_features(input_ids=tokens["input_ids"])
-    return found.pooler_output
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ class TrainConfig:
 
     batch_size: samples in one forward pass of one process. A step sees batch_size x gradient_accumulation_steps x
     processes.
+    optimizer: see `muon.py`.
     learning_rate, learning_rate_schedule, warmup_steps: the peak; what follows the linear warm-up to it.
     decay_steps: how many of the last steps the schedule "warmup_stable_decay" falls in.
     max_bad_steps: how many steps in a row may have gradients that are not finite, and be skipped, before the run ends.
@@ -48,6 +49,7 @@ class TrainConfig:
 
     batch_size: int = 64
     max_steps: int = 10_000
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     learning_rate_schedule: Literal["constant", "cosine", "warmup_stable_decay"] = "cosine"
     warmup_steps: int = 200

@@ -53,6 +53,10 @@ class ShuffledSet:
         few = Places(places.caption[: len(numbers)], places.crop[: len(numbers)])
         return self._read(numbers, self.num_trained_on, len(self.data), few).repeated(len(places.crop))
 
+    def held_out_indices(self) -> Int64[Tensor, " n"]:
+        """Return which samples are not trained on."""
+        return self._of(torch.arange(self.num_trained_on, len(self.data)))
+
     def _read(self, numbers: Int64[Tensor, " b"], first: int, stop: int, places: Places) -> CaptionedBatch:
         """Return samples by their numbers; where one cannot be read, of those from `first` to `stop` the next."""
         return self.data.read(lambda attempt: self._of(first + (numbers - first + attempt) % (stop - first)), places)

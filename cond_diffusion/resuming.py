@@ -70,6 +70,7 @@ def check_config(config: Config, checkpoint: Path, *, aloud: bool) -> None:
     for key, then, now in (
         ("seed", before.seed, config.seed),
         ("train.ema_width", before.train.ema_width, config.train.ema_width),
+        ("train.optimizer", before.train.optimizer, config.train.optimizer),
     ):
         if then != now:
             raise UserError(f"resume: {key} was {then} in this run and is now {now}; keep it")

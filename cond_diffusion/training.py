@@ -1,9 +1,11 @@
 """Training: the loop, and what begins and ends it."""
 
+import ctypes
 import logging
 import math
 import os
 import platform
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,6 +27,7 @@ from cond_diffusion.errors import UserError
 from cond_diffusion.feed import Feed, open_feed
 from cond_diffusion.interruption import Interruption
 from cond_diffusion.layers import ResidualBlock, SpatialTransformer
+from cond_diffusion.muon import Muon
 from cond_diffusion.objective import Objective
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.reporting import Reporter, check_tracker
@@ -36,6 +39,8 @@ from cond_diffusion.text import TextEncoder
 from cond_diffusion.training_state import TrainingState
 from cond_diffusion.unet import UNet
 from cond_diffusion.unet_config import UNetConfig
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +113,7 @@ def make_accelerator(config: Config) -> Accelerator:
     on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
     if on_cpu:
         _share_cores()
+        _keep_memory()
     else:
         torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.train.tf32
@@ -119,6 +125,8 @@ def make_accelerator(config: Config) -> Accelerator:
     )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("accelerate launch --use_fsdp: expected --fsdp_version 2 beside it")
+    if accelerator.distributed_type == DistributedType.FSDP and config.train.optimizer == "muon":
+        raise UserError("train.optimizer: muon needs whole matrices, which FSDP cuts up; expected adamw")
     return accelerator
 
 
@@ -155,6 +163,8 @@ def new_unet(config: Config, context_dim: int) -> UNet:
     """Return a network with fresh weights, a function of the seed."""
     torch.manual_seed(config.seed)  # torch draws initial weights from the global state; nothing else here does
     unet = UNet(complete_unet_config(config, context_dim))
+    if config.objective.prediction == "epsilon":
+        unet.start_as_copy()
     if config.train.gradient_checkpointing:
         for module in unet.modules():
             if isinstance(module, ResidualBlock | SpatialTransformer):
@@ -165,8 +175,12 @@ def new_unet(config: Config, context_dim: int) -> UNet:
     return unet
 
 
-def new_optimizer(config: TrainConfig, unet: UNet) -> torch.optim.AdamW:
-    """Return AdamW, in its version that updates all weights in a few calls."""
+def new_optimizer(config: TrainConfig, unet: UNet) -> torch.optim.Optimizer:
+    """Return Muon, or AdamW in its version that updates all weights in a few calls."""
+    if config.optimizer == "muon":
+        ends = [*unet.conv_in.parameters(), *unet.conv_out.parameters()]
+        rate, decay = config.learning_rate, config.weight_decay
+        return Muon(unet.parameters(), rate, first_and_last=ends, weight_decay=decay)
     return torch.optim.AdamW(unet.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
@@ -288,3 +302,14 @@ def _share_cores() -> None:
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(cores_of_this_process())
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what a step frees for the next one, instead of asking the kernel for new, empty pages each time.
+
+    Every feature map of a batch is large enough that it would be; that is a tenth of a step. Other systems' allocators
+    are left as they are.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the highest that glibc takes
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -136,7 +136,7 @@ class UNet(nn.Module):
         self._transformers = tuple(module for module in self.modules() if isinstance(module, SpatialTransformer))
         for number, transformer in enumerate(self._transformers):
             transformer.number = number
-        self._start_as_copy()
+        self._start_at_zero()
 
     def project_context(self, context: Float[Tensor, "b l d"]) -> ProjectedContext:
         """Return the context's keys and values for every cross-attention, to be given to `forward` in its place."""
@@ -150,7 +150,8 @@ class UNet(nn.Module):
     ) -> Float[Tensor, "b c h w"]:
         """Return the prediction. `context` is the text's embeddings, or what `project_context` made of them."""
         projected = self.project_context(context) if isinstance(context, Tensor) else context
-        x = self.conv_in(x_t)
+        # Channels last, all that follows keeps it: convolutions are faster, and attention reads places without a copy.
+        x = self.conv_in(x_t).contiguous(memory_format=torch.channels_last)
         time = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
         skips = [x]
         for level in self.down_blocks:
@@ -161,12 +162,9 @@ class UNet(nn.Module):
             x = level(x, time, projected, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def _start_as_copy(self) -> None:
-        """Begin by returning x_t, normalised: the noise, where noise is nearly all there is; a place to learn from.
-
-        The last layer of every branch that is added to its input starts at zero (Dhariwal and Nichol 2021), so that at
-        first nothing is added. What `conv_in` makes of x_t reaches `conv_out` through the last block's shortcut, and
-        x = silu(x) - silu(-x): a pair of channels carries each channel of x_t past the last activation unharmed.
+    def _start_at_zero(self) -> None:
+        """Begin by returning 0: the last layer of the network, and of every branch that is added to its input, is zero
+        (Dhariwal and Nichol 2021).
         """
         for module in self.modules():
             if isinstance(module, ResidualBlock):
@@ -174,6 +172,14 @@ class UNet(nn.Module):
             elif isinstance(module, SpatialTransformer):
                 _zero(module.proj_out)
         _zero(self.conv_out)
+
+    def start_as_copy(self) -> None:
+        """Begin by returning x_t, normalised: the noise, where noise is nearly all there is. That is a good start for
+        predicting epsilon; for other predictions it is wrong where it matters most.
+
+        What `conv_in` makes of x_t reaches `conv_out` through the last block's shortcut, and x = silu(x) - silu(-x): a
+        pair of channels carries each channel of x_t past the last activation unharmed.
+        """
         last_block = cast(ResidualBlock, cast(UpLevel, self.up_blocks[-1]).resnets[-1])
         last_shortcut = last_block.conv_shortcut
         assert last_shortcut is not None  # the last block reads x_t's map beside its own input, so it has one

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from cond_diffusion import TextToImage
+from cond_diffusion.classifier import accuracy, kept_classifier
 from cond_diffusion.config import Config, load_config
-from cond_diffusion.data import load_captioned_images
+from cond_diffusion.data import CaptionedImages, load_captioned_images
 from cond_diffusion.errors import UserError
-from cond_diffusion.evaluation import accuracy_on_real_images, kept_classifier, recognised
+from cond_diffusion.pictures import from_pillow, to_bytes
 from cond_diffusion.pipeline import BUILT_IN_MODEL
 from cond_diffusion.prediction import Prediction, PredictionKind
 from cond_diffusion.samplers import Step
@@ -31,12 +32,13 @@ def test_a_classifier_of_real_digits_recognises_what_the_model_draws(pipe: TextT
     config = load_config(Config, BUILT_IN_MODEL / "config.yaml").data
     train, test = (load_captioned_images(config, split, progress=False) for split in ("train", "test"))
     classifier = kept_classifier(train)
-    assert accuracy_on_real_images(classifier, train, test) > 0.99
+    assert accuracy(classifier, train, test) > 0.99
     prompts = [(caption, group) for group, captions in enumerate(train.caption_groups) for caption in captions]
     images = pipe([caption for caption, _ in prompts], steps=50, progress=False)
     assert len(images) == 120
-    right = recognised(classifier, images, [group for _, group in prompts])
-    assert right.float().mean() > 0.9
+    drawn = to_bytes(torch.stack([from_pillow(image) for image in images]))
+    groups = torch.tensor([group for _, group in prompts])
+    assert accuracy(classifier, train, CaptionedImages(drawn, groups, train.caption_groups)) > 0.9
 
 
 @pytest.mark.parametrize("options", [{"steps": 50}, {"steps": 20, "sampler": "ddim"}])

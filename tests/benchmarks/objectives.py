@@ -36,9 +36,9 @@ def measure(prediction: str, loss: str, timesteps: str, folder: str, steps: int,
     )
     report = python(
         *["-m", "cond_diffusion.evaluation", "--checkpoint", run_dir, "--samples", str(samples)],
-        *["--sampler", "dpm_solver", "--steps", "50"],
+        *["--sampler", "dpm_solver", "--steps", "50", "--output", f"{run_dir}/evaluation"],
     )
-    (share,) = re.findall(r"recognised, of \d+ +([\d.]+%)", report)
+    (share,) = re.findall(r"prompt accuracy, classifier +([\d.]+%)", report)
     print(f"{prediction} {loss} {share}", file=sys.stderr, flush=True)
     return share
 
@@ -54,10 +54,11 @@ def main() -> None:
     parser.add_argument("--folder", help="where to leave the runs (default: nowhere)")
     arguments = parser.parse_args()
 
-    python("-m", "cond_diffusion.evaluation", "--samples", "10", "--steps", "1")  # trains the classifier, once
     predictions, losses = arguments.predictions, arguments.losses
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
         folder = arguments.folder or scratch
+        # Trains the classifier, once for all.
+        python("-m", "cond_diffusion.evaluation", "--samples", "10", "--steps", "1", "--output", f"{scratch}/warm_up")
         cells = {
             (prediction, loss): pool.submit(
                 measure, prediction, loss, arguments.timesteps, folder, arguments.steps, arguments.samples

@@ -1,0 +1,86 @@
+"""A plain CNN that tells a data set's captions apart: a judge of pictures, trained once on real ones and kept."""
+
+import hashlib
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from cond_diffusion.checkpoint import save_tensors
+from cond_diffusion.contexts import cache_folder
+from cond_diffusion.data import CaptionedImages
+from cond_diffusion.order import sample_indices
+from cond_diffusion.pictures import to_model
+
+EPOCHS, LEAST_STEPS, BATCH_SIZE, LEARNING_RATE = 4, 300, 128, 2e-3
+NUM_FEATURES = 128
+AT_ONCE = 500
+
+
+class Classifier(nn.Module):
+    """From a picture to features, the last hidden layer, and from these to one logit for each caption group."""
+
+    def __init__(self, channels: int, num_groups: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *[nn.Conv2d(channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)],
+            *[nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)],
+            *[nn.Conv2d(64, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(3)],
+            *[nn.Flatten(), nn.Linear(128 * 9, NUM_FEATURES), nn.ReLU()],
+        )
+        self.head = nn.Linear(NUM_FEATURES, num_groups)
+
+    @torch.no_grad()
+    def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """Return the features of pictures."""
+        return torch.cat([self.body(to_model(batch)) for batch in images.split(AT_ONCE)])
+
+    @torch.no_grad()
+    def classify(self, images: UInt8[Tensor, "n c h w"]) -> Int64[Tensor, " n"]:
+        """Return the number of the caption group that each picture looks most like."""
+        return self.head(self(images)).argmax(1)
+
+
+def train_classifier(data: CaptionedImages) -> Classifier:
+    """Train on `data` for some epochs, on a small set for more of them, the learning rate falling to 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = Classifier(data.images.shape[1], len(data.caption_groups))
+    steps = max(LEAST_STEPS, EPOCHS * len(data) // BATCH_SIZE)
+    optimizer = torch.optim.AdamW(classifier.parameters(), fused=True)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    for step in tqdm(range(steps), desc="training the classifier", unit=" steps", leave=False):
+        indices = sample_indices(len(data), 0, step * BATCH_SIZE, BATCH_SIZE)
+        logits = classifier.head(classifier.body(to_model(data.images[indices])))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, data.group_of[indices]).backward()
+        optimizer.step()
+        rate.step()
+    return classifier.eval()
+
+
+def kept_classifier(data: CaptionedImages) -> Classifier:
+    """Return the classifier for a data set, trained if this machine has not done so before."""
+    settings = (data.caption_groups, EPOCHS, LEAST_STEPS, BATCH_SIZE, LEARNING_RATE, NUM_FEATURES)
+    key = hashlib.blake2b(repr(settings).encode(), digest_size=8)
+    key.update(data.images.numpy().data)
+    key.update(data.group_of.numpy().data)
+    file = cache_folder() / f"classifier-{key.hexdigest()}.safetensors"
+    if file.exists():
+        classifier = Classifier(data.images.shape[1], len(data.caption_groups))
+        classifier.load_state_dict(load_file(file))
+        return classifier.eval()
+    classifier = train_classifier(data)
+    save_tensors(classifier.state_dict(), file)
+    return classifier
+
+
+def accuracy(classifier: Classifier, trained_on: CaptionedImages, images: CaptionedImages) -> float:
+    """Return the share of pictures whose caption group the classifier, trained on another set, tells."""
+    number = {captions: i for i, captions in enumerate(trained_on.caption_groups)}
+    # Captions that training never saw have number -1, and no picture is recognised as theirs.
+    labels = torch.tensor([number.get(captions, -1) for captions in images.caption_groups])[images.group_of]
+    return (classifier.classify(images.images) == labels).float().mean().item()

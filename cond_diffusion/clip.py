@@ -1,0 +1,92 @@
+"""A whole CLIP, both halves of it: how near a picture is to a caption (Radford et al. 2021)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.pictures import to_model
+from cond_diffusion.text import BUILT_IN_ENCODER, quiet_transformers
+
+AT_ONCE = 250
+
+
+def embed_images(clip: CLIPModel, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+    """Embed pictures that are as this CLIP wants them."""
+    found: Any = clip.get_image_features(pixel_values=images)
+    return found.pooler_output
+
+
+def embed_texts(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, captions: Sequence[str], max_length: int
+) -> Float[Tensor, "b d"]:
+    """Embed captions, cut and padded to `max_length`."""
+    tokens = tokenizer([*captions], padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
+    found: Any = clip.get_text_features(input_ids=tokens["input_ids"].to(clip.device))
+    return found.pooler_output
+
+
+class ClipJudge(nn.Module):
+    """Pictures and captions to directions in CLIP's common space."""
+
+    def __init__(
+        self, clip: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil | None, max_length: int
+    ) -> None:
+        super().__init__()
+        self.clip = clip.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.max_length = min(max_length, cast(Any, clip.config.text_config).max_position_embeddings)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, max_length: int = 77) -> "ClipJudge | None":
+        """Load from "builtin", a folder or a hub id; None if what is there reads texts but no pictures.
+
+        Raises UserError where there is no CLIP at all.
+        """
+        folder = str(BUILT_IN_ENCODER if source == "builtin" else source)
+        try:
+            if AutoConfig.from_pretrained(folder).model_type != "clip":
+                return None
+            with quiet_transformers():
+                loaded = CLIPModel.from_pretrained(
+                    folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                )
+                clip, report = cast(tuple[CLIPModel, dict[str, Any]], loaded)
+                tokenizer = CLIPTokenizer.from_pretrained(folder)
+            if missing := sorted(report["missing_keys"]):
+                raise UserError(f"{source} lacks {len(missing)} of CLIP's weights, {missing[0]} among them")
+            # What `clip_pretraining` trains reads pictures in [-1, 1] as they are, and needs nothing done to them.
+            own = "preprocessor_config.json"
+            has_processor = (Path(folder) / own).is_file() or not Path(folder).is_dir()
+            processor = CLIPImageProcessorPil.from_pretrained(folder) if has_processor else None
+        except UserError:
+            raise
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            raise UserError(f"{source} holds no CLIP that can be read ({first_line(error)})") from error
+        return cls(clip, tokenizer, processor, max_length)
+
+    @torch.no_grad()
+    def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """Return the directions of pictures, of length 1."""
+        found = [embed_images(self.clip, self._prepared(batch)) for batch in images.split(AT_ONCE)]
+        return F.normalize(torch.cat(found), dim=-1).cpu()
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Return the directions of captions, of length 1."""
+        return F.normalize(embed_texts(self.clip, self.tokenizer, captions, self.max_length), dim=-1).cpu()
+
+    def _prepared(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        if self.processor is None:
+            return to_model(images.to(self.clip.device))
+        channels, height, width = images.shape[1:]
+        rgb = images.expand(-1, 3, height, width) if channels == 1 else images
+        return self.processor([*rgb], return_tensors="pt")["pixel_values"].to(self.clip.device)

@@ -1,0 +1,54 @@
+"""Run every benchmark and print one page of Markdown, with the hardware.
+
+    python tests/benchmarks/all.py > benchmarks.md
+
+On 2 cores without a GPU this takes about an hour; each part is a script of its own, which can be run alone.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+PARTS = {
+    "Networks": ["networks.py"],
+    "Where a training step goes": ["step.py"],
+    "The whole job": ["peers.py"],
+    "The whole job, epsilon loss and prediction": ["peers.py", "--config", "configs/mnist.yaml", "--peers"],
+    "Fewer steps": ["chain.py"],
+    "Predictions and losses": ["objectives.py"],
+}
+SHORT = {
+    "networks.py": ["--sizes", "built-in", "--modes", "eager", "--rounds", "1"],
+    "step.py": ["--steps", "1", "train.batch_size=4"],
+    "peers.py": [
+        *["--minutes", "0.01", "--samples", "10", "--peers", "diffusers"],
+        *["train.max_steps=1", "train.batch_size=4", "train.sample_every=0"],
+    ],
+    "chain.py": ["--samples", "10", "--chain", "10", "--steps", "2"],
+    "objectives.py": ["--predictions", "sample", "--losses", "sample", "--steps", "1", "--samples", "10"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="only show that everything runs: the figures mean nothing")
+    parser.add_argument("--only", nargs="+", metavar="SCRIPT", default=[*SHORT], help=f"of {', '.join(SHORT)}")
+    arguments = parser.parse_args()
+    folder = Path(__file__).parent
+    failed = []
+    for title, (script, *words) in PARTS.items():
+        if script not in arguments.only:
+            continue
+        print(f"\n## {title}\n", flush=True)
+        more = SHORT[script] if arguments.short else []
+        result = subprocess.run([sys.executable, str(folder / script), *words, *more], check=False)
+        if result.returncode != 0:
+            failed.append(title)
+            print("failed", flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

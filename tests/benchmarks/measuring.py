@@ -1,0 +1,64 @@
+"""What the benchmarks share: the machine in words, and times of functions that take turns."""
+
+import gc
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def hardware() -> str:
+    """Name the processor or the GPU, and torch's version."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{torch.get_num_threads()} cores of {names[0] if names else platform.machine()}, torch {torch.__version__}"
+
+
+def finished() -> None:
+    """Wait for an accelerator, which answers before it has done the work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, float]:
+    """Return the median time of each function; they take turns, so that whatever else the machine does hits all."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    gc.disable()
+    for _ in range(warm_up + rounds):
+        for name, function in functions.items():
+            finished()
+            start = time.perf_counter()
+            function()
+            finished()
+            times[name].append(time.perf_counter() - start)
+    gc.enable()
+    return {name: statistics.median(measured[warm_up:]) for name, measured in times.items()}
+
+
+def flop(function: Callable[[], object]) -> int:
+    """Count the floating-point operations of a call: those of matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def peak_flop_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure a large matrix product: what this machine can do at its best."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / seconds({"product": lambda: a @ b}, rounds=7)["product"]
+
+
+def peak_memory_gb() -> float:
+    """Return the most memory that was in use: of the GPU, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,207 @@
+"""Our UNet beside diffusers' `UNet2DConditionModel`, with the same weights: a training step, and guided sampling.
+
+    python tests/benchmarks/networks.py [--sizes built-in rgb64 stable-diffusion] [--modes eager compiled] [--rounds 7]
+
+Both train as their users do: ours with AdamW in its fused version, theirs with AdamW as diffusers' examples make it;
+both sample with 20 steps of DDIM at scale 3, ours through its own sampler and guidance, theirs through DDIMScheduler.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from measuring import flop, hardware, peak_flop_per_second, peak_memory_gb, seconds
+from torch.nn import functional as F
+
+from cond_diffusion.guidance import GuidanceConfig, guided
+from cond_diffusion.objective import Objective, ObjectiveConfig
+from cond_diffusion.prediction import denoiser
+from cond_diffusion.sampler_config import SamplerConfig
+from cond_diffusion.schedule import NoiseSchedule
+from cond_diffusion.schedule_config import ScheduleConfig
+from cond_diffusion.unet import UNet
+from cond_diffusion.unet_config import UNetConfig, to_diffusers
+
+SIZES = {
+    # name: (the network, batch of a training step, pictures that are drawn at once, tokens)
+    "built-in": (
+        UNetConfig((32, 64), (False, True), num_groups=4, in_channels=4, sample_size=14, context_dim=64),
+        128,
+        64,
+        16,
+    ),
+    "rgb64": (
+        UNetConfig(
+            (64, 128, 256), (False, True, True), num_heads=(4, 4, 8), in_channels=3, sample_size=64, context_dim=512
+        ),
+        8,
+        4,
+        77,
+    ),
+    "stable-diffusion": (
+        UNetConfig(
+            (320, 640, 1280, 1280), (True, True, True, False), 8, 2, in_channels=4, sample_size=64, context_dim=768
+        ),
+        8,
+        4,
+        77,
+    ),
+}
+STEPS, SCALE = 20, 3.0
+
+
+class Contest:
+    """The two networks on the same inputs."""
+
+    def __init__(self, size: str, device: torch.device) -> None:
+        config, batch, drawn, tokens = SIZES[size]
+        self.device = device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        torch.manual_seed(0)
+        self.ours = UNet(config).to(device)
+        self.theirs = UNet2DConditionModel.from_config(to_diffusers(config)).to(device)
+        self.theirs.load_state_dict(self.ours.state_dict())
+        self.theirs.train()
+        assert config.in_channels is not None
+        assert config.sample_size is not None
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.batch, self.drawn = batch, drawn
+        self.x_0 = torch.randn(batch, *shape, device=device)
+        self.eps = torch.randn_like(self.x_0)
+        self.t = torch.randint(0, 1000, (batch,))
+        self.context = torch.randn(batch, tokens, config.context_dim, device=device)
+        self.x_T = torch.randn(drawn, *shape, device=device)
+        self.optimizer = torch.optim.AdamW(self.ours.parameters(), 1e-4, weight_decay=0.0, fused=True)
+        self.their_optimizer = torch.optim.AdamW(self.theirs.parameters(), 1e-4, weight_decay=1e-2)
+        self.schedule = NoiseSchedule(ScheduleConfig())
+        self.objective = Objective(ObjectiveConfig(), self.schedule)
+        self.their_noise = DDPMScheduler()
+
+    def compile(self) -> None:
+        self.ours.compile()
+        self.theirs.compile()
+
+    def _cast(self) -> Any:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def our_step(self) -> None:
+        with self._cast():
+            loss = self.objective.loss(self.ours, self.x_0, self.t, self.eps, self.context)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.ours.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def their_step(self) -> None:
+        with self._cast():
+            t = self.t.to(self.device)
+            output = self.theirs(self.their_noise.add_noise(self.x_0, self.eps, t), t, self.context).sample
+            loss = F.mse_loss(output.float(), self.eps)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.theirs.parameters(), 1.0)
+        self.their_optimizer.step()
+        self.their_optimizer.zero_grad()
+
+    @torch.inference_mode()
+    def our_pictures(self) -> torch.Tensor:
+        context = self.context[: self.drawn]
+        with self._cast():
+            network = guided(
+                self.ours,
+                context,
+                torch.zeros_like(context),
+                torch.full((self.drawn,), SCALE),
+                GuidanceConfig(),
+                project=self.ours.project_context,
+            )
+            denoise = denoiser(network, self.objective.prediction, lambda x_0_hat: x_0_hat.clamp(-1, 1))
+            run = SamplerConfig("ddim").sampler(self.schedule.config, STEPS)
+            timesteps = self.schedule.shorter_chain(STEPS)
+            *_, last = run(denoise, self.schedule, self.x_T, timesteps, lambda: torch.randn_like(self.x_T))
+        return last.x
+
+    @torch.inference_mode()
+    def their_pictures(self) -> torch.Tensor:
+        context = self.context[: self.drawn]
+        both = torch.cat([torch.zeros_like(context), context])
+        scheduler = DDIMScheduler(timestep_spacing="trailing")
+        scheduler.set_timesteps(STEPS)
+        x = self.x_T
+        with self._cast():
+            for t in scheduler.timesteps:
+                uncond, cond = self.theirs(torch.cat([x, x]), t, both).sample.chunk(2)
+                x = scheduler.step(uncond + SCALE * (cond - uncond), t, x).prev_sample
+        return x
+
+
+def rows(size: str, mode: str, rounds: int) -> list[str]:
+    """Measure one size in one mode; return the table's lines."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    contest = Contest(size, device)
+    difference = (contest.our_pictures() - contest.their_pictures()).abs().max().item()
+    if device.type == "cpu" and difference > 1e-3:
+        raise RuntimeError(f"{size}: the two draw other pictures (by {difference}), so their times mean nothing")
+    # In eager mode: what is compiled may do less.
+    work = flop(contest.our_step)
+    if mode == "compiled":
+        contest.compile()
+    peak = peak_flop_per_second(device, contest.dtype)
+    lines = []
+    for what, ours, theirs, count, work_of_one in (
+        ("training step", contest.our_step, contest.their_step, contest.batch, work),
+        ("guided sampling, 20 steps", contest.our_pictures, contest.their_pictures, contest.drawn, None),
+    ):
+        times = seconds({"ours": ours, "theirs": theirs}, rounds)
+        speed = {name: count / time for name, time in times.items()}
+        share = "" if work_of_one is None else f"{work_of_one / times['ours'] / peak:.0%} of {peak / 1e9:.0f} GFLOP/s"
+        lines.append(
+            f"| {size} | {mode} | {what} | {speed['ours']:.1f} | {speed['theirs']:.1f} "
+            f"| {speed['ours'] / speed['theirs']:.2f} | {share} |"
+        )
+    return lines
+
+
+def memory(size: str, whose: str) -> None:
+    """Print the peak memory of two training steps, in a process of its own."""
+    contest = Contest(size, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    step: Callable[[], None] = contest.our_step if whose == "ours" else contest.their_step
+    for _ in range(2):
+        step()
+    print(peak_memory_gb() - (0 if torch.cuda.is_available() else before))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES] if on_gpu else [*SIZES][:2])
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        memory(*arguments.memory)
+        return
+    print(f"On {hardware()}, {'bf16' if on_gpu else 'fp32'}; pictures a second, medians of {arguments.rounds}.\n")
+    print("| network | mode | what | ours | diffusers | ratio | our share of the peak |")
+    print("|---|---|---|---|---|---|---|")
+    for size in arguments.sizes:
+        for mode in arguments.modes:
+            print("\n".join(rows(size, mode, arguments.rounds)), flush=True)
+            torch._dynamo.reset()
+    print("\n| network | memory of a training step beyond the weights, ours | diffusers |\n|---|---|---|")
+    for size in arguments.sizes:
+        found = [
+            float(subprocess.run([sys.executable, __file__, "--memory", size, whose], stdout=-1, check=True).stdout)
+            for whose in ("ours", "theirs")
+        ]
+        print(f"| {size} | {found[0]:.2f} GB | {found[1]:.2f} GB |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The judges and the measures, against closed forms, cases done by hand, and torchmetrics."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import bar
+from PIL import Image
+from torch import nn
+from torchmetrics.multimodal.clip_score import CLIPScore
+
+from cond_diffusion import TextToImage, evaluation
+from cond_diffusion.clip import ClipJudge
+from cond_diffusion.config import Config, load_config
+from cond_diffusion.data import CaptionedImages, load_captioned_images
+from cond_diffusion.errors import UserError, command_line
+from cond_diffusion.evaluation import Evaluation, Results, real_pictures
+from cond_diffusion.metrics import frechet_distance, manifolds, nearest
+from cond_diffusion.pictures import to_model
+from cond_diffusion.pipeline import BUILT_IN_MODEL
+from cond_diffusion.text import BUILT_IN_ENCODER
+
+
+def with_moments(mean: torch.Tensor, deviation: torch.Tensor, count: int) -> torch.Tensor:
+    """Return rows whose own mean and covariance are exactly `mean` and diag(deviation^2)."""
+    draw = torch.Generator().manual_seed(count)
+    rows = torch.randn(count, len(mean), generator=draw, dtype=torch.float64)
+    rows = rows - rows.mean(0)
+    white = rows @ torch.linalg.inv(torch.linalg.cholesky(rows.T.cov())).T
+    return white * deviation + mean
+
+
+def test_the_frechet_distance_is_that_of_two_gaussians():
+    """With diagonal covariances it is |m1 - m2|^2 + |s1 - s2|^2 (Dowson and Landau 1982)."""
+    mean, deviation = torch.tensor([0.0, 1, 2], dtype=torch.float64), torch.tensor([1.0, 2, 0.5], dtype=torch.float64)
+    other_mean, other_deviation = mean + torch.tensor([3.0, 0, 4]), deviation * torch.tensor([1, 2, 3])
+    samples, real = with_moments(mean, deviation, 50), with_moments(other_mean, other_deviation, 70)
+    expected = 25 + (deviation - other_deviation).square().sum().item()
+    assert frechet_distance(samples, real) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-9)
+
+
+def test_precision_recall_density_and_coverage_of_a_case_done_by_hand():
+    """With k = 1 real pictures at 0, 1 and 10 have balls of radius 1, 1, 9; samples those of 4.5, 4.5, 1, 1."""
+    real, samples = torch.tensor([[0.0], [1.0], [10.0]]), torch.tensor([[0.5], [5.0], [100.0], [101.0]])
+    found = manifolds(samples, real, k=1)
+    assert found.precision == 2 / 4  # 0.5 and 5
+    assert found.recall == pytest.approx(2 / 3)  # 10 is 5 from 5 and 90 from 100
+    assert found.density == 3 / 4  # 0.5 lies in the balls of 0 and 1, 5 in that of 10
+    assert found.coverage == 1
+    with pytest.raises(UserError, match="more than 3 pictures"):
+        manifolds(samples, real, k=3)
+
+
+def test_sets_that_cannot_be_told_apart_have_density_and_coverage_near_1():
+    draw = torch.Generator().manual_seed(0)
+    samples, real = torch.randn(2, 1000, 16, generator=draw)
+    found = manifolds(samples, real)
+    assert found.density == pytest.approx(1, abs=0.1)
+    # 1 - (n - 1) ... (n - k) / ((2n - 1) ... (2n - k)), which tends to 1 - 2^-k (Naeem et al. 2020, section 3.3)
+    assert found.coverage == pytest.approx(1 - 2**-5, abs=0.02)
+
+
+def test_the_nearest_pictures_are_those_at_the_least_distance():
+    real = torch.tensor([[0.0, 0], [3, 4], [0, 1]])
+    distance, which = nearest(torch.zeros(1, 2), real, 2)
+    assert which.tolist() == [[0, 2]]
+    assert distance.tolist() == [[0, 1]]
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[CaptionedImages, CaptionedImages]:
+    config = load_config(Config, BUILT_IN_MODEL / "config.yaml").data
+    train, test = (load_captioned_images(config, split, progress=False) for split in ("train", "test"))
+    return train, test
+
+
+@pytest.fixture(scope="module")
+def judged(digits: tuple[CaptionedImages, CaptionedImages]) -> Evaluation:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(evaluation, "real_pictures", lambda config: digits)
+    yield Evaluation(TextToImage.from_pretrained(), load_config(Config, BUILT_IN_MODEL / "config.yaml"))
+    patch.undo()
+
+
+def some(data: CaptionedImages, first: int, count: int) -> CaptionedImages:
+    rows = slice(first, first + count)
+    return replace(data, images=data.images[rows], group_of=data.group_of[rows])
+
+
+@pytest.mark.slow
+def test_real_digits_pass_for_real_and_wrong_ones_do_not(judged: Evaluation):
+    """Real test pictures stand in for samples: good ones, ones with the labels of others, and ones drowned in noise."""
+    test = judged.test
+    number = {captions: i for i, captions in enumerate(judged.train.caption_groups)}
+    groups = torch.tensor([number[captions] for captions in test.caption_groups])[test.group_of]
+    test = CaptionedImages(test.images, groups, judged.train.caption_groups)
+    good = some(test, 5000, 500)
+    wrong = replace(good, group_of=(good.group_of + 1) % 10)
+    draw = torch.Generator().manual_seed(0)
+    noise = replace(good, images=torch.randint(0, 256, good.images.shape, generator=draw, dtype=torch.uint8))
+
+    measures = judged.measure(good)
+    assert measures["prompt accuracy, classifier"]["samples"] > 0.98
+    assert measures["prompt accuracy, classifier"]["real"] > 0.99
+    assert measures["prompt accuracy, CLIP"]["samples"] > 0.95
+    assert measures["Fréchet distance"]["samples"] < 2 * measures["Fréchet distance"]["real"]
+    assert measures["precision"]["samples"] > 0.7
+    assert measures["recall"]["samples"] > 0.7
+    name = "accuracy on test pictures of a classifier trained on them"
+    assert measures[name]["samples"] > 0.9
+    assert measures[name]["samples"] == pytest.approx(measures[name]["real"], abs=0.04)
+    assert judged.prompt_accuracy(wrong) < 0.02
+    assert judged.zero_shot_accuracy(wrong) < 0.05
+    assert judged.clip_score(wrong) < judged.clip_score(good) - 1
+    accuracy, distance = judged.accuracy_and_distance(noise)
+    assert accuracy < 0.3
+    assert distance > 10 * measures["Fréchet distance"]["real"]
+    # A training picture's nearest training picture is itself; a test picture's is not.
+    copies = judged.features(judged.train.images[:100])
+    assert nearest(copies, judged.features_of_training(), 1)[0].max() < 1e-2
+    assert measures["distance to the nearest training picture"]["samples"] > 1
+    assert judged.nearest_pictures(good).size == (6 * 30 - 2, 10 * 30 - 2)
+
+
+@pytest.mark.filterwarnings("ignore")  # torchmetrics' own
+def test_the_clip_score_is_torchmetrics_s(digits: tuple[CaptionedImages, CaptionedImages]):
+    test = some(digits[1], 0, 50)
+    judge = ClipJudge.from_pretrained("builtin", 16)
+    assert judge is not None
+
+    class Adapter(nn.Module):
+        """Transformers 5 answers with an object that holds what torchmetrics expects."""
+
+        config = judge.clip.config
+
+        def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return judge.clip.get_image_features(pixel_values=pixel_values).pooler_output
+
+        def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return judge.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+
+    def processor(text: Any = None, images: Any = None, return_tensors: str = "pt", padding: bool = True) -> Any:
+        if images is not None:
+            return {"pixel_values": torch.stack(images)}
+        return judge.tokenizer(text, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
+
+    theirs = CLIPScore(lambda: (Adapter(), processor))
+    captions = [test.caption_groups[group][0] for group in test.group_of.tolist()]
+    theirs.update([*to_model(test.images)], captions)
+    ours = Evaluation.clip_score(SimpleNamespace(clip=judge), test)  # type: ignore[arg-type]
+    assert ours == pytest.approx(theirs.compute().item(), abs=1e-3)
+
+
+def test_a_text_encoder_without_eyes_judges_nothing_and_a_folder_without_a_clip_is_one_line(tmp_path: Path):
+    assert ClipJudge.from_pretrained(BUILT_IN_MODEL / "text_encoder") is None
+    with pytest.raises(UserError, match="holds no CLIP that can be read"):
+        ClipJudge.from_pretrained(tmp_path)
+    assert ClipJudge.from_pretrained(BUILT_IN_ENCODER) is not None
+
+
+def test_without_test_pictures_those_that_were_held_out_are_measured_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for i in range(60):
+        Image.fromarray(bar(i % 2, i // 2).numpy()).save(tmp_path / f"{i:02}.png")
+        (tmp_path / f"{i:02}.txt").write_text(f"a bar, number {i}")
+    config = load_config(Config, overrides=[f"data.source={tmp_path}", "data.resolution=8"])
+    train, test = real_pictures(config)
+    assert (len(train), len(test)) == (60, 3)
+    assert "measuring with the 3 that training holds out" in caplog.text
+
+
+@pytest.mark.slow
+def test_an_evaluation_picks_up_where_it_was_and_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, digits: tuple[CaptionedImages, CaptionedImages]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "real_pictures", lambda config: digits)
+    monkeypatch.setattr(evaluation, "SCALES", (1.0, 4.0))
+    monkeypatch.setattr(evaluation, "SAMPLERS", ("ddim", "unipc"))
+    monkeypatch.setattr(evaluation, "STEPS", (2, 4))
+
+    def type_in(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evaluation", "--samples", "20", "--steps", "4", *words])
+        code = command_line(evaluation.main)
+        return code, *capsys.readouterr()
+
+    code, table, _ = type_in("--sweep")
+    assert code == 0
+    assert "a digit seven" in table
+    assert "train" in table
+    folder = tmp_path / "evaluation"
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["samples"]["count"] == 20
+    assert len(found["held-out loss"]["by_timestep"]) == 8
+    assert found["unipc, 4 steps"]["Fréchet distance"] > found["floor of the sweep"]
+    pictures = {name: Image.open(folder / name).size for name in ("guidance_scale.png", "steps.png", "nearest.png")}
+    assert pictures["nearest.png"] == (6 * 30 - 2, 10 * 30 - 2)
+
+    # Interrupted in the sweep: what was there is kept as it is, what was not is made again, and comes out the same.
+    del found["unipc, 4 steps"]
+    found["guidance scale 1.0"]["prompt accuracy"] = 0.123
+    (folder / "evaluation.json").write_text(json.dumps(found))
+    assert type_in("--sweep")[:2] == (0, table)
+    again = json.loads((folder / "evaluation.json").read_text())
+    assert again["guidance scale 1.0"]["prompt accuracy"] == 0.123
+    assert "unipc, 4 steps" in again
+
+    assert type_in("--guidance-scale", "2")[::2] == (
+        2,
+        "error: --output: evaluation holds another evaluation; give another name\n",
+    )
+    (tmp_path / "there").mkdir()
+    assert "exists and holds no evaluation" in type_in("--output", "there")[2]
+    assert "says nothing" in type_in("--samples", "3")[2]
+    assert "is no whole CLIP" in type_in("--features", str(BUILT_IN_MODEL / "text_encoder"), "--output", "x")[2]
+
+
+def test_a_damaged_evaluation_is_one_line(tmp_path: Path):
+    (tmp_path / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match="damaged or was cut short"):
+        Results(tmp_path, {})
