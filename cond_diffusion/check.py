@@ -32,7 +32,7 @@ LOOKED_AT, PER_BATCH = 1000, 100  # pictures
 SHOWN, WIDTH = 8, 160  # pictures, and pixels of each
 SECONDS, MOST_STEPS = 25, 200  # for learning a batch by heart
 LEARNS = 0.7  # to which share of itself the loss of one batch falls within that time if all is well
-BYTES_A_PARAMETER = 24  # the weight, its gradient, two moments, two averages, 4 bytes each
+BYTES_A_PARAMETER = 24  # the weight, its gradient, two moments (Muon has one), two averages, 4 bytes each
 
 
 def check(config: Config) -> None:

@@ -17,7 +17,7 @@ from cond_diffusion.pictures import to_model
 
 EPOCHS, LEAST_STEPS, BATCH_SIZE, LEARNING_RATE = 4, 300, 128, 2e-3
 NUM_FEATURES = 128
-AT_ONCE = 500
+PIXELS_AT_ONCE = 500 * 28 * 28
 
 
 class Classifier(nn.Module):
@@ -36,7 +36,8 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         """Return the features of pictures."""
-        return torch.cat([self.body(to_model(batch)) for batch in images.split(AT_ONCE)])
+        at_once = max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
+        return torch.cat([self.body(to_model(batch)) for batch in images.split(at_once)])
 
     @torch.no_grad()
     def classify(self, images: UInt8[Tensor, "n c h w"]) -> Int64[Tensor, " n"]:

@@ -63,15 +63,20 @@ class ClipJudge(nn.Module):
                 tokenizer = CLIPTokenizer.from_pretrained(folder)
             if missing := sorted(report["missing_keys"]):
                 raise UserError(f"{source} lacks {len(missing)} of CLIP's weights, {missing[0]} among them")
-            # What `clip_pretraining` trains reads pictures in [-1, 1] as they are, and needs nothing done to them.
-            own = "preprocessor_config.json"
-            has_processor = (Path(folder) / own).is_file() or not Path(folder).is_dir()
+            # What `clip_pretraining` trains reads pictures in [-1, 1] as they are, and comes without a processor.
+            names = ("preprocessor_config.json", "processor_config.json")
+            has_processor = not Path(folder).is_dir() or any((Path(folder) / name).is_file() for name in names)
             processor = CLIPImageProcessorPil.from_pretrained(folder) if has_processor else None
         except UserError:
             raise
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise UserError(f"{source} holds no CLIP that can be read ({first_line(error)})") from error
         return cls(clip, tokenizer, processor, max_length)
+
+    def reads(self, channels: int, side: int) -> bool:
+        """Say whether pictures of this shape can be shown to it: with an image processor any, else its own alone."""
+        vision = cast(Any, self.clip.config.vision_config)
+        return self.processor is not None or (vision.num_channels, vision.image_size) == (channels, side)
 
     @torch.no_grad()
     def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
@@ -82,7 +87,10 @@ class ClipJudge(nn.Module):
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
         """Return the directions of captions, of length 1."""
-        return F.normalize(embed_texts(self.clip, self.tokenizer, captions, self.max_length), dim=-1).cpu()
+        starts = range(0, len(captions), AT_ONCE)
+        batches = [captions[start : start + AT_ONCE] for start in starts]
+        found = [embed_texts(self.clip, self.tokenizer, batch, self.max_length) for batch in batches]
+        return F.normalize(torch.cat(found), dim=-1).cpu()
 
     def _prepared(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         if self.processor is None:

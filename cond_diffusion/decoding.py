@@ -6,7 +6,6 @@ leaves no others behind.
 """
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from cond_diffusion.cpu import cores_of_this_process
 from cond_diffusion.data_config import DataConfig
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.pictures import fit
@@ -152,9 +152,3 @@ def _open(content: dict[str, Any] | None) -> Image.Image:
     if "://" in content["path"]:  # on a hub, or inside an archive
         return datasets.Image().decode_example(content)
     return Image.open(BytesIO(Path(content["path"]).read_bytes()))
-
-
-def cores_of_this_process() -> int:
-    """Return this process's share of the machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

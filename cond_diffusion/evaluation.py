@@ -1,216 +1,35 @@
-"""How good a checkpoint is: its samples beside real pictures, by every measure that the field uses.
+"""How good a checkpoint is: `python -m cond_diffusion.evaluation`.
 
-`python -m cond_diffusion.evaluation` draws samples of the checkpoint's own captions and puts them, and as many real
-training pictures, beside the real test pictures. What real pictures get is what can be hoped for: a classifier is not
-always right, and the Fréchet distance of a thousand pictures is not 0. Table, numbers (`evaluation.json`), pictures and
-plots go into a folder; what is there already is not done again.
+It draws samples of the checkpoint's own captions and puts them, and as many real pictures, beside the real test
+pictures. What real pictures get is what can be hoped for: a classifier is not always right, and the Fréchet distance of
+a thousand pictures is not 0. Table, numbers (`evaluation.json`), pictures and plots go into a folder; what is there
+already is not done again.
 """
 
 import argparse
+import importlib.util
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from jaxtyping import Float, UInt8
-from PIL import Image
-from torch import Tensor
-
-from cond_diffusion.classifier import Classifier, accuracy, kept_classifier, train_classifier
 from cond_diffusion.clip import ClipJudge
-from cond_diffusion.config import Config, checkpoint_config
-from cond_diffusion.data import CaptionedImages, load_captioned_images
-from cond_diffusion.diagnosis import Diagnosis
+from cond_diffusion.config import checkpoint_config
+from cond_diffusion.data_config import DataConfig
 from cond_diffusion.errors import UserError, command_line, first_line
-from cond_diffusion.feed import ShuffledSet
-from cond_diffusion.metrics import frechet_distance, manifolds, nearest
-from cond_diffusion.objective import Objective
-from cond_diffusion.order import sample_indices
-from cond_diffusion.pictures import from_pillow, grid, to_bytes, to_model, to_pillow
+from cond_diffusion.guidance import scale_of_each
+from cond_diffusion.judging import Judging, Sampling, spread
+from cond_diffusion.pictures import grid, to_model, to_pillow
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.plots import plot_guidance_scales, plot_steps
+from cond_diffusion.sampler_config import SamplerConfig
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SAMPLERS, STEPS = ("ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"), (5, 10, 20, 50)
-MOST_REAL = 10_000  # test pictures whose features are compared with
-PICTURES_OF_A_LABEL = 20  # at least so many to a caption group, and the data are taken for a labelled set
-NEIGHBOURS = 5
-
-Judge = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
-"""Pictures to features."""
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How samples are drawn; all of it goes to `TextToImage.__call__`."""
-
-    sampler: str = "dpm_solver"
-    steps: int | None = 20
-    guidance_scale: float = 3.0
-    seed: int = 0
-
-
-class Evaluation:
-    """A checkpoint's data, and who judges its samples.
-
-    classifier: trained on the real pictures; None where their captions are no labels.
-    clip: the CLIP whose text half the checkpoint reads with; None where that has no half for pictures.
-    features: what the distances are measured in; by default the classifier's or, without one, the CLIP's.
-    """
-
-    def __init__(self, pipe: TextToImage, config: Config, features: Judge | None = None) -> None:
-        self.pipe = pipe
-        self.config = config
-        self.train, self.test = real_pictures(config)
-        labelled = len(self.train) >= PICTURES_OF_A_LABEL * len(self.train.caption_groups)
-        self.classifier: Classifier | None = kept_classifier(self.train) if labelled else None
-        clip = ClipJudge.from_pretrained(config.text.encoder, config.text.max_length)
-        self.clip: ClipJudge | None = None if clip is None else clip.to(pipe.device)
-        features = features or self.classifier or self.clip
-        if features is None:
-            raise UserError(
-                "--features: the captions are no labels, and the checkpoint's text encoder has no half that sees "
-                "pictures; expected a CLIP, for example --features openai/clip-vit-base-patch32"
-            )
-        self.features: Judge = features
-        self.features_of_test = self.features(self.test.images[:MOST_REAL])
-
-    def prompts(self, samples: int, *, paraphrases: bool = False) -> list[tuple[str, int]]:
-        """Return prompts with their caption groups: each group's first caption, or with `paraphrases` all the others.
-
-        Of more groups than samples, some.
-        """
-        wanted = slice(1, None) if paraphrases else slice(0, 1)
-        groups = self.train.caption_groups
-        prompts = [(prompt, i) for i, captions in enumerate(groups) for prompt in captions[wanted]]
-        if not prompts:
-            raise UserError("--paraphrases: every picture has one caption only in this checkpoint's data")
-        if samples < len(prompts):
-            prompts = [prompts[i] for i in sample_indices(len(prompts), 0, 0, samples).tolist()]
-        return prompts
-
-    def draw(self, prompts: list[tuple[str, int]], samples: int, drawing: Drawing) -> CaptionedImages:
-        """Draw as many samples of each prompt, `samples` in all or a few less."""
-        each = samples // len(prompts)
-        images = self.pipe([prompt for prompt, _ in prompts], num_images=each, **asdict(drawing))
-        groups = torch.tensor([group for _, group in prompts]).repeat_interleave(each)
-        bytes_ = to_bytes(torch.stack([from_pillow(image) for image in images]))
-        return CaptionedImages(bytes_, groups, self.train.caption_groups)
-
-    def accuracy_and_distance(self, samples: CaptionedImages) -> tuple[float, float]:
-        """Return the two numbers that are looked at together: guidance betters the one at the cost of the other."""
-        return self.prompt_accuracy(samples), frechet_distance(self.features(samples.images), self.features_of_test)
-
-    def floor(self, count: int) -> float:
-        """Return the Fréchet distance of as many real training pictures: what samples can hope for."""
-        chosen = sample_indices(len(self.train), 0, 0, min(count, len(self.train)))
-        return frechet_distance(self.features(self.train.images[chosen]), self.features_of_test)
-
-    def prompt_accuracy(self, samples: CaptionedImages) -> float:
-        """Return the share of samples in which the best judge that there is sees what the prompt says."""
-        if self.classifier is not None:
-            return accuracy(self.classifier, self.train, samples)
-        return self.zero_shot_accuracy(samples)
-
-    def zero_shot_accuracy(self, samples: CaptionedImages) -> float:
-        """Return the share of samples that CLIP finds nearer to their own caption than to any other that was drawn."""
-        assert self.clip is not None
-        groups = sorted(set(samples.group_of.tolist()))
-        texts = self.clip.texts([samples.caption_groups[group][0] for group in groups])
-        best = (self.clip(samples.images) @ texts.T).argmax(1)
-        return (torch.tensor(groups)[best] == samples.group_of).float().mean().item()
-
-    def clip_score(self, samples: CaptionedImages) -> float:
-        """Return the mean of max(100 cos, 0) between pictures and captions (Hessel et al. 2021, but for their 2.5).
-
-        Only scores of the same CLIP can be compared.
-        """
-        assert self.clip is not None
-        texts = self.clip.texts([captions[0] for captions in samples.caption_groups])
-        cosines = (self.clip(samples.images) * texts[samples.group_of]).sum(1)
-        return (100 * cosines).clamp(min=0).mean().item()
-
-    def measure(self, samples: CaptionedImages) -> dict[str, dict[str, float]]:
-        """Return every measure of the samples and, to compare with, of as many real pictures: `samples` and `real`.
-
-        These are training pictures, but for what a judge that was trained on them cannot be asked of them.
-        """
-        count = len(samples)
-        chosen = sample_indices(len(self.train), 0, 0, min(count, len(self.train)))
-        real = replace(self.train, images=self.train.images[chosen], group_of=self.train.group_of[chosen])
-        both = {"samples": samples, "real": real}
-        table: dict[str, dict[str, float]] = {}
-        if self.classifier is not None:
-            table["prompt accuracy, classifier"] = {
-                "samples": self.prompt_accuracy(samples),
-                "real": accuracy(self.classifier, self.train, self.test),
-            }
-        if self.clip is not None:
-            unseen = {"samples": samples, "real": self.test}
-            table["prompt accuracy, CLIP"] = {name: self.zero_shot_accuracy(s) for name, s in unseen.items()}
-            table["CLIP score"] = {name: self.clip_score(s) for name, s in unseen.items()}
-        features = {name: self.features(s.images) for name, s in both.items()}
-        table["Fréchet distance"] = {name: frechet_distance(f, self.features_of_test) for name, f in features.items()}
-        overlap = {name: asdict(manifolds(f, self.features_of_test[:count])) for name, f in features.items()}
-        for name in ("precision", "recall", "density", "coverage"):
-            table[name] = {kind: overlap[kind][name] for kind in both}
-        if self.classifier is not None:
-            trained = {name: train_classifier(s) for name, s in both.items()}
-            table["accuracy on test pictures of a classifier trained on them"] = {
-                name: accuracy(classifier, self.train, self.test) for name, classifier in trained.items()
-            }
-        table["distance to the nearest training picture"] = {
-            "samples": self._distance_to_training(features["samples"]),
-            "real": self._distance_to_training(self.features_of_test[:count]),
-        }
-        return table
-
-    def _distance_to_training(self, features: Float[Tensor, "n d"]) -> float:
-        return nearest(features, self.features_of_training(), 1)[0].mean().item()
-
-    def features_of_training(self) -> Float[Tensor, "n d"]:
-        if not hasattr(self, "_of_training"):
-            self._of_training = self.features(self.train.images)
-        return self._of_training
-
-    def nearest_pictures(self, samples: CaptionedImages, count: int = 10) -> Image.Image:
-        """Return rows of a sample and the training pictures that are nearest to it: is it memory?"""
-        some = torch.arange(count) * len(samples) // count
-        _, which = nearest(self.features(samples.images[some]), self.features_of_training(), NEIGHBOURS)
-        rows = torch.cat([samples.images[some][:, None], self.train.images[which]], dim=1)
-        return grid(to_pillow(to_model(rows.flatten(0, 1))), NEIGHBOURS + 1)
-
-    def held_out_loss(self) -> dict[str, Any] | None:
-        """Return the training loss on held-out pictures, by timestep, with other captions and without; None if the run
-        held none out.
-        """
-        feed = ShuffledSet(self.train, self.config.seed, self.config.data.held_out)
-        objective = Objective(self.config.objective, self.pipe.schedule)
-        diagnosis = Diagnosis(self.config, feed, self.pipe.text_encoder, objective)
-        findings = diagnosis.measure(self.pipe.unet, Accelerator(cpu=self.pipe.device.type == "cpu"))
-        return None if findings is None else asdict(findings)
-
-
-def real_pictures(config: Config) -> tuple[CaptionedImages, CaptionedImages]:
-    """Return the training pictures and the test pictures; those that training holds out where there are none."""
-    train = load_captioned_images(config.data)
-    try:
-        return train, load_captioned_images(config.data, "test")
-    except UserError as error:
-        feed = ShuffledSet(train, config.seed, config.data.held_out)
-        held_out = feed.held_out_indices()
-        if not len(held_out):
-            raise
-        logger.warning("no test pictures (%s); measuring with the %d that training holds out", error, len(held_out))
-        return train, replace(train, images=train.images[held_out], group_of=train.group_of[held_out])
+LEAST_SAMPLES = 10  # fewer say nothing
 
 
 class Results:
@@ -225,87 +44,96 @@ class Results:
                 self.parts = json.loads(self.file.read_text())
             except json.JSONDecodeError as error:
                 raise UserError(f"{self.file} is damaged or was cut short: {first_line(error)}") from error
-            if self.parts.get("settings") != settings:
+            if not isinstance(self.parts, dict) or self.parts.get("settings") != settings:
                 raise UserError(f"--output: {folder} holds another evaluation; give another name")
-        elif folder.exists():
+            return
+        if folder.exists():
             raise UserError(f"--output: {folder} exists and holds no evaluation; give another name")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True)
+            self._write()
+        except OSError as error:
+            raise UserError(f"--output: {folder} cannot be written: {error.strerror}") from error
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
         """Return a part; make it and write it if it is not there."""
         if name not in self.parts:
             self.parts[name] = make()
-            aside = self.file.with_suffix(".part")
-            aside.write_text(json.dumps(self.parts, indent=2, ensure_ascii=False) + "\n")
-            aside.replace(self.file)
+            self._write()
         return self.parts[name]
 
+    def _write(self) -> None:
+        aside = self.file.with_suffix(".part")
+        aside.write_text(json.dumps(self.parts, indent=2, ensure_ascii=False) + "\n")
+        aside.replace(self.file)
 
-def evaluate(evaluation: Evaluation, results: Results, samples: int, drawing: Drawing, *, paraphrases: bool) -> None:
-    """Draw, measure, and write and print what was found."""
+
+def evaluate(judging: Judging, results: Results, samples: int, sampling: Sampling, *, paraphrases: bool) -> None:
+    """Draw, measure, write and print."""
 
     def everything() -> dict[str, Any]:
-        prompts = evaluation.prompts(samples, paraphrases=paraphrases)
+        prompts = judging.prompts(samples, paraphrases=paraphrases)
         start = time.perf_counter()
-        drawn = evaluation.draw(prompts, samples, drawing)
+        drawn = judging.draw(prompts, samples, sampling)
         seconds = time.perf_counter() - start
-        some = to_pillow(to_model(drawn.images[: 10 * max(1, len(drawn) // 10) : max(1, len(drawn) // 100)]))
-        grid(some[:100], 10).save(results.folder / "samples.png")
-        evaluation.nearest_pictures(drawn).save(results.folder / "nearest.png")
-        by_prompt = {
-            prompt: evaluation.prompt_accuracy(
-                _rows(drawn, i * (len(drawn) // len(prompts)), len(drawn) // len(prompts))
-            )
-            for i, (prompt, _) in enumerate(prompts[:100])
-        }
+        some = to_model(drawn.images[spread(len(drawn), 100)])
+        grid(to_pillow(some), 10).save(results.folder / "samples.png")
+        judging.nearest_pictures(drawn).save(results.folder / "nearest.png")
+        shares = judging.recognised(drawn).reshape(len(prompts), -1).float().mean(1).tolist()
         return {
             "count": len(drawn),
             "seconds per picture": seconds / len(drawn),
-            "measures": evaluation.measure(drawn),
-            "prompt accuracy by prompt": by_prompt,
+            "measures": judging.measure(drawn),
+            "prompt accuracy by prompt": dict(zip([prompt for prompt, _ in prompts], shares, strict=True)),
         }
 
-    print_table(results.part("samples", everything))
-    results.part("held-out loss", evaluation.held_out_loss)
+    found = results.part("samples", everything)
+    held_out = results.part("held-out loss", judging.held_out_loss)
+    for prompt, share in list(found["prompt accuracy by prompt"].items())[:100]:
+        print(f"{prompt:60}{share:10.1%}")
+    print(f"\n{'{} samples'.format(found['count']):60}{'samples':>10}{'real':>10}")
+    for name, values in found["measures"].items():
+        shape = "10.2%" if "accuracy" in name else "10.3f"
+        print(f"{name:60}{values['samples']:{shape}}{values['real']:{shape}}")
+    if held_out is not None:
+        by_timestep = "  ".join(f"{loss:.4f}" for loss in held_out["by_timestep"])
+        print(f"\nheld-out loss {held_out['true_caption']:.4f}; from the first eighth of the chain to the last:")
+        print(by_timestep)
 
 
-def sweep(evaluation: Evaluation, results: Results, samples: int, drawing: Drawing) -> None:
+def sweep(judging: Judging, results: Results, samples: int, sampling: Sampling, *, paraphrases: bool) -> None:
     """Measure accuracy and distance over guidance scales, and over steps for each sampler; plot both."""
-    prompts = evaluation.prompts(samples)
+    prompts = judging.prompts(samples, paraphrases=paraphrases)
 
-    def point(drawing: Drawing) -> dict[str, Any]:
-        accuracy, distance = evaluation.accuracy_and_distance(evaluation.draw(prompts, samples, drawing))
-        return {**asdict(drawing), "prompt accuracy": accuracy, "Fréchet distance": distance}
+    def point(sampling: Sampling) -> dict[str, Any]:
+        accuracy, distance = judging.accuracy_and_distance(judging.draw(prompts, samples, sampling))
+        return {**asdict(sampling), "prompt accuracy": accuracy, "Fréchet distance": distance}
 
-    lowest = results.part("floor of the sweep", lambda: evaluation.floor(samples))
+    floor = results.part("floor of the sweep", lambda: judging.floor(len(prompts) * (samples // len(prompts))))
     scales = [
-        results.part(f"guidance scale {scale}", lambda scale=scale: point(replace(drawing, guidance_scale=scale)))
+        results.part(f"guidance scale {scale}", lambda scale=scale: point(replace(sampling, guidance_scale=scale)))
         for scale in SCALES
     ]
-    plot_guidance_scales(scales, lowest, results.folder / "guidance_scale.png")
-    longest = evaluation.pipe.schedule.num_timesteps
+    plot_guidance_scales(scales, floor, results.folder / "guidance_scale.png")
+    longest = judging.pipe.schedule.num_timesteps
     steps = [
-        results.part(f"{name}, {n} steps", lambda name=name, n=n: point(replace(drawing, sampler=name, steps=n)))
+        results.part(f"{name}, {n} steps", lambda name=name, n=n: point(replace(sampling, sampler=name, steps=n)))
         for name in SAMPLERS
         for n in STEPS
         if n <= longest
     ]
-    plot_steps(steps, lowest, results.folder / "steps.png")
+    plot_steps(steps, floor, results.folder / "steps.png")
 
 
-def _rows(data: CaptionedImages, first: int, count: int) -> CaptionedImages:
-    rows = slice(first, first + count)
-    return replace(data, images=data.images[rows], group_of=data.group_of[rows])
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """Print what `evaluate` found."""
-    for prompt, share in found["prompt accuracy by prompt"].items():
-        print(f"{prompt:58}{share:10.1%}")
-    print(f"{found['count']} samples{'':{58 - len(str(found['count'])) - 8}}{'samples':>10}{'real':>10}")
-    for name, values in found["measures"].items():
-        shape = "10.2%" if "accuracy" in name else "10.3f"
-        print(f"{name:58}{values['samples']:{shape}}{values['real']:{shape}}")
+def whole_clip(source: str, data: DataConfig) -> ClipJudge:
+    """Return the CLIP that --features names; raise UserError if it cannot see the data's pictures."""
+    clip = ClipJudge.from_pretrained(source)
+    if clip is None or not clip.reads(data.channels, data.resolution):
+        raise UserError(
+            f"--features: {source} sees no pictures of {data.resolution} x {data.resolution} pixels in {data.channels} "
+            "channels; expected a whole CLIP that does"
+        )
+    return clip
 
 
 def main() -> None:
@@ -315,34 +143,39 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=1000, help="how many pictures to draw (default: %(default)s)")
     parser.add_argument("--paraphrases", action="store_true", help="use all captions but the first of each group")
-    parser.add_argument("--guidance-scale", type=float, default=Drawing.guidance_scale, help="(default: %(default)s)")
-    parser.add_argument("--sampler", default=Drawing.sampler, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=Drawing.steps, help="timesteps to visit (default: %(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=Sampling.guidance_scale, help="(default: %(default)s)")
+    parser.add_argument("--sampler", default=Sampling.sampler, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=Sampling.steps, help="timesteps to visit (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of each prompt's first picture (default: %(default)s)")
     parser.add_argument("--features", metavar="CLIP", help="a CLIP's folder or hub id: what distances are measured in")
-    parser.add_argument("--sweep", action="store_true", help="also over guidance scales and over samplers and steps")
+    parser.add_argument("--sweep", action="store_true", help="also over guidance scales, and over samplers and steps")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="a folder (default: %(default)s)")
     arguments = parser.parse_args()
-    if arguments.samples < 10:
-        raise UserError(f"--samples: {arguments.samples} says nothing; expected at least 10")
+    if arguments.samples < LEAST_SAMPLES:
+        raise UserError(f"--samples: {arguments.samples} say nothing; expected at least {LEAST_SAMPLES}")
 
-    drawing = Drawing(arguments.sampler, arguments.steps, arguments.guidance_scale, arguments.seed)
+    for package in ("torchmetrics", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'evaluation needs {package}; install it: pip install -e ".[eval]"')
+    sampling = Sampling(arguments.sampler, arguments.steps, arguments.guidance_scale, arguments.seed)
     pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
+    pipe.schedule.shorter_chain(arguments.steps)
+    SamplerConfig(arguments.sampler)
+    scale_of_each(arguments.guidance_scale, 1)
     settings = {
-        **{"checkpoint": str(pipe.folder) if Path(arguments.checkpoint).is_dir() else arguments.checkpoint},
+        # Of a run the checkpoint that it is now: the run may go on.
+        "checkpoint": str(pipe.folder) if Path(arguments.checkpoint).is_dir() else arguments.checkpoint,
         **{name: getattr(arguments, name) for name in ("samples", "paraphrases", "features")},
-        **asdict(drawing),
+        **asdict(sampling),
     }
     config = checkpoint_config(pipe.folder)
+    features = None if arguments.features is None else whole_clip(arguments.features, config.data)
     results = Results(arguments.output, settings)
-    features = None
-    if arguments.features is not None and (features := ClipJudge.from_pretrained(arguments.features)) is None:
-        raise UserError(f"--features: {arguments.features} is no whole CLIP; expected one with both halves")
-    evaluation = Evaluation(pipe, config, features)
-    evaluate(evaluation, results, arguments.samples, drawing, paraphrases=arguments.paraphrases)
+    judging = Judging(pipe, config, features)
+    evaluate(judging, results, arguments.samples, sampling, paraphrases=arguments.paraphrases)
     if arguments.sweep:
-        sweep(evaluation, results, arguments.samples, drawing)
-    print(f"wrote {arguments.output}")
+        sweep(judging, results, arguments.samples, sampling, paraphrases=arguments.paraphrases)
+    print(f"\nwrote {arguments.output}")
 
 
 if __name__ == "__main__":

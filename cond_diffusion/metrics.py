@@ -18,10 +18,9 @@ def frechet_distance(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) 
 
     It is larger for fewer pictures: compare with that of as many real ones.
     """
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    except ModuleNotFoundError as error:
-        raise UserError('evaluation needs torchmetrics; install it: pip install -e ".[eval]"') from error
+    # Of the extra `eval`: imported where it is used, so that training and drawing do without.
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     as_they_are = nn.Identity()
     as_they_are.num_features = samples.shape[1]  # what torchmetrics asks a network for  # pyright: ignore
     metric = FrechetInceptionDistance(feature=as_they_are).set_dtype(torch.float64)

@@ -37,7 +37,8 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
-        super().__init__(parameters, defaults)
+        # "fused" is what torch goes by when it puts a loaded state's counter of steps back on the parameters' device.
+        super().__init__(parameters, {**defaults, "fused": True})
         self._adamw_s = {id(parameter) for parameter in first_and_last}
 
     @torch.no_grad()
@@ -101,8 +102,10 @@ def orthogonal(matrices: list[Float[Tensor, "_ _"]]) -> list[Float[Tensor, "_ _"
 
     A Newton-Schulz iteration x <- p(x x^T) x, with a polynomial p that brings small singular values up fast. All its
     p(x x^T) are polynomials of the first x x^T, so their product is found on the short side alone, for all matrices at
-    once, and each x is multiplied by it at the end.
+    once, and each x is multiplied by it at the end. Rounding to TF32 would not do: p enlarges what is small.
     """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     wide = [matrix if len(matrix) <= matrix.shape[1] else matrix.T for matrix in matrices]
     wide = [matrix / (matrix.norm() + 1e-7) for matrix in wide]
     gram = torch.stack([x @ x.T for x in wide])
@@ -113,4 +116,5 @@ def orthogonal(matrices: list[Float[Tensor, "_ _"]]) -> list[Float[Tensor, "_ _"
         p = a * one + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         product, gram = p @ product, p @ gram @ p
     found = [q @ x for q, x in zip(product, wide, strict=True)]
+    torch.set_float32_matmul_precision(precision)
     return [x if len(matrix) <= matrix.shape[1] else x.T for x, matrix in zip(found, matrices, strict=True)]

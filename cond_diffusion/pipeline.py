@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from cond_diffusion import latents, schedule_config
 from cond_diffusion.checkpoint import damage, newest_checkpoint
+from cond_diffusion.cpu import keep_memory
 from cond_diffusion.editing import Edit
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.guidance import GuidanceConfig, guided, scale_of_each, threshold_dynamically
@@ -116,9 +117,12 @@ class TextToImage:
         return self
 
     def to_accelerator(self) -> "TextToImage":
-        """Move to the accelerator, where the machine has one."""
+        """Move to the accelerator, where the machine has one; where it has none, be ready to draw on the CPU."""
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return self if accelerator is None else self.to(accelerator)
+        if accelerator is not None:
+            return self.to(accelerator)
+        keep_memory()
+        return self
 
     @torch.inference_mode()
     def __call__(
@@ -140,7 +144,7 @@ class TextToImage:
         strength: float | None = None,
         mask: Image.Image | None = None,
         resamplings: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         batch_size: int = 64,
         progress: bool = True,
         watch: Watch | None = None,
@@ -160,6 +164,7 @@ class TextToImage:
             it goes through, at least a step unless it is 0: 0.8, or all of it (1) where there is a mask.
         mask: of the size of `image`: what is white is drawn anew, what is black stays.
         resamplings: how often inpainting goes through every ten steps, so that the new fits the old better.
+        seed: of each prompt's first picture, one for all prompts or one for each.
         batch_size: how many pictures are in work at once.
         watch: called after each step of each batch.
         """
@@ -180,7 +185,11 @@ class TextToImage:
 
         context = dict(zip(prompts, self.text_encoder(prompts), strict=True))
         null_context = self.text_encoder([negative_prompt])
-        jobs = [(context[p], w, seed + i) for p, w in zip(prompts, scales, strict=True) for i in range(num_images)]
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else [*seed]
+        if len(seeds) != len(prompts):
+            raise UserError(f"seed: {len(seeds)} values for {len(prompts)} prompts; expected one, or one for each")
+        each = zip(prompts, scales, seeds, strict=True)
+        jobs = [(context[prompt], scale, first + i) for prompt, scale, first in each for i in range(num_images)]
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
         total = len(timesteps) * resamplings
         images: list[Image.Image] = []

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cond_diffusion.errors import UserError
-
 Point = Mapping[str, Any]
 """What samples drawn in one way came to: `Drawing`'s fields, "prompt accuracy" and "Fréchet distance"."""
 
@@ -23,11 +21,10 @@ def plot_steps(points: Sequence[Point], floor: float, file: Path) -> None:
 
 
 def _plot(lines: Mapping[str, Sequence[Point]], key: str, name: str, floor: float, file: Path) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UserError('--sweep needs matplotlib; install it: pip install -e ".[eval]"') from error
+    # Of the extra `eval`: imported where it is used.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     accuracy, distance = figure.subplots(1, 2)

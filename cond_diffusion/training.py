@@ -1,11 +1,7 @@
 """Training: the loop, and what begins and ends it."""
 
-import ctypes
 import logging
 import math
-import os
-import platform
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from cond_diffusion.batches import Batches, samples_per_step
 from cond_diffusion.config import Config, TrainConfig
 from cond_diffusion.contexts import Contexts, context_table
-from cond_diffusion.decoding import cores_of_this_process
+from cond_diffusion.cpu import has_bf16, keep_memory, share_cores
 from cond_diffusion.diagnosis import Diagnosis
 from cond_diffusion.errors import UserError
 from cond_diffusion.feed import Feed, open_feed
@@ -39,8 +35,6 @@ from cond_diffusion.text import TextEncoder
 from cond_diffusion.training_state import TrainingState
 from cond_diffusion.unet import UNet
 from cond_diffusion.unet_config import UNetConfig
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +106,8 @@ def make_accelerator(config: Config) -> Accelerator:
     check_tracker(config.track)
     on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
     if on_cpu:
-        _share_cores()
-        _keep_memory()
+        share_cores()
+        keep_memory()
     else:
         torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.train.tf32
@@ -280,36 +274,7 @@ def _is_due(done: int, every: int) -> bool:
 def _precision(config: TrainConfig, on_cpu: bool) -> str:
     """Return the mixed precision to use: without instructions for it a CPU is many times slower than in fp32."""
     wanted = config.mixed_precision
-    if not on_cpu or wanted == "no" or (wanted == "bf16" and _cpu_has_bf16()):
+    if not on_cpu or wanted == "no" or (wanted == "bf16" and has_bf16()):
         return wanted
     logger.warning("train.mixed_precision=%s: this CPU has no instructions for it; training in fp32", wanted)
     return "no"
-
-
-def _cpu_has_bf16() -> bool:
-    # On x86 the first alone asks for no more than AVX-512.
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
-        not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-
-
-def _share_cores() -> None:
-    """Share this machine's cores among its processes.
-
-    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 for whoever did not set it, and all cores but one stand
-    idle.
-    """
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(cores_of_this_process())
-
-
-def _keep_memory() -> None:
-    """Let glibc keep what a step frees for the next one, instead of asking the kernel for new, empty pages each time.
-
-    Every feature map of a batch is large enough that it would be; that is a tenth of a step. Other systems' allocators
-    are left as they are.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the highest that glibc takes
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -150,8 +150,10 @@ class UNet(nn.Module):
     ) -> Float[Tensor, "b c h w"]:
         """Return the prediction. `context` is the text's embeddings, or what `project_context` made of them."""
         projected = self.project_context(context) if isinstance(context, Tensor) else context
-        # Channels last, all that follows keeps it: convolutions are faster, and attention reads places without a copy.
-        x = self.conv_in(x_t).contiguous(memory_format=torch.channels_last)
+        x = self.conv_in(x_t)
+        if x.device.type == "cpu":
+            # All that follows keeps the format: convolutions are faster in it, and attention reads places uncopied.
+            x = x.contiguous(memory_format=torch.channels_last)
         time = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
         skips = [x]
         for level in self.down_blocks:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,15 @@ from conftest import bar
 from PIL import Image
 from torch import nn
 from torchmetrics.multimodal.clip_score import CLIPScore
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from cond_diffusion import TextToImage, evaluation
+from cond_diffusion import TextToImage, evaluation, judging
 from cond_diffusion.clip import ClipJudge
 from cond_diffusion.config import Config, load_config
 from cond_diffusion.data import CaptionedImages, load_captioned_images
 from cond_diffusion.errors import UserError, command_line
-from cond_diffusion.evaluation import Evaluation, Results, real_pictures
+from cond_diffusion.evaluation import Results
+from cond_diffusion.judging import Judging, Sampling, real_pictures
 from cond_diffusion.metrics import frechet_distance, manifolds, nearest
 from cond_diffusion.pictures import to_model
 from cond_diffusion.pipeline import BUILT_IN_MODEL
@@ -81,10 +84,10 @@ def digits() -> tuple[CaptionedImages, CaptionedImages]:
 
 
 @pytest.fixture(scope="module")
-def judged(digits: tuple[CaptionedImages, CaptionedImages]) -> Evaluation:
+def judged(digits: tuple[CaptionedImages, CaptionedImages]) -> Iterator[Judging]:
     patch = pytest.MonkeyPatch()
-    patch.setattr(evaluation, "real_pictures", lambda config: digits)
-    yield Evaluation(TextToImage.from_pretrained(), load_config(Config, BUILT_IN_MODEL / "config.yaml"))
+    patch.setattr(judging, "real_pictures", lambda config: digits)
+    yield Judging(TextToImage.from_pretrained(), load_config(Config, BUILT_IN_MODEL / "config.yaml"))
     patch.undo()
 
 
@@ -94,7 +97,7 @@ def some(data: CaptionedImages, first: int, count: int) -> CaptionedImages:
 
 
 @pytest.mark.slow
-def test_real_digits_pass_for_real_and_wrong_ones_do_not(judged: Evaluation):
+def test_real_digits_pass_for_real_and_wrong_ones_do_not(judged: Judging):
     """Real test pictures stand in for samples: good ones, ones with the labels of others, and ones drowned in noise."""
     test = judged.test
     number = {captions: i for i, captions in enumerate(judged.train.caption_groups)}
@@ -115,15 +118,15 @@ def test_real_digits_pass_for_real_and_wrong_ones_do_not(judged: Evaluation):
     name = "accuracy on test pictures of a classifier trained on them"
     assert measures[name]["samples"] > 0.9
     assert measures[name]["samples"] == pytest.approx(measures[name]["real"], abs=0.04)
-    assert judged.prompt_accuracy(wrong) < 0.02
-    assert judged.zero_shot_accuracy(wrong) < 0.05
+    assert judged.recognised(wrong).float().mean() < 0.02
+    assert judged.recognised_by_clip(wrong).float().mean() < 0.05
     assert judged.clip_score(wrong) < judged.clip_score(good) - 1
     accuracy, distance = judged.accuracy_and_distance(noise)
     assert accuracy < 0.3
     assert distance > 10 * measures["Fréchet distance"]["real"]
     # A training picture's nearest training picture is itself; a test picture's is not.
     copies = judged.features(judged.train.images[:100])
-    assert nearest(copies, judged.features_of_training(), 1)[0].max() < 1e-2
+    assert nearest(copies, judged.features_of_training, 1)[0].max() < 1e-2
     assert measures["distance to the nearest training picture"]["samples"] > 1
     assert judged.nearest_pictures(good).size == (6 * 30 - 2, 10 * 30 - 2)
 
@@ -153,7 +156,7 @@ def test_the_clip_score_is_torchmetrics_s(digits: tuple[CaptionedImages, Caption
     theirs = CLIPScore(lambda: (Adapter(), processor))
     captions = [test.caption_groups[group][0] for group in test.group_of.tolist()]
     theirs.update([*to_model(test.images)], captions)
-    ours = Evaluation.clip_score(SimpleNamespace(clip=judge), test)  # type: ignore[arg-type]
+    ours = Judging.clip_score(SimpleNamespace(clip=judge), test)  # type: ignore[arg-type]
     assert ours == pytest.approx(theirs.compute().item(), abs=1e-3)
 
 
@@ -172,8 +175,48 @@ def test_without_test_pictures_those_that_were_held_out_are_measured_with(
         (tmp_path / f"{i:02}.txt").write_text(f"a bar, number {i}")
     config = load_config(Config, overrides=[f"data.source={tmp_path}", "data.resolution=8"])
     train, test = real_pictures(config)
-    assert (len(train), len(test)) == (60, 3)
+    assert (len(train), len(test)) == (57, 3)
     assert "measuring with the 3 that training holds out" in caplog.text
+    pictures = {tuple(picture.flatten().tolist()) for picture in torch.cat([train.images, test.images])}
+    assert len(pictures) == len({(i % 2, i // 2 % 8) for i in range(60)})  # none is lost
+
+
+class Painter:
+    """Stands in for a pipeline that draws what it was told: grey for odd seeds, its prompt's colour for even ones."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, prompts: list[str], *, num_images: int, seed: list[int], **options: Any) -> list[Image.Image]:
+        jobs = [(prompt, first + i) for prompt, first in zip(prompts, seed, strict=True) for i in range(num_images)]
+        return [Image.new("RGB", (8, 8), prompt.split()[1] if seed % 2 else "grey") for prompt, seed in jobs]
+
+
+def test_captions_that_are_no_labels_are_judged_by_a_clip(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Coloured squares, each with a caption of its own; the built-in CLIP cannot see them, another has to be given."""
+    for i in range(130):
+        colour = ("red", "green", "blue")[i % 3]
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{i:03}.png")
+        (tmp_path / f"{i:03}.txt").write_text(f"a {colour} square, number {i}")
+    config = load_config(Config, overrides=[f"data.source={tmp_path}", "data.resolution=8", "data.channels=3"])
+    pipe: Any = Painter()
+    with pytest.raises(UserError, match="--features: the captions are no labels"):
+        Judging(pipe, config)
+    assert "reads no pictures of 8 x 8 pixels in 3 channels" in caplog.text
+    vision = {"image_size": 8, "patch_size": 4, "num_channels": 3}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = CLIPTokenizer.from_pretrained(BUILT_IN_ENCODER)
+    text = {**small, "vocab_size": len(words), "max_position_embeddings": 16}
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config={**small, **vision}, projection_dim=16))
+    judged = Judging(pipe, config, ClipJudge(clip, words, None, 16))
+    prompts = judged.prompts(20)
+    assert len(prompts) == 20
+    samples = judged.draw(prompts, 40, Sampling(seed=7))
+    assert (samples.images[0] == 128).all() != (samples.images[1] == 128).all()
+    measures = judged.measure(samples)
+    assert "prompt accuracy, classifier" not in measures
+    assert 0 <= measures["prompt accuracy, CLIP"]["samples"] <= 1
+    assert measures["distance to the nearest training picture"]["real"] < 1e-3  # one of three colours, all trained on
 
 
 @pytest.mark.slow
@@ -181,7 +224,9 @@ def test_an_evaluation_picks_up_where_it_was_and_overwrites_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, digits: tuple[CaptionedImages, CaptionedImages]
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "real_pictures", lambda config: digits)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    few = some(digits[0], 0, 2000), some(digits[1], 0, 500)
+    monkeypatch.setattr(judging, "real_pictures", lambda config: few)
     monkeypatch.setattr(evaluation, "SCALES", (1.0, 4.0))
     monkeypatch.setattr(evaluation, "SAMPLERS", ("ddim", "unipc"))
     monkeypatch.setattr(evaluation, "STEPS", (2, 4))
@@ -194,7 +239,6 @@ def test_an_evaluation_picks_up_where_it_was_and_overwrites_nothing(
     code, table, _ = type_in("--sweep")
     assert code == 0
     assert "a digit seven" in table
-    assert "train" in table
     folder = tmp_path / "evaluation"
     found = json.loads((folder / "evaluation.json").read_text())
     assert found["samples"]["count"] == 20
@@ -204,13 +248,13 @@ def test_an_evaluation_picks_up_where_it_was_and_overwrites_nothing(
     assert pictures["nearest.png"] == (6 * 30 - 2, 10 * 30 - 2)
 
     # Interrupted in the sweep: what was there is kept as it is, what was not is made again, and comes out the same.
-    del found["unipc, 4 steps"]
+    removed = found.pop("unipc, 4 steps")
     found["guidance scale 1.0"]["prompt accuracy"] = 0.123
     (folder / "evaluation.json").write_text(json.dumps(found))
     assert type_in("--sweep")[:2] == (0, table)
     again = json.loads((folder / "evaluation.json").read_text())
     assert again["guidance scale 1.0"]["prompt accuracy"] == 0.123
-    assert "unipc, 4 steps" in again
+    assert again["unipc, 4 steps"] == pytest.approx(removed)
 
     assert type_in("--guidance-scale", "2")[::2] == (
         2,
@@ -218,8 +262,16 @@ def test_an_evaluation_picks_up_where_it_was_and_overwrites_nothing(
     )
     (tmp_path / "there").mkdir()
     assert "exists and holds no evaluation" in type_in("--output", "there")[2]
-    assert "says nothing" in type_in("--samples", "3")[2]
-    assert "is no whole CLIP" in type_in("--features", str(BUILT_IN_MODEL / "text_encoder"), "--output", "x")[2]
+    assert "say nothing" in type_in("--samples", "3")[2]
+    assert "sees no pictures" in type_in("--features", str(BUILT_IN_MODEL / "text_encoder"), "--output", "x")[2]
+    assert "sampler: " in type_in("--sampler", "eulr", "--output", "x")[2]
+    assert not (tmp_path / "x").exists()
+    assert "cannot be written" in type_in("--output", "evaluation/evaluation.json/x")[2]
+
+    assert type_in("--features", str(BUILT_IN_ENCODER), "--output", "by_clip")[0] == 0
+    by_clip = json.loads((tmp_path / "by_clip" / "evaluation.json").read_text())["samples"]["measures"]
+    assert by_clip["prompt accuracy, classifier"] == found["samples"]["measures"]["prompt accuracy, classifier"]
+    assert by_clip["Fréchet distance"]["samples"] < 2  # of directions of length 1
 
 
 def test_a_damaged_evaluation_is_one_line(tmp_path: Path):

@@ -65,5 +65,7 @@ def test_a_run_with_it_that_was_interrupted_equals_one_that_was_not(bars_config:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+    # By this torch knows that the counter of steps belongs on the parameters' device.
+    assert Muon([torch.nn.Parameter(torch.zeros(1))], 0.1).param_groups[0]["fused"]
     with pytest.raises(UserError, match="resume: train.optimizer was muon in this run and is now adamw; keep it"):
         train(replace(bars_config, resume=True))

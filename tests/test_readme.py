@@ -21,7 +21,8 @@ from cond_diffusion.pipeline import BUILT_IN_MODEL
 
 README = (ROOT / "README.md").read_text()
 
-# What is added to each command to make it short; None where continuous integration runs it before the tests.
+# What is added to each command to make it short; None where it runs elsewhere: before the tests in continuous
+# integration, or (the sweep) in test_evaluation.py.
 COMMANDS = {
     'pip install -e . && python sample.py "a digit seven"': "--steps 10",
     'pip install -e ".[test]" && pytest': None,
@@ -53,7 +54,12 @@ COMMANDS = {
     "python train.py objective.prediction=v_prediction objective.loss=v_prediction schedule.zero_terminal_snr=true "
     "run_dir=runs/v": "train.max_steps=1 train.batch_size=4",
     "python tests/benchmarks/objectives.py": "--predictions sample --losses sample --steps 1 --samples 10",
+    "accelerate launch train.py --config configs/mnist_fast.yaml": (
+        "train.max_steps=1 train.batch_size=4 train.sample_every=0 train.evaluate_every=0"
+    ),
     "python -m cond_diffusion.evaluation": "--samples 10 --steps 2",
+    "python -m cond_diffusion.evaluation --sweep --samples 250 --output sweep": None,
+    "python tests/benchmarks/all.py": "--short --only networks.py step.py peers.py chain.py",
     "python -m cond_diffusion.likelihood": "--samples 2",
     "python -m cond_diffusion.clip_pretraining --config configs/clip_mnist.yaml": "max_steps=2 warmup_steps=1",
 }
@@ -92,7 +98,7 @@ def test_every_command_runs(clone: Path):
     for command in commands:
         more = COMMANDS[command]
         if more is None:
-            assert command.replace("[", r"\[").replace("]", r"\]") in ci
+            assert command.replace("[", r"\[").replace("]", r"\]") in ci or "--sweep" in command
             continue
         command = command.removeprefix("pip install -e . && ")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -141,7 +147,7 @@ def keys(config: Any, prefix: str = "") -> list[str]:
 
 
 def test_the_config_table_has_every_key_and_the_map_every_file():
-    table = README[README.index("## The config") : README.index("## Measured")]
+    table = README[README.index("## The config") : README.index("## How good")]
     assert re.findall(r"^\| `([\w.]+)`", table, flags=re.MULTILINE) == keys(Config())
     files = README[README.index("## The files") : README.index("## The config")]
     modules = {file.name for file in (ROOT / "cond_diffusion").glob("*.py")} - {"__init__.py"}

@@ -16,6 +16,7 @@ import colours
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType
 from conftest import ROOT, SIDE, bar, metrics, weights
 
 from cond_diffusion import TextToImage, batches, reporting, saving, training, training_state
@@ -329,10 +330,17 @@ def test_a_compiled_network_trains_the_same_but_for_rounding(bars_overrides: lis
 def test_a_cpu_without_the_instructions_trains_in_fp32_and_says_so(
     bars_config: Config, precision: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(training, "_cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(training, "has_bf16", lambda: False)
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
     assert make_accelerator(changed(bars_config, mixed_precision=precision)).mixed_precision == "no"
     assert f"train.mixed_precision={precision}: this CPU has no instructions for it" in caplog.text
+
+
+def test_muon_is_refused_where_matrices_are_cut_up(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training.Accelerator, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(training.Accelerator, "is_fsdp2", True)
+    with pytest.raises(UserError, match="train.optimizer: muon needs whole matrices"):
+        make_accelerator(changed(bars_config, optimizer="muon"))
 
 
 def test_with_fp16_a_step_that_overflows_lowers_the_factor_of_the_loss_and_no_weights(

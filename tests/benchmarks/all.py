@@ -2,7 +2,8 @@
 
     python tests/benchmarks/all.py > benchmarks.md
 
-On 2 cores without a GPU this takes about an hour; each part is a script of its own, which can be run alone.
+Each part is a script of its own, which can be run alone. On 2 cores without a GPU they take many hours, nearly all of
+that for the last one, and about an hour and a half without it (`--only` with the others' names).
 """
 
 import argparse
@@ -14,7 +15,7 @@ PARTS = {
     "Networks": ["networks.py"],
     "Where a training step goes": ["step.py"],
     "The whole job": ["peers.py"],
-    "The whole job, epsilon loss and prediction": ["peers.py", "--config", "configs/mnist.yaml", "--peers"],
+    "The whole job, epsilon loss and prediction": ["peers.py", "--peers", "--config", "configs/mnist.yaml"],
     "Fewer steps": ["chain.py"],
     "Predictions and losses": ["objectives.py"],
 }
@@ -22,8 +23,8 @@ SHORT = {
     "networks.py": ["--sizes", "built-in", "--modes", "eager", "--rounds", "1"],
     "step.py": ["--steps", "1", "train.batch_size=4"],
     "peers.py": [
-        *["--minutes", "0.01", "--samples", "10", "--peers", "diffusers"],
-        *["train.max_steps=1", "train.batch_size=4", "train.sample_every=0"],
+        *["--peers", "diffusers", "--minutes", "0.01", "--samples", "10"],
+        *["train.max_steps=1", "train.batch_size=4", "train.sample_every=0", "train.evaluate_every=0"],
     ],
     "chain.py": ["--samples", "10", "--chain", "10", "--steps", "2"],
     "objectives.py": ["--predictions", "sample", "--losses", "sample", "--steps", "1", "--samples", "10"],

@@ -9,7 +9,7 @@ import time
 from measuring import hardware
 
 from cond_diffusion.config import checkpoint_config
-from cond_diffusion.evaluation import Drawing, Evaluation
+from cond_diffusion.judging import Judging, Sampling
 from cond_diffusion.pipeline import TextToImage
 
 
@@ -24,20 +24,20 @@ def main() -> None:
     arguments = parser.parse_args()
 
     pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
-    evaluation = Evaluation(pipe, checkpoint_config(pipe.folder))
-    prompts = evaluation.prompts(arguments.samples)
-    floor = evaluation.floor(arguments.samples)
+    judging = Judging(pipe, checkpoint_config(pipe.folder))
+    prompts = judging.prompts(arguments.samples)
+    floor = judging.floor(arguments.samples)
     print(f"On {hardware()}; {arguments.samples} samples at scale {arguments.guidance_scale}.")
     print(f"As many real pictures have a Fréchet distance of {floor:.2f}.\n")
     print("| sampler | steps | seconds | faster | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|---|")
     whole = 0.0
     for sampler, steps in [("ddpm", arguments.chain), *((arguments.sampler, steps) for steps in arguments.steps)]:
-        drawing = Drawing(sampler, steps, arguments.guidance_scale)
+        sampling = Sampling(sampler, steps, arguments.guidance_scale)
         start = time.perf_counter()
-        samples = evaluation.draw(prompts, arguments.samples, drawing)
+        samples = judging.draw(prompts, arguments.samples, sampling)
         seconds = time.perf_counter() - start
         whole = whole or seconds
-        accuracy, distance = evaluation.accuracy_and_distance(samples)
+        accuracy, distance = judging.accuracy_and_distance(samples)
         print(
             f"| {sampler} | {steps or pipe.schedule.num_timesteps} | {seconds:.1f} | {whole / seconds:.1f} "
             f"| {accuracy:.1%} | {distance:.2f} |",

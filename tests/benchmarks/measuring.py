@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,6 +56,13 @@ def peak_flop_per_second(device: torch.device, dtype: torch.dtype) -> float:
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / seconds({"product": lambda: a @ b}, rounds=7)["product"]
+
+
+def memory_gb() -> float:
+    """Return how much memory is in use: of the GPU, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 1e9
+    return psutil.Process().memory_info().rss / 1e9
 
 
 def peak_memory_gb() -> float:

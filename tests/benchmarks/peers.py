@@ -3,10 +3,11 @@
     python tests/benchmarks/peers.py [--minutes 5] [--peers diffusers denoising-diffusion-pytorch]
 
 Ours is `accelerate launch train.py --config configs/mnist_fast.yaml`, timed from the launch on; each of its checkpoints
-is drawn from afterwards. The peers get the pictures decoded, the captions embedded (diffusers) or the classes as
-numbers (denoising-diffusion-pytorch, which knows no text), and their clock starts behind all imports; the settings are
-those of their examples and READMEs but for the size of the network, the batch, and a guidance that fits. One judge for
-all: `cond_diffusion.evaluation`'s classifier and its features.
+is drawn from afterwards, in 20 steps of dpm_solver at the default scale. The peers get the pictures decoded, and the
+captions embedded (diffusers) or the classes as numbers (denoising-diffusion-pytorch, which knows no text); their clock
+starts behind all imports. They have the learning rates of their own examples and READMEs, not tuned ones; networks are
+of about our size, and guidance is at the scale of ours. One judge for all: the classifier of `cond_diffusion.judging`
+and its features. Nothing here uses a GPU but our own run, so it belongs on a machine without one.
 """
 
 import argparse
@@ -28,60 +29,51 @@ from tqdm import tqdm
 
 from cond_diffusion.config import Config, load_config
 from cond_diffusion.data import CaptionedImages
-from cond_diffusion.evaluation import Drawing, Evaluation
+from cond_diffusion.judging import Judging, Sampling
 from cond_diffusion.pictures import to_bytes, to_model
 from cond_diffusion.pipeline import TextToImage
 
 ROOT = Path(__file__).parent.parent.parent
 FAST = ROOT / "configs" / "mnist_fast.yaml"
 BATCH = 64
-OURS = Drawing("dpm_solver", 20, 4.0)
 
 
-class Judge:
+class Referee:
     """Accuracy and Fréchet distance of pictures of the ten digits, equally many of each, in their order."""
 
     def __init__(self, config: Config, samples: int) -> None:
         self.samples = samples
-        self.evaluation = Evaluation(TextToImage.from_pretrained(), config)
-        self.prompts = self.evaluation.prompts(samples)
+        self.judging = Judging(TextToImage.from_pretrained(), config)
+        self.prompts = self.judging.prompts(samples)
         self.labels = torch.tensor([group for _, group in self.prompts]).repeat_interleave(samples // len(self.prompts))
 
     def line(self, who: str, seconds: float, images: int | str, samples: CaptionedImages) -> str:
-        accuracy, distance = self.evaluation.accuracy_and_distance(samples)
+        accuracy, distance = self.judging.accuracy_and_distance(samples)
         return f"| {who} | {seconds:.0f} s | {images} | {accuracy:.1%} | {distance:.1f} |"
 
     def of_pixels(self, x_0: torch.Tensor) -> CaptionedImages:
-        return CaptionedImages(to_bytes(x_0), self.labels, self.evaluation.train.caption_groups)
+        return CaptionedImages(to_bytes(x_0), self.labels, self.judging.train.caption_groups)
 
 
-def ours(judge: Judge, folder: Path, config: Path, words: list[str]) -> Iterator[str]:
-    """Train, and judge each checkpoint."""
+def ours(referee: Referee, folder: Path, config: Path, words: list[str]) -> Iterator[str]:
+    """Train, and referee each checkpoint."""
     run_dir = folder / "ours"
-    command = [
-        "accelerate",
-        "launch",
-        "train.py",
-        "--config",
-        str(config),
-        f"run_dir={run_dir}",
-        "train.keep_checkpoints=100",
-    ]
     accelerate = str(Path(sys.executable).parent / "accelerate")
+    command = [accelerate, "launch", "train.py", "--config", str(config), f"run_dir={run_dir}"]
     start = time.time()
-    subprocess.run([accelerate, *command[1:], *words], cwd=ROOT, check=True)
+    subprocess.run([*command, "train.keep_checkpoints=100", *words], cwd=ROOT, check=True, stdout=sys.stderr)
     whole = time.time() - start
     checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))
     batch = load_config(Config, checkpoints[-1] / "config.yaml").train.batch_size
     for checkpoint in checkpoints:
-        judge.evaluation.pipe = TextToImage.from_pretrained(checkpoint)
-        drawn = judge.evaluation.draw(judge.prompts, judge.samples, OURS)
+        referee.judging.pipe = TextToImage.from_pretrained(checkpoint)
+        drawn = referee.judging.draw(referee.prompts, referee.samples, Sampling())
         # The folder got its name when all in it was written.
         seconds = whole if checkpoint == checkpoints[-1] else checkpoint.stat().st_ctime - start
-        yield judge.line("ours", seconds, int(checkpoint.name.removeprefix("step-")) * batch, drawn)
+        yield referee.line("ours", seconds, int(checkpoint.name.removeprefix("step-")) * batch, drawn)
 
 
-def minutes_of(step: Callable[[torch.Tensor], None], count: int, seconds: float, name: str) -> tuple[int, float]:
+def train_for(step: Callable[[torch.Tensor], None], count: int, seconds: float, name: str) -> tuple[int, float]:
     """Take training steps of random samples for so long; return how many pictures that were, and the time."""
     draw = torch.Generator().manual_seed(0)
     start, steps = time.perf_counter(), 0
@@ -93,10 +85,10 @@ def minutes_of(step: Callable[[torch.Tensor], None], count: int, seconds: float,
     return steps * BATCH, time.perf_counter() - start
 
 
-def diffusers(judge: Judge, seconds: float) -> Iterator[str]:
+def diffusers(referee: Referee, seconds: float) -> Iterator[str]:
     """The loop of diffusers' `train_unconditional.py` around its text-conditional UNet, 10% of the captions dropped."""
     torch.manual_seed(0)
-    data, encoder = judge.evaluation.train, judge.evaluation.pipe.text_encoder
+    data, encoder = referee.judging.train, referee.judging.pipe.text_encoder
     captions = encoder([*(group[0] for group in data.caption_groups), ""])
     unet = UNet2DConditionModel(
         sample_size=28,
@@ -107,10 +99,11 @@ def diffusers(judge: Judge, seconds: float) -> Iterator[str]:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=captions.shape[2],
+        norm_num_groups=8,  # with their default of 32 each group of the first level would hold one channel
     )
     scheduler = DDPMScheduler()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
-    # Their warm-up is 500 steps; what a run of these minutes comes to is not known before, so the rate then stays.
+    # How many steps a run of these minutes comes to is not known before, so behind the warm-up the rate stays.
     rate = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=500)
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
 
@@ -126,20 +119,20 @@ def diffusers(judge: Judge, seconds: float) -> Iterator[str]:
         optimizer.zero_grad()
         ema.step(unet.parameters())
 
-    images, taken = minutes_of(step, len(data), seconds, "diffusers")
+    images, taken = train_for(step, len(data), seconds, "diffusers")
     ema.copy_to(unet.parameters())
     sampler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
     sampler.set_timesteps(50)
-    x = torch.randn(judge.samples, 1, 28, 28)
-    context = torch.cat([captions[-1:].expand(judge.samples, -1, -1), captions[judge.labels]])
+    x = torch.randn(len(referee.labels), 1, 28, 28)
+    context = torch.cat([captions[-1:].expand(len(referee.labels), -1, -1), captions[referee.labels]])
     with torch.inference_mode():
         for t in tqdm(sampler.timesteps, desc="drawing", leave=False):
             uncond, cond = unet(torch.cat([x, x]), t, context).sample.chunk(2)
             x = sampler.step(uncond + 3 * (cond - uncond), t, x).prev_sample
-    yield judge.line("diffusers' loop", taken, images, judge.of_pixels(x))
+    yield referee.line("diffusers' loop", taken, images, referee.of_pixels(x))
 
 
-def denoising_diffusion_pytorch(judge: Judge, seconds: float) -> Iterator[str]:
+def denoising_diffusion_pytorch(referee: Referee, seconds: float) -> Iterator[str]:
     """The classifier-free-guidance UNet and the loop of its README, with the averaging of its Trainer."""
     from ema_pytorch import EMA
 
@@ -156,7 +149,7 @@ def denoising_diffusion_pytorch(judge: Judge, seconds: float) -> Iterator[str]:
     spec.loader.exec_module(theirs)
 
     torch.manual_seed(0)
-    data = judge.evaluation.train
+    data = referee.judging.train
     unet = theirs.Unet(dim=32, dim_mults=(1, 2, 4), num_classes=10, channels=1)
     diffusion = theirs.GaussianDiffusion(unet, image_size=28, timesteps=1000, sampling_timesteps=50)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
@@ -170,9 +163,9 @@ def denoising_diffusion_pytorch(judge: Judge, seconds: float) -> Iterator[str]:
         optimizer.zero_grad()
         ema.update()
 
-    images, taken = minutes_of(step, len(data), seconds, "denoising-diffusion-pytorch")
-    drawn = ema.ema_model.eval().sample(classes=judge.labels, cond_scale=3.0)
-    yield judge.line("denoising-diffusion-pytorch", taken, images, judge.of_pixels(drawn * 2 - 1))
+    images, taken = train_for(step, len(data), seconds, "denoising-diffusion-pytorch")
+    drawn = ema.ema_model.eval().sample(classes=referee.labels, cond_scale=3.0)
+    yield referee.line("denoising-diffusion-pytorch", taken, images, referee.of_pixels(drawn * 2 - 1))
 
 
 PEERS = {"diffusers": diffusers, "denoising-diffusion-pytorch": denoising_diffusion_pytorch}
@@ -187,19 +180,21 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to leave our run (default: nowhere)")
     parser.add_argument("words", nargs="*", metavar="key=value", help="for our run")
     arguments = parser.parse_args()
+    if torch.cuda.is_available():
+        sys.exit("peers.py compares on CPUs, and this machine has a GPU: hide it by CUDA_VISIBLE_DEVICES=")
 
-    judge = Judge(load_config(Config, arguments.config), arguments.samples)
-    floor = judge.evaluation.floor(arguments.samples)
+    referee = Referee(load_config(Config, arguments.config), arguments.samples)
+    floor = referee.judging.floor(arguments.samples)
     print(
         f"On {hardware()}; {arguments.samples} samples. As many real pictures have a Fréchet distance of {floor:.1f}.\n"
     )
     print("| who | time | pictures seen | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        for line in ours(judge, arguments.folder or Path(scratch), arguments.config, arguments.words):
+        for line in ours(referee, arguments.folder or Path(scratch), arguments.config, arguments.words):
             print(line, flush=True)
-    judge.evaluation.pipe = TextToImage.from_pretrained()
+    referee.judging.pipe = TextToImage.from_pretrained()
     for peer in arguments.peers:
-        for line in PEERS[peer](judge, 60 * arguments.minutes):
+        for line in PEERS[peer](referee, 60 * arguments.minutes):
             print(line, flush=True)
 
 
