@@ -109,9 +109,8 @@ class Judging:
     def draw(self, prompts: list[tuple[str, int]], samples: int, sampling: Sampling) -> CaptionedImages:
         """Draw equally many samples of each prompt, `samples` in all or less; those of the first prompt come first."""
         each = samples // len(prompts)
-        options = asdict(sampling)
-        seeds = [options.pop("seed") + number * each for number in range(len(prompts))]
-        images = self.pipe([prompt for prompt, _ in prompts], num_images=each, seed=seeds, **options)
+        seeds = [sampling.seed + number * each for number in range(len(prompts))]
+        images = self.pipe([prompt for prompt, _ in prompts], num_images=each, **{**asdict(sampling), "seed": seeds})
         groups = torch.tensor([group for _, group in prompts]).repeat_interleave(each)
         pixels = to_bytes(torch.stack([from_pillow(image) for image in images]))
         return CaptionedImages(pixels, groups, self.train.caption_groups)
