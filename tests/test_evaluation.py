@@ -181,10 +181,13 @@ def test_without_test_pictures_those_that_were_held_out_are_measured_with(
     assert len(pictures) == len({(i % 2, i // 2 % 8) for i in range(60)})  # none is lost
 
 
-class Painter:
+class Painter(TextToImage):
     """Stands in for a pipeline that draws what it was told: grey for odd seeds, its prompt's colour for even ones."""
 
-    device = torch.device("cpu")
+    device = torch.device("cpu")  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        """Need no network."""
 
     def __call__(self, prompts: list[str], *, num_images: int, seed: list[int], **options: Any) -> list[Image.Image]:
         jobs = [(prompt, first + i) for prompt, first in zip(prompts, seed, strict=True) for i in range(num_images)]
@@ -198,7 +201,7 @@ def test_captions_that_are_no_labels_are_judged_by_a_clip(tmp_path: Path, caplog
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{i:03}.png")
         (tmp_path / f"{i:03}.txt").write_text(f"a {colour} square, number {i}")
     config = load_config(Config, overrides=[f"data.source={tmp_path}", "data.resolution=8", "data.channels=3"])
-    pipe: Any = Painter()
+    pipe = Painter()
     with pytest.raises(UserError, match="--features: the captions are no labels"):
         Judging(pipe, config)
     assert "reads no pictures of 8 x 8 pixels in 3 channels" in caplog.text

@@ -14,8 +14,17 @@ from pathlib import Path
 PARTS = {
     "Networks": ["networks.py"],
     "Where a training step goes": ["step.py"],
-    "The whole job": ["peers.py"],
-    "The whole job, epsilon loss and prediction": ["peers.py", "--peers", "--config", "configs/mnist.yaml"],
+    "The whole job": ["peers.py", "--who", "ours"],
+    "The whole job, epsilon loss and prediction": ["peers.py", "--who", "ours", "--config", "configs/mnist.yaml"],
+    # Fewer samples: the peers' networks take minutes to draw a hundred.
+    "The whole job, by the peers": [
+        "peers.py",
+        "--samples",
+        "100",
+        "--who",
+        "diffusers",
+        "denoising-diffusion-pytorch",
+    ],
     "Fewer steps": ["chain.py"],
     "Predictions and losses": ["objectives.py"],
 }
@@ -23,7 +32,7 @@ SHORT = {
     "networks.py": ["--sizes", "built-in", "--modes", "eager", "--rounds", "1"],
     "step.py": ["--steps", "1", "train.batch_size=4"],
     "peers.py": [
-        *["--peers", "diffusers", "--minutes", "0.01", "--samples", "10"],
+        *["--who", "ours", "diffusers", "--minutes", "0.01", "--samples", "10"],
         *["train.max_steps=1", "train.batch_size=4", "train.sample_every=0", "train.evaluate_every=0"],
     ],
     "chain.py": ["--samples", "10", "--chain", "10", "--steps", "2"],
@@ -41,6 +50,8 @@ def main() -> None:
     for title, (script, *words) in PARTS.items():
         if script not in arguments.only:
             continue
+        if arguments.short:
+            arguments.only.remove(script)  # once is enough
         print(f"\n## {title}\n", flush=True)
         more = SHORT[script] if arguments.short else []
         result = subprocess.run([sys.executable, str(folder / script), *words, *more], check=False)

@@ -1,6 +1,6 @@
 """The whole job beside the peers, as their users run them: from nothing to pictures of digits, for the same wall time.
 
-    python tests/benchmarks/peers.py [--minutes 5] [--peers diffusers denoising-diffusion-pytorch]
+    python tests/benchmarks/peers.py [--minutes 5] [--who ours diffusers denoising-diffusion-pytorch]
 
 Ours is `accelerate launch train.py --config configs/mnist_fast.yaml`, timed from the launch on; each of its checkpoints
 is drawn from afterwards, in 20 steps of dpm_solver at the default scale. The peers get the pictures decoded, and the
@@ -42,7 +42,7 @@ class Referee:
     """Accuracy and Fréchet distance of pictures of the ten digits, equally many of each, in their order."""
 
     def __init__(self, config: Config, samples: int) -> None:
-        self.samples = samples
+        self.count = samples
         self.judging = Judging(TextToImage.from_pretrained(), config)
         self.prompts = self.judging.prompts(samples)
         self.labels = torch.tensor([group for _, group in self.prompts]).repeat_interleave(samples // len(self.prompts))
@@ -56,7 +56,7 @@ class Referee:
 
 
 def ours(referee: Referee, folder: Path, config: Path, words: list[str]) -> Iterator[str]:
-    """Train, and referee each checkpoint."""
+    """Train, and judge each checkpoint."""
     run_dir = folder / "ours"
     accelerate = str(Path(sys.executable).parent / "accelerate")
     command = [accelerate, "launch", "train.py", "--config", str(config), f"run_dir={run_dir}"]
@@ -67,7 +67,7 @@ def ours(referee: Referee, folder: Path, config: Path, words: list[str]) -> Iter
     batch = load_config(Config, checkpoints[-1] / "config.yaml").train.batch_size
     for checkpoint in checkpoints:
         referee.judging.pipe = TextToImage.from_pretrained(checkpoint)
-        drawn = referee.judging.draw(referee.prompts, referee.samples, Sampling())
+        drawn = referee.judging.draw(referee.prompts, referee.count, Sampling())
         # The folder got its name when all in it was written.
         seconds = whole if checkpoint == checkpoints[-1] else checkpoint.stat().st_ctime - start
         yield referee.line("ours", seconds, int(checkpoint.name.removeprefix("step-")) * batch, drawn)
@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5.0, help="for each peer (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=500, help="(default: %(default)s)")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[*PEERS])
+    parser.add_argument("--who", nargs="+", choices=["ours", *PEERS], default=["ours", *PEERS])
     parser.add_argument("--config", type=Path, default=FAST, help="of our run")
     parser.add_argument("--folder", type=Path, help="where to leave our run (default: nowhere)")
     parser.add_argument("words", nargs="*", metavar="key=value", help="for our run")
@@ -190,12 +190,15 @@ def main() -> None:
     )
     print("| who | time | pictures seen | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        for line in ours(referee, arguments.folder or Path(scratch), arguments.config, arguments.words):
-            print(line, flush=True)
-    referee.judging.pipe = TextToImage.from_pretrained()
-    for peer in arguments.peers:
-        for line in PEERS[peer](referee, 60 * arguments.minutes):
-            print(line, flush=True)
+        for who in arguments.who:
+            referee.judging.pipe = TextToImage.from_pretrained()
+            lines = (
+                ours(referee, arguments.folder or Path(scratch), arguments.config, arguments.words)
+                if who == "ours"
+                else PEERS[who](referee, 60 * arguments.minutes)
+            )
+            for line in lines:
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
