@@ -43,7 +43,9 @@ def test_a_classifier_of_real_digits_recognises_what_the_model_draws(pipe: TextT
 
 @pytest.mark.parametrize("options", [{"steps": 50}, {"steps": 20, "sampler": "ddim"}])
 def test_a_picture_depends_on_its_prompt_and_seed_alone(pipe: TextToImage, options: dict[str, Any]):
-    """In a batch of 1, 3 or 64, among other prompts or alone, before the pixels are rounded."""
+    """In a batch of 1, 3 or 64, among other prompts or alone, to within a hundredth of a grey level: matrix products of
+    other sizes round otherwise, and the chain enlarges that (7e-5 was measured).
+    """
     last: list[Tensor] = []
 
     def watch(step: Step, number: int, total: int) -> None:
@@ -53,11 +55,11 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(pipe: TextToImage, optio
     for batch_size in (1, 3, 64):
         pipe(["a digit two", "seven"], num_images=3, seed=5, batch_size=batch_size, watch=watch, **options)
     alone, by_three, together = torch.cat(last).split(6)
-    torch.testing.assert_close(by_three, alone, rtol=0, atol=1e-5)
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(by_three, alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
     last.clear()
     pipe("seven", seed=7, watch=watch, **options)
-    torch.testing.assert_close(last[0], alone[5:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(last[0], alone[5:], rtol=0, atol=1e-4)
     assert (alone[3] - alone[4]).abs().max() > 0.1
 
 
