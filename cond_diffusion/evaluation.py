@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from cond_diffusion.clip import ClipJudge
 from cond_diffusion.config import checkpoint_config
@@ -25,10 +25,10 @@ from cond_diffusion.judging import Judging, Sampling, spread
 from cond_diffusion.pictures import grid, to_model, to_pillow
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.plots import plot_guidance_scales, plot_steps
-from cond_diffusion.sampler_config import SamplerConfig
+from cond_diffusion.sampler_config import SamplerConfig, SamplerName
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-SAMPLERS, STEPS = ("ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"), (5, 10, 20, 50)
+SAMPLERS, STEPS = get_args(SamplerName), (5, 10, 20, 50)
 LEAST_SAMPLES = 10  # fewer say nothing
 
 

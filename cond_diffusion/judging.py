@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -123,21 +123,23 @@ class Judging:
 
     def recognised_by_clip(self, samples: CaptionedImages) -> Bool[Tensor, " n"]:
         """Say of each sample whether CLIP finds it nearer to its own caption than to any other of the set's."""
-        assert self.clip is not None
-        groups, own = samples.group_of.unique(return_inverse=True)
-        texts = self.clip.texts([samples.caption_groups[group][0] for group in groups.tolist()])
-        return (self.clip(samples.images) @ texts.T).argmax(1) == own
+        cosines, own = self._beside_captions(samples)
+        return cosines.argmax(1) == own
 
     def clip_score(self, samples: CaptionedImages) -> float:
         """Return the mean of max(100 cos, 0) between pictures and captions (Hessel et al. 2021, but for their 2.5).
 
         Only scores of the same CLIP can be compared.
         """
+        cosines, own = self._beside_captions(samples)
+        return (100 * cosines.gather(1, own[:, None])).clamp(min=0).mean().item()
+
+    def _beside_captions(self, samples: CaptionedImages) -> tuple[Float[Tensor, "n captions"], Int64[Tensor, " n"]]:
+        """Return CLIP's cosine of each sample with each caption of the set, and which caption is its own."""
         assert self.clip is not None
         groups, own = samples.group_of.unique(return_inverse=True)
         texts = self.clip.texts([samples.caption_groups[group][0] for group in groups.tolist()])
-        cosines = (self.clip(samples.images) * texts[own]).sum(1)
-        return (100 * cosines).clamp(min=0).mean().item()
+        return self.clip(samples.images) @ texts.T, own
 
     def accuracy_and_distance(self, samples: CaptionedImages) -> tuple[float, float]:
         """Return prompt accuracy and Fréchet distance: guidance betters the one at the cost of the other."""

@@ -70,5 +70,6 @@ def nearest(
     samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int
 ) -> tuple[Float[Tensor, "n k"], Int64[Tensor, "n k"]]:
     """Return for each sample the distances to the k nearest real pictures, and which these are."""
-    found = [torch.cdist(rows, real).topk(k, dim=1, largest=False) for rows in samples.split(250)]
+    real = real.double()  # in fp32 a copy would lie at a distance from itself
+    found = [torch.cdist(rows.double(), real).topk(k, dim=1, largest=False) for rows in samples.split(250)]
     return torch.cat([near.values for near in found]), torch.cat([near.indices for near in found])

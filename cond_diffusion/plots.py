@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 Point = Mapping[str, Any]
-"""What samples drawn in one way came to: `Drawing`'s fields, "prompt accuracy" and "Fréchet distance"."""
+"""What samples drawn in one way came to: `Sampling`'s fields, "prompt accuracy" and "Fréchet distance"."""
 
 
 def plot_guidance_scales(points: Sequence[Point], floor: float, file: Path) -> None:
@@ -22,11 +22,9 @@ def plot_steps(points: Sequence[Point], floor: float, file: Path) -> None:
 
 def _plot(lines: Mapping[str, Sequence[Point]], key: str, name: str, floor: float, file: Path) -> None:
     # Of the extra `eval`: imported where it is used.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     accuracy, distance = figure.subplots(1, 2)
     for label, points in lines.items():
         at = [point[key] for point in points]
