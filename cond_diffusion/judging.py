@@ -62,7 +62,7 @@ class Judging:
     def __init__(self, pipe: TextToImage, config: Config, features: Features | None = None) -> None:
         self.pipe = pipe
         self.config = config
-        self.train, self.test = real_pictures(config)
+        self.whole, self.train, self.test = real_pictures(config)
         if len(self.test) <= NEIGHBOURS:
             raise UserError(
                 f"data.source: {config.data.source} has {len(self.test)} pictures that were not trained on; expected a "
@@ -200,7 +200,8 @@ class Judging:
         """Return the training loss on held-out pictures, by timestep, with other captions and without; None if the run
         held none out.
         """
-        feed = open_feed(self.config.data, self.config.seed, aloud=False)
+        data, seed = self.config.data, self.config.seed
+        feed = open_feed(data, seed, aloud=False) if data.streaming else ShuffledSet(self.whole, seed, data.held_out)
         objective = Objective(self.config.objective, self.pipe.schedule)
         diagnosis = Diagnosis(self.config, feed, self.pipe.text_encoder, objective)
         findings = diagnosis.measure(self.pipe.unet, Accelerator(cpu=self.pipe.device.type == "cpu"))
@@ -239,19 +240,19 @@ def own_clip(config: Config) -> ClipJudge | None:
     return clip
 
 
-def real_pictures(config: Config) -> tuple[CaptionedImages, CaptionedImages]:
-    """Return the training pictures and the test pictures, in memory; where there are no test pictures, those that
-    training holds out.
+def real_pictures(config: Config) -> tuple[CaptionedImages, CaptionedImages, CaptionedImages]:
+    """Return the whole training split, the training pictures and the test pictures, in memory: of a source without test
+    pictures those that training holds out, and the others.
     """
-    train = load_captioned_images(config.data)
+    whole = load_captioned_images(config.data)
     try:
-        return train, load_captioned_images(config.data, "test")
+        return whole, whole, load_captioned_images(config.data, "test")
     except UserError as error:
         if config.data.streaming:  # which pictures a stream holds out only the stream knows
             raise
-        feed = ShuffledSet(train, config.seed, config.data.held_out)
+        feed = ShuffledSet(whole, config.seed, config.data.held_out)
         held_out = feed.held_out_indices()
         logger.warning("no test pictures (%s); measuring with the %d that training holds out", error, len(held_out))
-        trained_on = torch.ones(len(train), dtype=torch.bool)
+        trained_on = torch.ones(len(whole), dtype=torch.bool)
         trained_on[held_out] = False
-        return _subset(train, trained_on.nonzero().squeeze(1)), _subset(train, held_out)
+        return whole, _subset(whole, trained_on.nonzero().squeeze(1)), _subset(whole, held_out)

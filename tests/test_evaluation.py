@@ -84,7 +84,7 @@ def digits() -> tuple[CaptionedImages, CaptionedImages]:
 @pytest.fixture(scope="module")
 def judged(digits: tuple[CaptionedImages, CaptionedImages]) -> Judging:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging, "real_pictures", lambda config: digits)
+        patch.setattr(judging, "real_pictures", lambda config: (digits[0], *digits))
         return Judging(TextToImage.from_pretrained(), load_config(Config, BUILT_IN_MODEL / "config.yaml"))
 
 
@@ -172,8 +172,8 @@ def test_without_test_pictures_those_that_were_held_out_are_measured_with(
         Image.fromarray(bar(i % 2, i // 2).numpy()).save(tmp_path / f"{i:02}.png")
         (tmp_path / f"{i:02}.txt").write_text(f"a bar, number {i}")
     config = load_config(Config, overrides=[f"data.source={tmp_path}", "data.resolution=8"])
-    train, test = real_pictures(config)
-    assert (len(train), len(test)) == (57, 3)
+    whole, train, test = real_pictures(config)
+    assert (len(whole), len(train), len(test)) == (60, 57, 3)
     assert "measuring with the 3 that training holds out" in caplog.text
     pictures = {tuple(picture.flatten().tolist()) for picture in torch.cat([train.images, test.images])}
     assert len(pictures) == len({(i % 2, i // 2 % 8) for i in range(60)})  # none is lost
@@ -227,7 +227,7 @@ def test_an_evaluation_picks_up_where_it_was_and_overwrites_nothing(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     few = some(digits[0], 0, 2000), some(digits[1], 0, 500)
-    monkeypatch.setattr(judging, "real_pictures", lambda config: few)
+    monkeypatch.setattr(judging, "real_pictures", lambda config: (few[0], *few))
     monkeypatch.setattr(classifier, "LEAST_STEPS", 20)
     monkeypatch.setattr(evaluation, "SCALES", (1.0, 4.0))
     monkeypatch.setattr(evaluation, "SAMPLERS", ("ddim", "unipc"))

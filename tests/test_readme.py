@@ -57,7 +57,7 @@ COMMANDS = {
         "train.max_steps=1 train.batch_size=4 train.sample_every=0 train.evaluate_every=0"
     ),
     "python -m cond_diffusion.evaluation": "--samples 10 --steps 2",
-    "python -m cond_diffusion.evaluation --sweep --samples 250 --output sweep": "--samples 10",
+    "python -m cond_diffusion.evaluation --sweep": "--samples 10 --steps 2",
     "python tests/benchmarks/all.py": "--short --only networks.py step.py peers.py chain.py",
     "python -m cond_diffusion.likelihood": "--samples 2",
     "python -m cond_diffusion.clip_pretraining --config configs/clip_mnist.yaml": "max_steps=2 warmup_steps=1",

@@ -5,7 +5,6 @@ how many of their samples are recognised, as a Markdown table.
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import tempfile
@@ -13,34 +12,37 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
+from cond_diffusion.config import checkpoint_config
+from cond_diffusion.judging import Judging, Sampling
 from cond_diffusion.objective import Loss, TimestepDensity
+from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.prediction import PredictionKind
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def python(*arguments: str) -> str:
+def python(*arguments: str) -> None:
     result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(arguments)}\n{result.stderr[-2000:]}")
-    return result.stdout
 
 
-def measure(prediction: str, loss: str, timesteps: str, folder: str, steps: int, samples: int) -> str:
-    """Train one network, draw from it, and return the share that the classifier recognises."""
+def train(prediction: str, loss: str, timesteps: str, folder: str, steps: int) -> str:
+    """Train one network and return its run folder."""
     run_dir = f"{folder}/{prediction}-{loss}"
     python(
         *["train.py", f"run_dir={run_dir}", f"objective.prediction={prediction}", f"objective.loss={loss}"],
         *[f"objective.timesteps={timesteps}", "train.optimizer=adamw", "train.batch_size=128"],
         *[f"train.max_steps={steps}", "train.checkpoint_every=0", f"train.sample_every={steps}"],
     )
-    report = python(
-        *["-m", "cond_diffusion.evaluation", "--checkpoint", run_dir, "--samples", str(samples)],
-        *["--sampler", "dpm_solver", "--steps", "50", "--output", f"{run_dir}/evaluation"],
-    )
-    (share,) = re.findall(r"prompt accuracy, classifier +([\d.]+%)", report)
-    print(f"{prediction} {loss} {share}", file=sys.stderr, flush=True)
-    return share
+    return run_dir
+
+
+def share(judging: Judging, run_dir: str, samples: int) -> str:
+    """Draw from a run and return how much of it the classifier recognises."""
+    judging.pipe = TextToImage.from_pretrained(run_dir).to_accelerator()
+    drawn = judging.draw(judging.prompts(samples), samples, Sampling("dpm_solver", 50))
+    return f"{judging.recognised(drawn).float().mean().item():.1%}"
 
 
 def main() -> None:
@@ -57,19 +59,18 @@ def main() -> None:
     predictions, losses = arguments.predictions, arguments.losses
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
         folder = arguments.folder or scratch
-        # Trains the classifier, once for all.
-        python("-m", "cond_diffusion.evaluation", "--samples", "10", "--steps", "1", "--output", f"{scratch}/warm_up")
-        cells = {
-            (prediction, loss): pool.submit(
-                measure, prediction, loss, arguments.timesteps, folder, arguments.steps, arguments.samples
-            )
+        built_in = TextToImage.from_pretrained()
+        judging = Judging(built_in, checkpoint_config(built_in.folder))
+        runs = {
+            (prediction, loss): pool.submit(train, prediction, loss, arguments.timesteps, folder, arguments.steps)
             for prediction in predictions
             for loss in losses
         }
         print(f"| prediction / loss | {' | '.join(losses)} |")
         print(f"|---|{'---|' * len(losses)}")
         for prediction in predictions:
-            print(f"| {prediction} | {' | '.join(cells[prediction, loss].result() for loss in losses)} |")
+            shares = [share(judging, runs[prediction, loss].result(), arguments.samples) for loss in losses]
+            print(f"| {prediction} | {' | '.join(shares)} |", flush=True)
 
 
 if __name__ == "__main__":
