@@ -17,14 +17,13 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from cond_diffusion import latents
 from cond_diffusion.config import Config
 from cond_diffusion.contexts import Contexts
 from cond_diffusion.data import CaptionedImages, Places
 from cond_diffusion.feed import Feed, ShuffledSet, ahead
 from cond_diffusion.guidance import drop_captions
+from cond_diffusion.latents import LatentSpace, x_0_of
 from cond_diffusion.objective import Objective
-from cond_diffusion.pictures import to_model
 from cond_diffusion.randomness import generator
 from cond_diffusion.stream import CaptionedStream
 
@@ -45,11 +44,11 @@ class MicroBatch:
 class _Samples:
     """The samples of a micro-batch before they are moved to where the network is, and what chance says of them."""
 
-    latents: UInt8[Tensor, "b c h w"]
+    images: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"]  # in bytes, or x_0
     captions: list[str]
     time: Float[Tensor, " b"]
     dropped: Bool[Tensor, " b"]
-    eps: Float[Tensor, "b c h w"]
+    eps: Float[Tensor, "b _ _ _"]
     state: Any  # of the stream, from where it would come to them again
 
 
@@ -67,12 +66,15 @@ class Batches:
         objective: Objective,
         accelerator: Accelerator,
         start: int,
+        space: LatentSpace,
     ) -> None:
         self.config = config
+        self.space = space
         self.feed = feed
         self.contexts = contexts
         self.objective = objective
         self.device = accelerator.device
+        self.shape = space.shape(config.data)
         self.rounds = config.train.gradient_accumulation_steps
         self.processes, self.process = accelerator.num_processes, accelerator.process_index
         self.per_step = samples_per_step(config, accelerator)
@@ -87,7 +89,7 @@ class Batches:
             if isinstance(self.feed, CaptionedStream):
                 self.feed.behind = samples.state
             yield MicroBatch(
-                x_0=to_model(samples.latents.to(self.device)),
+                x_0=x_0_of(samples.images.to(self.device), self.space),
                 context=drop_captions(
                     self.contexts(samples.captions).to(self.device), self.null_context, samples.dropped
                 ),
@@ -118,13 +120,12 @@ class Batches:
         images = batch.images
         if self.config.data.flip:
             images = torch.where((flip < 0.5)[:, None, None, None], images.flip(3), images)
-        encoded = latents.encode(images, self.config.latent.patch_size)
         return _Samples(
-            latents=encoded,
+            images=images,
             captions=batch.captions,
             time=time,
             dropped=drop < self.config.train.caption_dropout,
-            eps=torch.stack([torch.randn(encoded.shape[1:], generator=draw) for draw in draws]),
+            eps=torch.stack([torch.randn(self.shape, generator=draw) for draw in draws]),
             state=self.feed.state if isinstance(self.feed, CaptionedStream) else None,
         )
 

@@ -42,10 +42,11 @@ def check(config: Config) -> None:
         raise UserError("--check looks at the work of one process; type: python train.py --check")
     find_run(config, aloud=True)
     text_encoder = TextEncoder.from_pretrained(config.text.encoder, config.text.max_length).to(accelerator.device)
-    unet = new_unet(config, text_encoder.context_dim).to(accelerator.device)
+    space = latent_space(config.latent).to(accelerator.device)
+    unet = new_unet(config, text_encoder.context_dim, space).to(accelerator.device)
     feed = _check_data(config, text_encoder)
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
-    batch = next(Batches(config, feed, text_encoder, objective, accelerator, start=0).next_step())
+    batch = next(Batches(config, feed, text_encoder, objective, accelerator, 0, space).next_step())
     network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
 
     def loss() -> Tensor:

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from cond_diffusion.checkpoint import save_tensors
-from cond_diffusion.contexts import cache_folder
 from cond_diffusion.data import CaptionedImages
 from cond_diffusion.order import sample_indices
 from cond_diffusion.pictures import to_model
+from cond_diffusion.shards import cache_folder
 
 EPOCHS, LEAST_STEPS, BATCH_SIZE, LEARNING_RATE = 4, 300, 128, 2e-3
 NUM_FEATURES = 128

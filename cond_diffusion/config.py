@@ -131,6 +131,8 @@ class Config:
         # Both raise, before anything is loaded, where the sections do not go together.
         schedule = NoiseSchedule(self.schedule)
         Objective(self.objective, schedule)
+        if self.latent.vae is not None and self.schedule.clip_x_0:
+            raise UserError("schedule.clip_x_0: latents have no range to be kept in; with latent.vae it must be false")
         schedule.shorter_chain(min(self.sample.steps, schedule.num_timesteps))
 
 

@@ -1,27 +1,20 @@
 """The context of each unique caption, computed once: the text encoder is frozen, so training never asks it again.
 
-Few captions are embedded anew by every process of every run, and lie in its memory. More of them go to the disk, in
-safetensors that are mapped into memory and shared by the processes of a machine. Their folder is named by a hash of all
-that decides the numbers in them - the encoder's weights, its tokenizer, `max_length`, the captions - so they cannot be
-out of date.
+Few captions are embedded anew by every process of every run, and lie in its memory. More of them go to the disk, in a
+folder that is named by the encoder's weights, its tokenizer, `max_length` and the captions (`shards.py`).
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.checkpoint import save_tensors
-from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.shards import cache_folder, computed_once
 from cond_diffusion.text import TextEncoder
 
 PER_SHARD = 1024  # captions; 0.25 GB of them for a CLIP of width 768 that reads 77 tokens
@@ -65,34 +58,12 @@ def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerato
     if len(captions) <= PER_SHARD:
         return ContextTable(captions, [embed(text_encoder, captions, progress=progress)])
     folder = cache_folder() / "contexts" / _key(text_encoder, captions)
-    starts = range(0, len(captions), PER_SHARD)
-    files = [folder / f"{number:05d}.safetensors" for number in range(len(starts))]
-    mine = slice(accelerator.local_process_index, None, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    todo = [(start, file) for start, file in list(zip(starts, files, strict=True))[mine] if not _is_whole(file)]
-    try:
-        for start, file in tqdm(todo, desc="embedding captions", unit=" shards", disable=not progress, leave=False):
-            contexts = embed(text_encoder, captions[start : start + PER_SHARD], progress=False)
-            save_tensors({"contexts": contexts.cpu().contiguous()}, file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"the captions' embeddings cannot be kept in {folder}: {first_line(error)}", of_this_process=True
-        ) from error
-    accelerator.wait_for_everyone()
-    return ContextTable(captions, [load_file(file)["contexts"] for file in files])
 
+    def compute(rows: range) -> dict[str, Tensor]:
+        return {"contexts": embed(text_encoder, captions[rows.start : rows.stop], progress=False)}
 
-def cache_folder() -> Path:
-    """Return where this machine keeps what is computed once."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cond_diffusion"
-
-
-def _is_whole(file: Path) -> bool:
-    """Say whether `file` is there, and as long as it says it is."""
-    try:
-        with safe_open(file, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
+    shards = computed_once(folder, len(captions), PER_SHARD, compute, accelerator, "embedding captions")
+    return ContextTable(captions, [shard["contexts"] for shard in shards])
 
 
 def _key(text_encoder: TextEncoder, captions: Sequence[str]) -> str:

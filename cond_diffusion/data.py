@@ -38,9 +38,12 @@ class Places:
 
 @dataclass(frozen=True)
 class CaptionedBatch:
-    """Pictures with a caption each."""
+    """Pictures with a caption each.
 
-    images: UInt8[Tensor, "b c h w"]
+    images: in bytes; or x_0, where that has been computed already.
+    """
+
+    images: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"]
     captions: list[str]
 
     @classmethod
@@ -125,18 +128,31 @@ class CaptionedFiles:
         starts = range(0, len(self), AT_ONCE)
         with tqdm(total=len(self), desc=f"reading {self.config.source}", disable=not progress, leave=False) as bar:
             for rows in (range(start, min(start + AT_ONCE, len(self))) for start in starts):
-                pictures = self.decoder.decode(self._cells(list(rows)), [0.5] * len(rows))
+                pictures, of_these = self.decode(rows)
                 self.decoder.check(aloud=progress)
-                for row, pixels in zip(rows, pictures, strict=True):
-                    if pixels is not None:
-                        decoded[len(read)] = rearrange(pixels, "h w c -> c h w")
-                        read.append(row)
+                decoded[len(read) : len(read) + len(pictures)] = pictures
+                read += of_these
                 bar.update(len(rows))
         if not read:
             raise UserError(f"{self.decoder.where}: none of the {len(self)} pictures can be read")
         if progress:
             self.decoder.tell_enlarged()
         return CaptionedImages(torch.from_numpy(decoded[: len(read)]), self.group_of[read], self.caption_groups)
+
+    def decode(self, rows: range) -> tuple[UInt8[np.ndarray, "b c h w"], list[int]]:
+        """Return the pictures of those rows that can be read, cropped in the middle, and which rows these are."""
+        decoded = zip(rows, self.decoder.decode(self._cells(list(rows)), [0.5] * len(rows)), strict=True)
+        found = [(row, rearrange(pixels, "h w c -> c h w")) for row, pixels in decoded if pixels is not None]
+        side = self.config.resolution
+        images = np.empty((len(found), self.config.channels, side, side), dtype=np.uint8)
+        for i, (_, pixels) in enumerate(found):
+            images[i] = pixels
+        return images, [row for row, _ in found]
+
+    @property
+    def fingerprint(self) -> str:
+        """What `datasets` tells these files from all others by."""
+        return self.files._fingerprint
 
     def _cells(self, rows: list[int]) -> list[Cell]:
         contents = self.files[rows][self.config.image_column]

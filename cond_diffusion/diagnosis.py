@@ -12,13 +12,12 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cond_diffusion import latents
 from cond_diffusion.config import Config
 from cond_diffusion.contexts import Contexts
 from cond_diffusion.data import Places
 from cond_diffusion.feed import Feed
+from cond_diffusion.latents import LatentSpace, x_0_of
 from cond_diffusion.objective import Network, Objective
-from cond_diffusion.pictures import to_model
 from cond_diffusion.randomness import generator
 
 EXAMPLES = 512
@@ -72,7 +71,9 @@ class Diagnosis:
         feed: Feed,
         contexts: Contexts,
         objective: Objective,
+        space: LatentSpace,
     ) -> None:
+        self.space = space
         self.contexts = contexts
         self.objective = objective
         self.batch_size = config.train.batch_size
@@ -81,8 +82,9 @@ class Diagnosis:
         self.batch = feed.held_out(Places(first_caption, middle))
         if self.batch is None:
             return
-        self.encoded = latents.encode(self.batch.images, config.latent.patch_size)
-        self.eps = torch.randn(self.encoded.shape, generator=generator("held-out noise", config.seed))
+        self.images = self.batch.images
+        draw = generator("held-out noise", config.seed)
+        self.eps = torch.randn((EXAMPLES, *space.shape(config.data)), generator=draw)
         # Every part of the chain alike, and in an order that has nothing to do with that of the pictures.
         order = torch.randperm(EXAMPLES, generator=generator("held-out timesteps", config.seed))
         self.t = order * objective.schedule.num_timesteps // EXAMPLES
@@ -107,7 +109,7 @@ class Diagnosis:
     ) -> Float[Tensor, " b"]:
         return self.objective.losses(
             network,
-            to_model(self.encoded[indices].to(device)),
+            x_0_of(self.images[indices].to(device), self.space),
             self.t[indices],
             self.eps[indices].to(device),
             self.contexts([captions[i] for i in indices.tolist()]).to(device),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cond_diffusion.data import CaptionedBatch, CaptionedFiles, CaptionedImages, Places, open_captioned_files
 from cond_diffusion.data_config import DataConfig
+from cond_diffusion.latent_set import LatentSet
 from cond_diffusion.order import permuted, sample_indices
 from cond_diffusion.stream import CaptionedStream
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 class ShuffledSet:
     """A set in the order of training, but for the samples that are held out."""
 
-    def __init__(self, data: CaptionedImages | CaptionedFiles, seed: int, held_out: int) -> None:
+    def __init__(self, data: CaptionedImages | CaptionedFiles | LatentSet, seed: int, held_out: int) -> None:
         self.data = data
         self.seed = seed
         self.num_held_out = min(held_out, len(data) // 20)

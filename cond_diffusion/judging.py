@@ -203,7 +203,7 @@ class Judging:
         data, seed = self.config.data, self.config.seed
         feed = open_feed(data, seed, aloud=False) if data.streaming else ShuffledSet(self.whole, seed, data.held_out)
         objective = Objective(self.config.objective, self.pipe.schedule)
-        diagnosis = Diagnosis(self.config, feed, self.pipe.text_encoder, objective)
+        diagnosis = Diagnosis(self.config, feed, self.pipe.text_encoder, objective, self.pipe.space)
         findings = diagnosis.measure(self.pipe.unet, Accelerator(cpu=self.pipe.device.type == "cpu"))
         return None if findings is None else asdict(findings)
 

@@ -21,12 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion import latents
 from cond_diffusion.config import checkpoint_config
 from cond_diffusion.contexts import embed
 from cond_diffusion.data import load_captioned_images
 from cond_diffusion.errors import UserError, command_line
 from cond_diffusion.guidance import GuidanceConfig, guided
+from cond_diffusion.latents import VAE
 from cond_diffusion.pictures import to_model
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.prediction import Denoiser, denoiser
@@ -111,6 +111,8 @@ def main() -> None:
             raise UserError(f"--{option.replace('_', '-')}: {value} must be at least 1")
 
     pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
+    if isinstance(pipe.space, VAE):
+        raise UserError(f"--checkpoint: {arguments.checkpoint} draws latents; bits per dimension are those of pixels")
     schedule = pipe.schedule
     data = load_captioned_images(checkpoint_config(pipe.folder).data, arguments.split)
     count = min(len(data), arguments.samples or len(data))
@@ -121,7 +123,7 @@ def main() -> None:
     with tqdm(total=len(starts) * schedule.num_timesteps, desc="bits per dimension", unit=" steps") as bar:
         for start in starts:
             rows = slice(start, min(count, start + arguments.batch_size))
-            x_0 = latents.encode(to_model(data.images[rows].to(pipe.device)), pipe.patch_size)
+            x_0 = pipe.space.encode(to_model(data.images[rows].to(pipe.device)))
             context = contexts[data.group_of[rows].to(pipe.device)]
             draw = generator("likelihood", arguments.seed, start, device=pipe.device)
             bits = []

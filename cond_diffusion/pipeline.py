@@ -1,38 +1,38 @@
 """Text to image: everything that turns a prompt into a picture, as one object that loads, saves and is called."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
 
-import huggingface_hub
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion import latents, schedule_config
-from cond_diffusion.checkpoint import damage, newest_checkpoint
 from cond_diffusion.cpu import keep_memory
 from cond_diffusion.editing import Edit
-from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.errors import UserError
 from cond_diffusion.guidance import GuidanceConfig, guided, scale_of_each, threshold_dynamically
+from cond_diffusion.latents import VAE, LatentSpace
 from cond_diffusion.pictures import fit, from_pillow, to_pillow, upright
 from cond_diffusion.posthoc_ema import weights_of_width
-from cond_diffusion.prediction import Prediction, PredictionKind, denoiser
+from cond_diffusion.prediction import Prediction, denoiser
+from cond_diffusion.pretrained import (
+    find_checkpoint,
+    read_latent_space,
+    read_prediction,
+    write_index,
+    write_prediction,
+)
 from cond_diffusion.randomness import generator
 from cond_diffusion.sampler_config import SamplerConfig
 from cond_diffusion.samplers import Noise, Step
-from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.text import TextEncoder
 from cond_diffusion.unet import UNet
 
-BUILT_IN_MODEL = Path(__file__).parent / "assets" / "mnist_model"
-INDEX_NAME = "model_index.json"
 DEFAULT_STRENGTH = 0.8
 
 Watch = Callable[[Step, int, int], None]
@@ -44,63 +44,61 @@ logger = logging.getLogger(__name__)
 class TextToImage:
     """A text encoder, a UNet, and what its output means under a noise schedule: prompts in, PIL images out."""
 
-    def __init__(self, unet: UNet, text_encoder: TextEncoder, prediction: Prediction, patch_size: int) -> None:
+    def __init__(self, unet: UNet, text_encoder: TextEncoder, prediction: Prediction, space: LatentSpace) -> None:
         if unet.config.in_channels is None or unet.config.sample_size is None:
             raise UserError("UNet config: sample_size is not given; expected the side of the pictures that it draws")
+        if unet.config.context_dim != text_encoder.context_dim:
+            raise UserError(
+                f"the UNet reads contexts of width {unet.config.context_dim}, and the text encoder's have "
+                f"{text_encoder.context_dim}"
+            )
         self.shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        self.channels = space.pixel_channels(unet.config.in_channels)
         self.unet = unet
         self.text_encoder = text_encoder
         self.prediction = prediction
         self.schedule = prediction.schedule
-        self.patch_size = patch_size
+        self.space = space
         self.folder: Path | None = None  # the checkpoint that it was loaded from
 
     @classmethod
-    def from_pretrained(cls, source: str | Path = "builtin", *, ema_width: float | None = None) -> "TextToImage":
-        """Load the built-in model, a run's newest checkpoint, a checkpoint folder, or a hub id.
+    def from_pretrained(
+        cls,
+        source: str | Path = "builtin",
+        *,
+        ema_width: float | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "TextToImage":
+        """Load the built-in model, a run's newest checkpoint, a checkpoint folder, or a hub id: ours, or Stable
+        Diffusion 1.x or 2.x.
 
         ema_width: average the weights over another share of the training than the checkpoint does, as far as the run's
             snapshots reach up to it.
+        revision, token, cache_dir, local_files_only: of a hub id, as huggingface_hub has them.
 
         Raises UserError where there is none, or where a file of it is missing, damaged or for another kind of pipeline.
         """
-        folder = find_checkpoint(source)
-        index = _read_json(folder / INDEX_NAME)
-        if index.get("_class_name") != cls.__name__:
-            raise UserError(f"{folder} holds a {index.get('_class_name')}; expected a {cls.__name__}")
+        folder = find_checkpoint(
+            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        space = read_latent_space(folder)
         unet = UNet.from_pretrained(folder / "unet")
         if ema_width is not None:
             unet = UNet.with_weights(unet.config, weights_of_width(folder, ema_width))
-        pipe = cls(
-            unet,
-            TextEncoder.from_pretrained(folder, max_length=None),
-            _read_scheduler(folder / "scheduler" / "scheduler_config.json"),
-            patch_size=index.get("patch_size", 1),
-        )
+        pipe = cls(unet, TextEncoder.from_pretrained(folder, max_length=None), read_prediction(folder), space)
         pipe.folder = folder
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole pipeline in diffusers' layout."""
+        """Write the whole pipeline in diffusers' layout; in latent space its `StableDiffusionPipeline` opens that."""
         folder = Path(folder)
         self.unet.save_pretrained(folder / "unet")
         self.text_encoder.save_pretrained(folder)
-        (folder / "scheduler").mkdir(exist_ok=True)
-        # diffusers has no name for score; its schedulers refuse ours, by name, at their first step.
-        scheduler = {
-            **schedule_config.to_diffusers(self.schedule.config),
-            "prediction_type": self.prediction.kind,
-        }
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-        index = {
-            "_class_name": type(self).__name__,
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "scheduler": ["diffusers", "DDPMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "patch_size": self.patch_size,
-        }
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        write_prediction(folder, self.prediction)
+        write_index(folder, self.space)
 
     @property
     def device(self) -> torch.device:
@@ -109,11 +107,12 @@ class TextToImage:
     @property
     def side(self) -> int:
         """Of the pictures, in pixels."""
-        return self.shape[1] * self.patch_size
+        return self.shape[1] * self.space.downscaling
 
     def to(self, device: torch.device | str) -> "TextToImage":
         self.unet.to(device)
         self.text_encoder.to(device)
+        self.space.to(device)
         return self
 
     def to_accelerator(self) -> "TextToImage":
@@ -249,19 +248,19 @@ class TextToImage:
         if mask is not None and mask.size != image.size:
             (width, height), (wide, high) = mask.size, image.size
             raise UserError(f"mask: {width} x {height} pixels do not fit the image's {wide} x {high}")
-        channels = self.shape[0] // self.patch_size**2
 
         def fitted(picture: Image.Image) -> Float[Tensor, "1 c h w"]:
-            pixels = from_pillow(fit(picture, (self.side, self.side), channels)).to(self.device)
-            return latents.encode(pixels[None], self.patch_size)
+            return from_pillow(fit(picture, (self.side, self.side), self.channels)).to(self.device)[None]
 
-        drawn_anew = None if mask is None else (fitted(mask) + 1) / 2
+        drawn_anew = None if mask is None else self.space.encode_mask((fitted(mask) + 1) / 2)
         if strength is None:
             strength = DEFAULT_STRENGTH if drawn_anew is None else 1.0
-        return Edit(fitted(image), drawn_anew, strength, resamplings)
+        return Edit(self.space.encode(fitted(image)), drawn_anew, strength, resamplings)
 
     def range_of_pixels(self, guidance: GuidanceConfig) -> Callable[[Tensor], Tensor]:
-        """Return what keeps x_0_hat in [-1, 1]."""
+        """Return what keeps x_0_hat in [-1, 1], the range of pixels."""
+        if guidance.dynamic_thresholding is not None and isinstance(self.space, VAE):
+            raise UserError("dynamic_thresholding: is about the range of pixels, and this model draws latents")
         if guidance.dynamic_thresholding is not None:
             return partial(threshold_dynamically, share=guidance.dynamic_thresholding)
         return (lambda x_0_hat: x_0_hat.clamp(-1, 1)) if self.schedule.config.clip_x_0 else (lambda x_0_hat: x_0_hat)
@@ -273,47 +272,4 @@ class TextToImage:
         return lambda: torch.stack([torch.randn(self.shape, generator=draw) for draw in draws]).to(self.device)
 
     def _to_pixels(self, x: Float[Tensor, "b c_pp h_p w_p"]) -> Float[Tensor, "b c h w"]:
-        return latents.decode(x, self.patch_size)
-
-
-def find_checkpoint(source: str | Path) -> Path:
-    """Return the folder that holds `model_index.json`."""
-    if source == "builtin":
-        return BUILT_IN_MODEL
-    folder = Path(source)
-    if (folder / INDEX_NAME).is_file():
-        if problem := damage(folder, with_state=False):
-            raise UserError(f"{folder}: {problem}")
-        return folder
-    if folder.is_dir():
-        newest = newest_checkpoint(folder, with_state=False)
-        if newest is None:
-            raise UserError(f"{folder} holds no complete checkpoint: neither {INDEX_NAME} nor checkpoints/step-*")
-        return newest
-    if str(source).count("/") != 1 or folder.is_absolute() or str(source).startswith("."):
-        raise UserError(f"there is no checkpoint {source}; expected a run folder, a checkpoint folder or a hub id")
-    try:
-        wanted = ["*.json", "*.safetensors", "*.txt", "config.yaml"]
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
-    except (OSError, ValueError) as error:  # HfHubHTTPError and its kin are OSErrors
-        raise UserError(
-            f"there is no folder {source}, and as a hub id it cannot be fetched ({first_line(error)}); "
-            "check the name and the network"
-        ) from error
-
-
-def _read_scheduler(file: Path) -> Prediction:
-    fields = _read_json(file)
-    kind, kinds = fields.pop("prediction_type", "epsilon"), get_args(PredictionKind)
-    if kind not in kinds:
-        raise UserError(f"scheduler config: prediction_type: {kind!r} is not supported; expected {', '.join(kinds)}")
-    return Prediction(kind, NoiseSchedule(schedule_config.from_diffusers(fields)))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{file.parent} is no complete checkpoint: there is no {file.name}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is damaged or was cut short: {first_line(error)}") from error
+        return self.space.decode(x)

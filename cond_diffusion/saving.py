@@ -95,7 +95,7 @@ class Saver:
             if problem:
                 raise OSError(problem)
             unet = UNet.with_weights(self.pipe.unet.config, averages[0])
-            pipe = TextToImage(unet, self.pipe.text_encoder, self.pipe.prediction, self.pipe.patch_size)
+            pipe = TextToImage(unet, self.pipe.text_encoder, self.pipe.prediction, self.pipe.space)
             pipe.save_pretrained(folder)
             save_config(self.config, folder / "config.yaml")
             aside.rename(folder / "state")

@@ -1,4 +1,8 @@
-"""Which noise schedule, and its form on disk: the `scheduler_config.json` of diffusers' `DDPMScheduler`."""
+"""Which noise schedule, and its form on disk: the `scheduler_config.json` of diffusers' `DDPMScheduler`.
+
+What other schedulers of diffusers keep of a schedule is read as well: which of them it is says how somebody would draw,
+and that is chosen anew for each picture here.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -73,18 +77,31 @@ _SAME = {
     "beta_end": "beta_end",
     "rescale_betas_zero_snr": "zero_terminal_snr",
     "timestep_spacing": "spacing",
-    "steps_offset": "steps_offset",
     "clip_sample": "clip_x_0",
 }
 _BETA_SCHEDULES = {name: name for name in get_args(BetaSchedule)} | {"cosine": "squaredcos_cap_v2"}
 _VARIANCE_TYPES = {"posterior": "fixed_small", "beta": "fixed_large"}
 
-# What diffusers' DDPMScheduler can be told, and ours does in one way only.
-_DOES_ONLY = {"_class_name": "DDPMScheduler", "clip_sample_range": 1.0, "thresholding": False}
-# Of no consequence beside the values above.
-_IGNORED = {"dynamic_thresholding_ratio", "sample_max_value"}
-# diffusers' default, where it is not ours.
-_THEIR_DEFAULTS = {"timestep_spacing": "leading"}
+# What diffusers' schedulers can be told, and ours does in one way only.
+_DOES_ONLY = {"clip_sample_range": 1.0, "thresholding": False, "use_flow_sigmas": False, "timestep_type": "discrete"}
+# Of no consequence beside the values above, or options of one way to draw.
+_IGNORED = {
+    *("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "use_dynamic_shifting", "time_shift_type"),
+    *("shift_terminal", "set_alpha_to_one", "skip_prk_steps", "interpolation_type", "use_karras_sigmas"),
+    *("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "sigma_min", "sigma_max", "final_sigmas_type"),
+    *("lambda_min_clipped", "algorithm_type", "solver_order", "solver_type", "solver_p", "lower_order_final"),
+    *("euler_at_final", "predict_x0", "disable_corrector"),
+}
+# Those that begin with noise of deviation 1 and know alpha_bar: the others mean something else by their betas, or have
+# none. With their defaults for timestep_spacing and clip_sample.
+_THEIR_DEFAULTS: dict[str, tuple[Spacing, bool]] = {
+    **dict.fromkeys(("DDPMScheduler", "DDIMScheduler"), ("leading", True)),
+    "PNDMScheduler": ("leading", False),
+    **{f"{name}DiscreteScheduler": ("linspace", False) for name in ("LMS", "Euler", "EulerAncestral", "Heun")},
+    **{f"{name}DiscreteScheduler": ("linspace", False) for name in ("KDPM2", "KDPM2Ancestral")},
+    **{f"DPMSolver{name}Scheduler": ("linspace", False) for name in ("Multistep", "Singlestep")},
+    **{f"{name}MultistepScheduler": ("linspace", False) for name in ("UniPC", "DEIS")},
+}
 
 
 def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
@@ -94,19 +111,31 @@ def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
         "beta_schedule": _BETA_SCHEDULES[config.beta_schedule],
         "trained_betas": list(config.betas) or None,
         "variance_type": _VARIANCE_TYPES[config.variance],
-        **_DOES_ONLY,
+        # StableDiffusionPipeline insists on 1; only leading reads it.
+        "steps_offset": config.steps_offset if config.spacing == "leading" else 1,
+        "_class_name": "DDPMScheduler",
+        "clip_sample_range": 1.0,
+        "thresholding": False,
     }
 
 
 def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
     """Invert `to_diffusers`; raise UserError, naming the field, for what our schedule does not do."""
-    fields = {**_THEIR_DEFAULTS, **fields}
+    kind = fields.get("_class_name", "DDPMScheduler")
+    if kind not in _THEIR_DEFAULTS:
+        raise UserError(
+            f"scheduler config: _class_name: {kind!r:.60} is not supported; expected {', '.join(_THEIR_DEFAULTS)}"
+        )
+    spacing, clip = _THEIR_DEFAULTS[kind]
+    fields = {"timestep_spacing": spacing, "clip_sample": clip, **fields}
     refuse_other_values(fields, _DOES_ONLY, "scheduler config")
     fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
     ours: dict[str, Any] = {ours: fields.pop(theirs) for theirs, ours in _SAME.items() if theirs in fields}
-    if ours.get("spacing") != "leading":
-        ours.pop("steps_offset", None)  # diffusers keeps it there, and does not read it
+    offset = fields.pop("steps_offset", 0)
+    ours["steps_offset"] = offset if ours["spacing"] == "leading" else 0
     ours["beta_schedule"] = _translate(fields, "beta_schedule", _BETA_SCHEDULES, "linear")
+    if fields.get("variance_type") is None:  # as solvers have it that draw no noise
+        fields["variance_type"] = "fixed_small"
     ours["variance"] = _translate(fields, "variance_type", _VARIANCE_TYPES, "fixed_small")
     betas = fields.pop("trained_betas", None) or []
     if not isinstance(betas, list) or not all(isinstance(beta, float | int) for beta in betas):

@@ -18,10 +18,13 @@ from cond_diffusion.batches import Batches, samples_per_step
 from cond_diffusion.config import Config, TrainConfig
 from cond_diffusion.contexts import Contexts, context_table
 from cond_diffusion.cpu import has_bf16, keep_memory, share_cores
+from cond_diffusion.data import open_captioned_files
 from cond_diffusion.diagnosis import Diagnosis
 from cond_diffusion.errors import UserError
-from cond_diffusion.feed import Feed, open_feed
+from cond_diffusion.feed import Feed, ShuffledSet, open_feed
 from cond_diffusion.interruption import Interruption
+from cond_diffusion.latent_set import latent_set
+from cond_diffusion.latents import LatentSpace, Patches, latent_space
 from cond_diffusion.layers import ResidualBlock, SpatialTransformer
 from cond_diffusion.muon import Muon
 from cond_diffusion.objective import Objective
@@ -45,24 +48,25 @@ def train(config: Config) -> Path:
     run_dir, newest = find_run(config, aloud=accelerator.is_main_process)
     if newest is not None:
         check_config(config, newest, aloud=accelerator.is_main_process)
-    feed = open_feed(config.data, config.seed, aloud=accelerator.is_main_process)
+    space = latent_space(config.latent, newest).to(accelerator.device)
+    feed = _feed(config, space, accelerator)
     # A resumed run reads with the encoder that its checkpoint holds, whatever has become of the one that it began with.
     encoder = config.text.encoder if newest is None else newest
     text_encoder = TextEncoder.from_pretrained(encoder, config.text.max_length).to(accelerator.device)
     contexts = contexts_of(feed, text_encoder, accelerator)
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
 
-    unet = new_unet(config, text_encoder.context_dim).to(accelerator.device)
+    unet = new_unet(config, text_encoder.context_dim, space).to(accelerator.device)
     network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
     state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train.ema_width, accelerator)
     per_step = samples_per_step(config, accelerator)
     start = 0 if newest is None else go_on(newest, state, feed, per_step, aloud=accelerator.is_main_process)
     with torch.device("meta"):  # without weights, but for the moments when it draws
-        pipe = TextToImage(UNet(unet.config), text_encoder, objective.prediction, config.latent.patch_size)
+        pipe = TextToImage(UNet(unet.config), text_encoder, objective.prediction, space)
     make_run(run_dir, config, start, accelerator)
 
-    diagnosis = Diagnosis(config, feed, contexts, objective)
-    batches = Batches(config, feed, contexts, objective, accelerator, start)
+    diagnosis = Diagnosis(config, feed, contexts, objective, space)
+    batches = Batches(config, feed, contexts, objective, accelerator, start, space)
     reporter = Reporter(config, run_dir, start, per_step, accelerator)
     done, bad = start, 0
     with Interruption(accelerator) as interruption, Saver(run_dir, config, pipe, state, accelerator) as saver:
@@ -153,10 +157,22 @@ def contexts_of(feed: Feed, text_encoder: TextEncoder, accelerator: Accelerator)
     return context_table(text_encoder, captions, accelerator)
 
 
-def new_unet(config: Config, context_dim: int) -> UNet:
+def _feed(config: Config, space: LatentSpace, accelerator: Accelerator) -> Feed:
+    """Return what training reads: the pictures, or their latents where a picture always has the same."""
+    if isinstance(space, Patches) or config.data.streaming:
+        return open_feed(config.data, config.seed, aloud=accelerator.is_main_process)
+    if config.data.flip or config.data.crop == "random":
+        logger.warning("data.flip or data.crop=random: latents cannot be kept, and are computed anew for each batch")
+        return open_feed(config.data, config.seed, aloud=accelerator.is_main_process)
+    space.shape(config.data)
+    files = open_captioned_files(config.data, aloud=accelerator.is_main_process)
+    return ShuffledSet(latent_set(files, space, accelerator), config.seed, config.data.held_out)
+
+
+def new_unet(config: Config, context_dim: int, space: LatentSpace) -> UNet:
     """Return a network with fresh weights, a function of the seed."""
     torch.manual_seed(config.seed)  # torch draws initial weights from the global state; nothing else here does
-    unet = UNet(complete_unet_config(config, context_dim))
+    unet = UNet(complete_unet_config(config, context_dim, space))
     if config.objective.prediction == "epsilon":
         unet.start_as_copy()
     if config.train.gradient_checkpointing:
@@ -178,16 +194,10 @@ def new_optimizer(config: TrainConfig, unet: UNet) -> torch.optim.Optimizer:
     return torch.optim.AdamW(unet.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
-def complete_unet_config(config: Config, context_dim: int) -> UNetConfig:
+def complete_unet_config(config: Config, context_dim: int, space: LatentSpace) -> UNetConfig:
     """Fill in what the data and the text encoder decide; raise UserError where `config.unet` says otherwise."""
-    side, patch = config.data.resolution, config.latent.patch_size
-    if side % patch:
-        raise UserError(f"latent.patch_size: {patch} does not divide data.resolution ({side})")
-    from_data = {
-        "in_channels": config.data.channels * patch**2,
-        "sample_size": side // patch,
-        "context_dim": context_dim,
-    }
+    channels, side, _ = space.shape(config.data)
+    from_data = {"in_channels": channels, "sample_size": side, "context_dim": context_dim}
     for name, value in from_data.items():
         given = getattr(config.unet, name)
         if given not in (None, value):

@@ -12,7 +12,7 @@ from conftest import ROOT
 from PIL import Image
 
 from cond_diffusion.errors import UserError, command_line
-from cond_diffusion.pipeline import BUILT_IN_MODEL
+from cond_diffusion.pretrained import BUILT_IN_MODEL
 
 
 @pytest.fixture

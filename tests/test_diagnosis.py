@@ -17,6 +17,7 @@ from cond_diffusion.data import CaptionedBatch
 from cond_diffusion.diagnosis import BUCKETS, EXAMPLES, Diagnosis, findings, others
 from cond_diffusion.errors import UserError
 from cond_diffusion.feed import open_feed
+from cond_diffusion.latents import Patches
 from cond_diffusion.objective import Objective
 from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.text import TextEncoder
@@ -28,7 +29,9 @@ def diagnosis(bars_config: Config) -> Diagnosis:
     feed = open_feed(bars_config.data, seed=0, aloud=False)
     encoder = TextEncoder.from_pretrained("builtin", 16)
     contexts = context_table(encoder, feed.captions(), Accelerator(cpu=True))
-    return Diagnosis(bars_config, feed, contexts, Objective(bars_config.objective, NoiseSchedule(bars_config.schedule)))
+    return Diagnosis(
+        bars_config, feed, contexts, Objective(bars_config.objective, NoiseSchedule(bars_config.schedule)), Patches(1)
+    )
 
 
 def test_the_held_out_loss_is_that_of_a_network_whose_error_is_known(diagnosis: Diagnosis):

@@ -23,7 +23,7 @@ from cond_diffusion.evaluation import Results
 from cond_diffusion.judging import Judging, Sampling, real_pictures
 from cond_diffusion.metrics import frechet_distance, manifolds, nearest
 from cond_diffusion.pictures import to_model
-from cond_diffusion.pipeline import BUILT_IN_MODEL
+from cond_diffusion.pretrained import BUILT_IN_MODEL
 from cond_diffusion.text import BUILT_IN_ENCODER
 
 

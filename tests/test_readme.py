@@ -17,7 +17,7 @@ from conftest import ROOT, bar
 from PIL import Image
 
 from cond_diffusion.config import Config
-from cond_diffusion.pipeline import BUILT_IN_MODEL
+from cond_diffusion.pretrained import BUILT_IN_MODEL
 
 README = (ROOT / "README.md").read_text()
 

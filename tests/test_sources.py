@@ -27,6 +27,7 @@ from cond_diffusion.data import CaptionedBatch, Places, load_captioned_images, o
 from cond_diffusion.data_config import DataConfig
 from cond_diffusion.errors import UserError
 from cond_diffusion.feed import ShuffledSet, ahead, open_feed
+from cond_diffusion.latents import Patches
 from cond_diffusion.objective import Objective
 from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.sources import open_source
@@ -272,7 +273,7 @@ def test_half_of_the_pictures_are_mirrored_others_each_time(tmp_path: Path):
         config = load_config(Config, overrides=[*overrides, "latent.patch_size=1", f"data.flip={flip}"])
         feed, encoder = open_feed(config.data, 0, aloud=False), TextEncoder.from_pretrained("builtin", 16)
         objective = Objective(config.objective, NoiseSchedule(config.schedule))
-        batches = Batches(config, feed, encoder, objective, Accelerator(cpu=True), start=0)
+        batches = Batches(config, feed, encoder, objective, Accelerator(cpu=True), 0, Patches(1))
         steps = [next(batches.next_step()).x_0 for _ in range(20)]
         mirrored.append(torch.stack([x_0[:, 0, 0, 0] == -1 for x_0 in steps]))
     assert not mirrored[0].any()

@@ -153,5 +153,5 @@ def test_kept_contexts_are_those_of_this_encoder_length_and_captions(encoder: Te
 
 def test_a_cache_that_cannot_be_written_is_one_line(encoder: TextEncoder, many: list[str], tmp_path):
     (tmp_path / "cond_diffusion").write_text("in the way")
-    with pytest.raises(UserError, match="the captions' embeddings cannot be kept in .*: .*(Not a dir|exists)"):
+    with pytest.raises(UserError, match="embedding captions: cannot be kept in .*: .*(Not a dir|exists)"):
         context_table(encoder, many, Accelerator(cpu=True))

@@ -26,6 +26,7 @@ from cond_diffusion.config import Config, TrainConfig, load_config
 from cond_diffusion.data import load_captioned_images
 from cond_diffusion.errors import UserError
 from cond_diffusion.feed import ShuffledSet
+from cond_diffusion.latents import Patches
 from cond_diffusion.objective import ObjectiveConfig
 from cond_diffusion.schedule_config import ScheduleConfig
 from cond_diffusion.training import complete_unet_config, learning_rate, make_accelerator, new_unet, train
@@ -305,8 +306,7 @@ def test_gradient_checkpointing_gives_the_same_weights_and_keeps_less(bars_confi
     assert all(torch.equal(plain[name], found[name]) for name in plain)
     kept = []
     for checkpointing in (False, True):
-        complete = replace(bars_config.unet, in_channels=1, sample_size=8, context_dim=64)
-        unet = new_unet(replace(changed(bars_config, gradient_checkpointing=checkpointing), unet=complete), 64)
+        unet = new_unet(changed(bars_config, gradient_checkpointing=checkpointing), 64, Patches(1))
         x, t, context = torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64), torch.randn(8, 16, 64)
         kept.append(bytes_kept(unet, lambda unet=unet, x=x, t=t, context=context: unet(x, t, context).sum()))
     assert kept[1] < 0.4 * kept[0]
@@ -440,9 +440,9 @@ def test_the_width_of_the_average_cannot_change_within_a_run(bars_config: Config
 
 
 def test_what_the_data_decides_about_the_unet_is_filled_in_or_checked(bars_config: Config):
-    complete = complete_unet_config(replace(bars_config, latent=replace(bars_config.latent, patch_size=2)), 64)
+    complete = complete_unet_config(bars_config, 64, Patches(2))
     assert (complete.in_channels, complete.sample_size, complete.context_dim) == (4, 4, 64)
     with pytest.raises(UserError, match=r"latent.patch_size: 3 does not divide data.resolution \(8\)"):
-        complete_unet_config(replace(bars_config, latent=replace(bars_config.latent, patch_size=3)), 64)
+        complete_unet_config(bars_config, 64, Patches(3))
     with pytest.raises(UserError, match="unet.in_channels: 3 does not fit the data"):
-        complete_unet_config(replace(bars_config, unet=replace(bars_config.unet, in_channels=3)), 64)
+        complete_unet_config(replace(bars_config, unet=replace(bars_config.unet, in_channels=3)), 64, Patches(1))

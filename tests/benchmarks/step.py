@@ -17,6 +17,7 @@ from cond_diffusion.batches import Batches
 from cond_diffusion.config import Config, load_config
 from cond_diffusion.contexts import context_table
 from cond_diffusion.feed import open_feed
+from cond_diffusion.latents import latent_space
 from cond_diffusion.objective import Objective
 from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.text import TextEncoder
@@ -50,14 +51,15 @@ def main() -> None:
     config = load_config(Config, arguments.config, arguments.words)
 
     accelerator = make_accelerator(config)
+    space = latent_space(config.latent)
     feed = open_feed(config.data, config.seed, aloud=True)
     text_encoder = TextEncoder.from_pretrained(config.text.encoder, config.text.max_length).to(accelerator.device)
     contexts = context_table(text_encoder, feed.captions(), accelerator)  # type: ignore[union-attr]
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
-    unet = new_unet(config, text_encoder.context_dim).to(accelerator.device)
+    unet = new_unet(config, text_encoder.context_dim, space).to(accelerator.device)
     network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
     state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train.ema_width, accelerator)
-    batches = Batches(config, feed, contexts, objective, accelerator, start=0)
+    batches = Batches(config, feed, contexts, objective, accelerator, 0, space)
 
     clock, warm_up = Clock(), 5
     for step in range(warm_up + arguments.steps):

@@ -1,0 +1,70 @@
+"""What is fetched from others: safetensors, JSON and text, never a pickle, which can run code when it is loaded."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from cond_diffusion.errors import UserError, first_line
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+# Of each part the one file that is read: pipelines of others hold the same weights in more precisions and formats.
+FILES = [
+    *("model_index.json", "config.yaml", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"),
+    *(f"{part}/{name}" for part, weights in WEIGHTS.items() for name in ("config.json", weights)),
+]
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+
+
+def download(repo_id: str, files: Sequence[str] = FILES, **options: Any) -> Path:
+    """Fetch a pipeline from the hub, or find it where it was fetched before; return its folder.
+
+    files: what to fetch of it. options: huggingface_hub's revision, token, cache_dir and local_files_only.
+
+    Raises UserError where it cannot be fetched, or has weights as pickles only.
+    """
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=[*files], **options))
+        parts = [part for part in WEIGHTS if (folder / part).is_dir()]
+        lacking = [part for part in parts if not (folder / part / WEIGHTS[part]).exists()]
+        if lacking and not options.get("local_files_only"):
+            names = huggingface_hub.list_repo_files(
+                repo_id, revision=options.get("revision"), token=options.get("token")
+            )
+            for part in lacking:
+                _refuse(f"{repo_id}/{part}", (name for name in names if name.startswith(f"{part}/")), WEIGHTS[part])
+    except LocalEntryNotFoundError as error:
+        why = "local_files_only" if options.get("local_files_only") else first_line(error.__cause__ or error)
+        raise UserError(
+            f"there is no folder {repo_id}, and as a hub id it is not on this disk and cannot be fetched ({why}); "
+            "check the name and the network"
+        ) from error
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # HfHubHTTPError and its kin are OSErrors
+        raise UserError(
+            f"there is no folder {repo_id}, and as a hub id it cannot be fetched ({first_line(error)}); "
+            "check the name and the network"
+        ) from error
+    return folder
+
+
+def refuse_pickles(folder: Path, expected: str) -> None:
+    """Raise UserError if a folder has pickled weights in the place of the file that is `expected`."""
+    if folder.is_dir() and not (folder / expected).exists():
+        _refuse(str(folder), (file.name for file in sorted(folder.iterdir())), expected)
+
+
+def _refuse(where: str, names: Iterable[str], expected: str) -> None:
+    for name in names:
+        if name.endswith(PICKLES):
+            raise UserError(
+                f"{where} has its weights in {Path(name).name}, a pickle, which can run any code when it is loaded; "
+                f"expected {expected}"
+            )
