@@ -3,6 +3,7 @@
 import hashlib
 
 import torch
+from filelock import FileLock
 from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -75,13 +76,15 @@ def kept_classifier(data: CaptionedImages) -> Classifier:
     key.update(data.images.numpy().data)
     key.update(data.group_of.numpy().data)
     file = cache_folder() / f"classifier-{key.hexdigest()}.safetensors"
-    if file.exists():
-        classifier = Classifier(data.images.shape[1], len(data.caption_groups))
-        classifier.load_state_dict(load_file(file))
-        return classifier.eval()
-    classifier = train_classifier(data)
-    save_tensors({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}, file)
-    return classifier
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):  # of several processes one trains it, and the others wait
+        if file.exists():
+            classifier = Classifier(data.images.shape[1], len(data.caption_groups))
+            classifier.load_state_dict(load_file(file))
+            return classifier.eval()
+        classifier = train_classifier(data)
+        save_tensors({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}, file)
+        return classifier
 
 
 def accuracy(classifier: Classifier, trained_on: CaptionedImages, images: CaptionedImages) -> float:

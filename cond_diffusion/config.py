@@ -23,6 +23,8 @@ from cond_diffusion.schedule_config import ScheduleConfig
 from cond_diffusion.text import TextConfig
 from cond_diffusion.unet_config import UNetConfig
 
+CONFIG_NAME = "config.yaml"  # in a run and in each of its checkpoints
+
 Schema = TypeVar("Schema")
 
 
@@ -170,7 +172,7 @@ def load_config(schema: type[Schema], file: Path | None = None, overrides: list[
 def checkpoint_config(folder: Path | None) -> Config:
     """Return the config of the run that wrote a checkpoint; raise UserError where the folder does not hold it."""
     assert folder is not None  # of a pipeline that was loaded, not made in code
-    file = folder / "config.yaml"
+    file = folder / CONFIG_NAME
     if not file.is_file():
         raise UserError(
             f"--checkpoint: {folder} has no config.yaml, so its data are unknown; expected a run's checkpoint"

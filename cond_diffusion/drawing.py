@@ -1,15 +1,19 @@
 """What sample.py does: prompts and options in, files out."""
 
 import logging
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from cond_diffusion import __version__
 from cond_diffusion.attention_maps import AttentionMaps, maps_of_words, sheet
 from cond_diffusion.errors import UserError
 from cond_diffusion.film import Film
-from cond_diffusion.pictures import claimed_path, grid, open_picture, save_png, settings_of
+from cond_diffusion.guidance import scale_of_each
+from cond_diffusion.pictures import claimed_path, grid, name_of, open_picture, save_png, settings_of
 from cond_diffusion.pipeline import TextToImage, Watch
 from cond_diffusion.samplers import Step
 
@@ -33,21 +37,20 @@ def draw_to_file(
     output: str | None,
     film: str | None,
     attention_maps: str | None,
-) -> None:
-    """Draw, write one PNG with a row for each prompt, and print its path; and what else was asked for beside it.
+    labels: bool = True,
+    watch: Watch | None = None,
+) -> Iterator[Path]:
+    """Draw, write one PNG with a row for each prompt, and yield its path; then what else was asked for beside it.
 
     options: those of `TextToImage.__call__` by name, pictures as paths. They go into the PNG with the prompts, the
     checkpoint and the version, so that `recorded_words` can type them again.
+    labels: whether the prompts stand beside the rows where there are several.
     """
     pipe = TextToImage.from_pretrained(checkpoint, ema_width=ema_width).to_accelerator()
-    pictures = {n: open_picture(options[n], f"--{n}") for n in ("image", "mask") if options[n] is not None}
-    settings = {**options, "steps": options["steps"] or pipe.schedule.num_timesteps}
-    # Of a run the checkpoint that it is now: the run may go on.
-    settings["checkpoint"] = str(pipe.folder) if Path(checkpoint).is_dir() else checkpoint
-    settings["ema_width"] = ema_width
+    pictures, settings = _pictures(options), _settings(pipe, options, checkpoint, ema_width)
     each = options["num_images"]
     moving, maps = Film(), AttentionMaps(pipe.unet, pipe.side)
-    watchers: list[Watch] = []
+    watchers: list[Watch] = [] if watch is None else [watch]
 
     with ExitStack() as extras:
         film_path, maps_path = None, None
@@ -58,23 +61,86 @@ def draw_to_file(
             maps_path = extras.enter_context(claimed_path(attention_maps, "", "--attention-maps", (".png",)))
             watchers.append(extras.enter_context(maps))
 
-        def watch(step: Step, number: int, total: int) -> None:
+        def tell_all(step: Step, number: int, total: int) -> None:
             for watcher in watchers:
                 watcher(step, number, total)
 
         with claimed_path(output, prompts[0], "--output", (".png",)) as path:
-            images = pipe(prompts, **{**options, **pictures}, watch=watch if watchers else None)
-            if watchers and not moving.frames and not maps.maps:
+            images = pipe(prompts, **{**options, **pictures}, watch=tell_all if watchers else None)
+            if (film_path or maps_path) and not moving.frames and not maps.maps:
                 raise UserError(f"strength: {options['strength']} leaves no steps to show; expected more")
-            save_png(grid(images, each), path, _typed(prompts, settings))
-        print(path)
+            sheet_of_all = grid(images, each, prompts if labels and len(prompts) > 1 else None)
+            save_png(sheet_of_all, path, _typed(prompts, settings))
+        yield path
         if film_path:
             moving.save(film_path, each)
-            print(film_path)
+            yield film_path
         if maps_path:
             words = [maps_of_words(prompts[i // each], m, pipe.text_encoder) for i, m in enumerate(maps.maps)]
             sheet(list(zip(images, words, strict=True))).save(maps_path)
-            print(maps_path)
+            yield maps_path
+
+
+def draw_to_folder(
+    prompts: list[str], options: dict[str, Any], *, checkpoint: str, ema_width: float | None = None, folder: str
+) -> None:
+    """Draw, and write a PNG for each picture as soon as its batch is done.
+
+    Names begin with a number and sort as the pictures are asked for. What an interrupted run has left is not drawn
+    again; UserError where the folder holds pictures that were drawn otherwise.
+    """
+    pipe = TextToImage.from_pretrained(checkpoint, ema_width=ema_width).to_accelerator()
+    pictures, settings = _pictures(options), _settings(pipe, options, checkpoint, ema_width)
+    each, first_seed = options["num_images"], options["seed"]
+    if each < 1:
+        raise UserError(f"num_images: {each} must be at least 1")
+    scales = scale_of_each(options["guidance_scale"], len(prompts))
+    digits = len(str(len(prompts) * each - 1))
+    todo: list[tuple[Path, str, dict[str, Any]]] = []
+    for number in range(len(prompts) * each):
+        prompt = prompts[number // each]
+        path = Path(folder) / f"{number:0{digits}}-{name_of(prompt)}.png"
+        own = {"seed": first_seed + number % each, "guidance_scale": scales[number // each]}
+        of_this = _typed([prompt], {**settings, **own, "num_images": 1})
+        if not path.exists():
+            todo.append((path, prompt, own))
+        elif settings_of(str(path), "--output-dir") != of_this:
+            raise UserError(f"--output-dir: {path} was drawn otherwise and is not overwritten; give another folder")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir: {folder} cannot be made: {error.strerror}") from error
+    at_once = options["batch_size"] or pipe.fitting_batch_size()
+    shared = {
+        name: value for name, value in {**options, **pictures}.items() if name not in ("num_images", "batch_size")
+    }
+    total = len(prompts) * each
+    with tqdm(total=total, initial=total - len(todo), desc="drawing", unit=" pictures") as bar:
+        for start in range(0, len(todo), at_once):
+            batch = todo[start : start + at_once]
+            own = {name: [of_one[name] for _, _, of_one in batch] for name in ("seed", "guidance_scale")}
+            drawn = pipe([prompt for _, prompt, _ in batch], **{**shared, **own}, batch_size=at_once, progress=False)
+            for (path, prompt, of_one), image in zip(batch, drawn, strict=True):
+                aside = path.with_name(f".{path.name}")
+                save_png(image, aside, _typed([prompt], {**settings, **of_one, "num_images": 1}))
+                aside.replace(path)
+            bar.update(len(batch))
+
+
+def _pictures(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: open_picture(options[name], f"--{name}") for name in ("image", "mask") if options[name] is not None}
+
+
+def _settings(pipe: TextToImage, options: dict[str, Any], checkpoint: str, ema_width: float | None) -> dict[str, Any]:
+    """Return what decides the pictures, to be written into them."""
+    settings = {name: value for name, value in options.items() if name != "batch_size"}
+    return {
+        **settings,
+        "steps": options["steps"] or pipe.schedule.num_timesteps,
+        # Of a run the checkpoint that it is now: the run may go on.
+        "checkpoint": str(pipe.folder) if Path(checkpoint).is_dir() else checkpoint,
+        "ema_width": ema_width,
+    }
 
 
 def _typed(prompts: list[str], settings: dict[str, Any]) -> dict[str, str | list[str]]:
@@ -93,7 +159,7 @@ def recorded_words(path: str, typed: list[str]) -> tuple[list[str], list[str]]:
     typed: the words that stand beside --from-image. What belonged to a sampler or to a picture that they replace is
     left out. Only settings that decide the picture are taken: a PNG can name no file to write.
     """
-    settings = settings_of(path)
+    settings = settings_of(path, "--from-image")
     version = settings.pop("version", None)
     if version != __version__:
         logger.warning("%s was drawn by version %s; this is %s, and may draw it otherwise", path, version, __version__)

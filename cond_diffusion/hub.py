@@ -34,9 +34,8 @@ def download(repo_id: str, files: Sequence[str] = FILES, **options: Any) -> Path
         parts = [part for part in WEIGHTS if (folder / part).is_dir()]
         lacking = [part for part in parts if not (folder / part / WEIGHTS[part]).exists()]
         if lacking and not options.get("local_files_only"):
-            names = huggingface_hub.list_repo_files(
-                repo_id, revision=options.get("revision"), token=options.get("token")
-            )
+            api = huggingface_hub.HfApi(token=options.get("token"))
+            names = api.list_repo_files(repo_id, revision=options.get("revision"))
             for part in lacking:
                 _refuse(f"{repo_id}/{part}", (name for name in names if name.startswith(f"{part}/")), WEIGHTS[part])
     except LocalEntryNotFoundError as error:
@@ -53,6 +52,23 @@ def download(repo_id: str, files: Sequence[str] = FILES, **options: Any) -> Path
             "check the name and the network"
         ) from error
     return folder
+
+
+def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
+    """Make a repository of a folder, or a new commit in one that is there; return its address.
+
+    Raises UserError where the hub does not take it.
+    """
+    api = huggingface_hub.HfApi(token=token)
+    try:
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a cond_diffusion pipeline")
+    except (OSError, ValueError) as error:  # HfHubHTTPError and its kin are OSErrors
+        raise UserError(
+            f"{repo_id}: the hub does not take it ({first_line(error)}); check the name, the network, and the token "
+            "(hf auth login)"
+        ) from error
+    return str(address)
 
 
 def refuse_pickles(folder: Path, expected: str) -> None:

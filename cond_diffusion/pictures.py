@@ -4,22 +4,25 @@ A PNG that sample.py writes carries its settings in text chunks, one for each, i
 reading them back is reading a command line.
 """
 
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from cond_diffusion.errors import UserError, first_line
 
 PILLOW_MODES = {1: "L", 3: "RGB"}
 CANNOT_READ = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)  # Pillow's words
+LABEL_WIDTH, LINE_HEIGHT = 112, 13  # pixels
 CHUNK_PREFIX = "cond_diffusion:"
 
 
@@ -69,13 +72,35 @@ def fit(
     return ImageOps.fit(picture, size, Image.Resampling.LANCZOS, centering=(place, place))
 
 
-def grid(images: list[Image.Image], columns: int) -> Image.Image:
-    """Lay equally large pictures out row by row, two pixels apart."""
+class Pictures(list[Image.Image]):
+    """PIL images, which a notebook shows as a grid."""
+
+    def __init__(self, images: Iterable[Image.Image] = (), columns: int = 1) -> None:
+        super().__init__(images)
+        self.columns = columns
+
+    def _repr_png_(self) -> bytes | None:
+        """Return what a notebook displays (IPython's name for it): small pictures enlarged."""
+        if not self:
+            return None
+        file = io.BytesIO()
+        enlarged(grid(self, self.columns), min(256, 112 * self.columns)).save(file, "PNG")
+        return file.getvalue()
+
+
+def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None) -> Image.Image:
+    """Lay equally large pictures out row by row, two pixels apart; with a label each, on the left of the rows."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
-    sheet = Image.new(images[0].mode, (columns * (width + 2) - 2, rows * (height + 2) - 2), color=0)
+    left = LABEL_WIDTH if labels else 0
+    sheet = Image.new(images[0].mode, (left + columns * (width + 2) - 2, rows * (height + 2) - 2), color=0)
     for i, image in enumerate(images):
-        sheet.paste(image, ((i % columns) * (width + 2), (i // columns) * (height + 2)))
+        sheet.paste(image, (left + (i % columns) * (width + 2), (i // columns) * (height + 2)))
+    draw = ImageDraw.Draw(sheet)
+    for i, label in enumerate(labels or ()):
+        lines = wrap(label, 22)[: max(1, height // LINE_HEIGHT)]
+        top = i * (height + 2) + (height - LINE_HEIGHT * len(lines)) // 2
+        draw.multiline_text((2, top), "\n".join(lines), fill="white", font_size=10, spacing=2)
     return sheet
 
 
@@ -111,23 +136,28 @@ def save_png(picture: Image.Image, path: Path, settings: dict[str, str | list[st
     picture.save(path, pnginfo=chunks)
 
 
-def settings_of(path: str) -> dict[str, str | list[str]]:
-    """Return what `save_png` put into the text chunks; raise UserError where nothing did."""
-    with _opened(path, "--from-image") as picture:
+def settings_of(path: str, option: str) -> dict[str, str | list[str]]:
+    """Return what `save_png` put into the text chunks; raise UserError, naming the `option`, where nothing did."""
+    with _opened(path, option) as picture:
         chunks = getattr(picture, "text", {})
     ours = {n.removeprefix(CHUNK_PREFIX): value for n, value in chunks.items() if n.startswith(CHUNK_PREFIX)}
     if not ours:
-        raise UserError(f"--from-image: {path} does not say how it was drawn; expected a PNG that sample.py wrote")
+        raise UserError(f"{option}: {path} does not say how it was drawn; expected a PNG that sample.py wrote")
     settings: dict[str, str | list[str]] = {}
     for name, value in ours.items():
         try:
             settings[name] = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"--from-image: the settings in {path} are damaged: {name}: {first_line(error)}") from error
+            raise UserError(f"{option}: the settings in {path} are damaged: {name}: {first_line(error)}") from error
         items = settings[name] if name == "prompts" else [settings[name]]
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise UserError(f"--from-image: the settings in {path} are damaged: {name}: {settings[name]!r:.60}")
+            raise UserError(f"{option}: the settings in {path} are damaged: {name}: {settings[name]!r:.60}")
     return settings
+
+
+def name_of(prompt: str) -> str:
+    """Return a file's name made of a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
 
 
 @contextmanager
@@ -137,8 +167,8 @@ def claimed_path(wanted: str | None, prompt: str, option: str, suffixes: tuple[s
     Raises UserError, before any work is done, if the path exists already or could not be written.
     """
     if wanted is None:
-        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
-        path, number = Path(f"{name}{suffixes[0]}"), 1
+        name, number = name_of(prompt), 1
+        path = Path(f"{name}{suffixes[0]}")
         while path.exists():
             number += 1
             path = Path(f"{name}-{number}{suffixes[0]}")

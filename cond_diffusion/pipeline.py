@@ -5,19 +5,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from jaxtyping import Float
 from PIL import Image
+from psutil import virtual_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cond_diffusion.card import GRID_NAME, prompts_of_run, write_card
 from cond_diffusion.cpu import keep_memory
 from cond_diffusion.editing import Edit
 from cond_diffusion.errors import UserError
 from cond_diffusion.guidance import GuidanceConfig, guided, scale_of_each, threshold_dynamically
+from cond_diffusion.hub import upload
 from cond_diffusion.latents import VAE, LatentSpace
-from cond_diffusion.pictures import fit, from_pillow, to_pillow, upright
+from cond_diffusion.pictures import PILLOW_MODES, Pictures, fit, from_pillow, grid, to_pillow, upright
 from cond_diffusion.posthoc_ema import weights_of_width
 from cond_diffusion.prediction import Prediction, denoiser
 from cond_diffusion.pretrained import (
@@ -34,6 +38,8 @@ from cond_diffusion.text import TextEncoder
 from cond_diffusion.unet import UNet
 
 DEFAULT_STRENGTH = 0.8
+MOST_AT_ONCE = 64
+MAPS_AT_ONCE = 80  # of the first level's size and width, that a picture takes at the most, guided
 
 Watch = Callable[[Step, int, int], None]
 """(step, its number from 0, how many there are), the pictures in pixels."""
@@ -100,6 +106,23 @@ class TextToImage:
         write_prediction(folder, self.prediction)
         write_index(folder, self.space)
 
+    def push_to_hub(
+        self, repo_id: str, *, prompts: Sequence[str] = (), private: bool = False, token: str | None = None
+    ) -> str:
+        """Put the pipeline on the hub, with a card and a grid of samples; return its address.
+
+        prompts: what the grid shows, a row each; if not given, those that the run drew while it trained.
+
+        Raises UserError where there are none, or where the hub does not take it.
+        """
+        shown = [*prompts] or prompts_of_run(self.folder)
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save_pretrained(folder)
+            grid(self(shown, num_images=4, sampler="dpm_solver", steps=20), 4, shown).save(folder / GRID_NAME)
+            write_card(folder, repo_id, self.space, self.side, shown, self.folder)
+            return upload(folder, repo_id, private=private, token=token)
+
     @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
@@ -123,6 +146,23 @@ class TextToImage:
         keep_memory()
         return self
 
+    def __repr__(self) -> str:
+        """Say what it is, where a notebook or a prompt shows it."""
+        parameters = sum(parameter.numel() for parameter in self.unet.parameters()) / 1e6
+        where = "latents" if isinstance(self.space, VAE) else "pixels"
+        return (
+            f"TextToImage: {self.side} x {self.side}, {PILLOW_MODES.get(self.channels, self.channels)}, diffusion of "
+            f"{where}; {parameters:.1f} million parameters predict {self.prediction.kind} at "
+            f"{self.schedule.num_timesteps} timesteps; prompts of up to {self.text_encoder.max_length} tokens; on "
+            f"{self.device}; from {self.folder or 'code'}"
+        )
+
+    def fitting_batch_size(self) -> int:
+        """Return how many pictures can be in work at once in the memory that is free, at most `MOST_AT_ONCE`."""
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else virtual_memory().available
+        values = MAPS_AT_ONCE * self.unet.config.channels[0] * self.shape[1] * self.shape[2]
+        return max(1, min(MOST_AT_ONCE, int(free / 2 // (4 * values))))
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -144,10 +184,10 @@ class TextToImage:
         mask: Image.Image | None = None,
         resamplings: int = 1,
         seed: int | Sequence[int] = 0,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         progress: bool = True,
         watch: Watch | None = None,
-    ) -> list[Image.Image]:
+    ) -> Pictures:
         """Draw `num_images` pictures of each prompt; those of the first prompt come first.
 
         Picture i of a prompt depends on the prompt and seed + i alone, up to the network's rounding, which differs a
@@ -164,7 +204,7 @@ class TextToImage:
         mask: of the size of `image`: what is white is drawn anew, what is black stays.
         resamplings: how often inpainting goes through every ten steps, so that the new fits the old better.
         seed: of each prompt's first picture, one for all prompts or one for each.
-        batch_size: how many pictures are in work at once.
+        batch_size: how many pictures are in work at once; None is as many as fit into the memory, at most 64.
         watch: called after each step of each batch.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -189,9 +229,10 @@ class TextToImage:
             raise UserError(f"seed: {len(seeds)} values for {len(prompts)} prompts; expected one, or one for each")
         each = zip(prompts, scales, seeds, strict=True)
         jobs = [(context[prompt], scale, first + i) for prompt, scale, first in each for i in range(num_images)]
+        batch_size = batch_size or self.fitting_batch_size()
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
         total = len(timesteps) * resamplings
-        images: list[Image.Image] = []
+        images = Pictures(columns=num_images)
         with tqdm(total=len(batches) * total, desc="drawing", unit=" steps", disable=not progress) as bar:
             for batch in batches:
                 contexts = torch.stack([context for context, _, _ in batch])
@@ -215,12 +256,12 @@ class TextToImage:
                 images += to_pillow(self._to_pixels(x))
         return images
 
-    def _check(self, prompts: list[str], num_images: int, negative_prompt: str, batch_size: int) -> None:
+    def _check(self, prompts: list[str], num_images: int, negative_prompt: str, batch_size: int | None) -> None:
         if not prompts:
             raise UserError('prompts: none given; expected at least one, for example "a digit seven"')
         if num_images < 1:
             raise UserError(f"num_images: {num_images} must be at least 1")
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size: {batch_size} must be at least 1")
         for prompt in [*prompts, negative_prompt]:
             if any("\ud800" <= letter <= "\udfff" for letter in prompt):

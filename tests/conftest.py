@@ -1,7 +1,13 @@
 """What the tests share: small captioned pictures, and a config that trains on them in seconds."""
 
 import json
+import os
 from pathlib import Path
+
+# Processes that test side by side take a core each: torch's threads of several would wait for one another.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import datasets
 import pytest

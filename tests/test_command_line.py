@@ -1,17 +1,20 @@
 """The two scripts as a user types them, rightly and wrongly."""
 
 import importlib.util
+import io
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
 from cond_diffusion.errors import UserError, command_line
+from cond_diffusion.pictures import settings_of
 from cond_diffusion.pretrained import BUILT_IN_MODEL
 
 
@@ -57,8 +60,43 @@ def test_a_grid_has_a_row_for_each_prompt_and_names_are_not_reused(type_in, tmp_
     assert type_in("sample", *words)[:2] == (0, "seven-2.png\n")
     assert type_in("sample", *words, "--output", "other.png")[:2] == (0, "other.png\n")
     with Image.open(tmp_path / "seven.png") as one, Image.open(tmp_path / "other.png") as other:
-        assert one.size == (3 * 30 - 2, 2 * 30 - 2)
+        assert one.size == (112 + 3 * 30 - 2, 2 * 30 - 2)
         assert one.tobytes() == other.tobytes()
+
+
+def test_prompts_come_from_a_file_or_standard_input_and_can_go_without_labels(
+    type_in, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "prompts.txt").write_text("two\n\n  three \n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("four\n"))
+    words = ["--steps", "2", "--no-labels"]
+    assert type_in("sample", "one", "--prompts-file", "prompts.txt", *words)[:2] == (0, "one.png\n")
+    assert type_in("sample", "--prompts-file", "-", *words)[:2] == (0, "four.png\n")
+    assert settings_of("one.png", "")["prompts"] == ["one", "two", "three"]
+    with Image.open("one.png") as picture:
+        assert picture.size == (28, 3 * 30 - 2)
+
+
+def test_a_folder_of_pictures_goes_on_where_it_was_interrupted(type_in, tmp_path: Path):
+    """Each is the picture that is drawn alone, with its own settings; what is there stays."""
+    words = ["seven", "a two", "--num-images", "2", "--seed", "3", "--steps", "2", "--guidance-scale", "2,4"]
+    assert type_in("sample", *words, "--output-dir", "all", "--batch-size", "3")[:2] == (0, "all\n")
+    names = ["0-seven.png", "1-seven.png", "2-a-two.png", "3-a-two.png"]
+    assert sorted(file.name for file in (tmp_path / "all").iterdir()) == names
+    stamps = [(tmp_path / "all" / name).stat().st_mtime_ns for name in names]
+    (tmp_path / "all" / names[2]).unlink()
+    assert type_in("sample", *words, "--output-dir", "all")[0] == 0
+    again = [(tmp_path / "all" / name).stat().st_mtime_ns for name in names]
+    assert [old == new for old, new in zip(stamps, again, strict=True)] == [True, True, False, True]
+    alone = ["a two", "--seed", "4", "--steps", "2", "--guidance-scale", "4", "--output", "alone.png"]
+    assert type_in("sample", *alone)[0] == 0
+    assert type_in("sample", "--from-image", "all/3-a-two.png", "--output", "repeated.png")[0] == 0
+    pictures = [Image.open(tmp_path / name).convert("L") for name in ("all/3-a-two.png", "alone.png", "repeated.png")]
+    for picture in pictures[1:]:
+        assert np.abs(np.asarray(picture).astype(int) - np.asarray(pictures[0])).max() <= 1
+    code, _, errors = type_in("sample", *words[:-1], "5,5", "--output-dir", "all")
+    assert code == 2
+    assert "--output-dir: all/0-seven.png was drawn otherwise and is not overwritten" in errors
 
 
 def test_every_option_changes_the_picture(type_in, tmp_path: Path):
@@ -160,6 +198,10 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(type_in, caplog: pytest.LogC
         ("seven --from-image taken.png", "--from-image: taken.png holds no picture that can be read"),
         ("seven --film x.mp4", "--film: x.mp4 must end in .gif or .webp"),
         ("--steps 3", "no PROMPT; expected at least one"),
+        ("--prompts-file no-such.txt", "--prompts-file: no-such.txt cannot be read"),
+        ("seven --output-dir x --film y.gif", "--film: means nothing beside --output-dir; leave one out"),
+        ("seven --output-dir taken.png", "--output-dir: taken.png cannot be made"),
+        ("seven --batch-size 0", "batch_size: 0 must be at least 1"),
     ],
 )
 def test_bad_input_to_sample_is_one_line_and_exit_code_2(type_in, tmp_path: Path, arguments: str, message: str):

@@ -194,25 +194,27 @@ def test_another_sampler_or_picture_leaves_out_what_belonged_to_the_old_one(tmp_
     assert recorded_words(path, ["--image=b.png"])[1] == [w for w in everything if "strength" not in w]
 
 
-def test_a_film_that_is_too_large_costs_no_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_film_that_is_too_large_costs_no_pictures(tmp_path: Path):
     options = {"num_images": 100, "steps": 1, "seed": 0, "image": None, "mask": None, "strength": None}
+    files = draw_to_file(
+        ["seven"],
+        options,
+        checkpoint="builtin",
+        output=str(tmp_path / "x.png"),
+        film=str(tmp_path / "x.webp"),
+        attention_maps=None,
+    )
+    assert next(files) == tmp_path / "x.png"
     with pytest.raises(UserError, match="--film: .*x.webp, 17204 x 84 pixels, cannot be written .* fewer pictures"):
-        draw_to_file(
-            ["seven"],
-            options,
-            checkpoint="builtin",
-            output=str(tmp_path / "x.png"),
-            film=str(tmp_path / "x.webp"),
-            attention_maps=None,
-        )
+        next(files)
     assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
-    assert capsys.readouterr().out == f"{tmp_path / 'x.png'}\n"
 
 
 def draw(prompts: list[str], output: Path, **changes: object) -> None:
-    draw_to_file(
-        prompts, {**OPTIONS, **changes}, checkpoint="builtin", output=str(output), film=None, attention_maps=None
-    )
+    options = {**OPTIONS, **changes}
+    assert [
+        *draw_to_file(prompts, options, checkpoint="builtin", output=str(output), film=None, attention_maps=None)
+    ] == [output]
 
 
 def test_a_picture_says_in_its_text_chunks_how_it_was_drawn(tmp_path: Path):
@@ -238,7 +240,7 @@ def test_a_picture_says_in_its_text_chunks_how_it_was_drawn(tmp_path: Path):
 def test_no_steps_given_are_written_down_as_the_number_that_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(TextToImage, "__call__", lambda *_, **__: to_pillow(torch.zeros(1, 1, 28, 28)))
     draw(["seven"], tmp_path / "x.png", num_images=1, steps=None)
-    assert settings_of(str(tmp_path / "x.png"))["steps"] == "1000"
+    assert settings_of(str(tmp_path / "x.png"), "--from-image")["steps"] == "1000"
 
 
 def test_another_version_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):

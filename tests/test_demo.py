@@ -1,0 +1,112 @@
+"""The page, in a real browser."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+
+from cond_diffusion.demo import choices, drawn
+from cond_diffusion.errors import UserError
+from cond_diffusion.pictures import settings_of
+from cond_diffusion.pretrained import BUILT_IN_MODEL
+
+QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A running page, with a run beside it."""
+    folder = tmp_path_factory.mktemp("page")
+    shutil.copytree(BUILT_IN_MODEL, folder / "runs" / "digits" / "checkpoints" / "step-00000001")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "cond_diffusion.demo", "--port", str(port), "--no-browser"]
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        url = f"http://127.0.0.1:{port}"
+        while True:
+            assert server.poll() is None, server.stdout.read() if server.stdout else ""
+            try:
+                urlopen(url).close()
+                break
+            except URLError:
+                time.sleep(0.2)
+        yield url
+        server.terminate()
+
+
+@pytest.fixture
+def page(address: str) -> Iterator[Page]:
+    """The page in a browser, whose console has no errors in the end."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=QUIET)
+        page = browser.new_page(viewport={"width": 1100, "height": 1000})
+        errors: list[str] = []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address)
+        yield page
+        browser.close()
+    assert errors == []
+
+
+@pytest.mark.slow
+def test_a_prompt_becomes_a_picture_that_forms_on_the_page(page: Page, tmp_path: Path):
+    page.get_by_label("Prompt", exact=True).fill("a digit seven\na digit two")
+    page.get_by_label("number input for Steps").fill("300")
+    page.get_by_label("number input for Steps").press("Tab")
+    page.get_by_role("button", name="Draw").click()
+    progress = page.get_by_label("Progress")
+    expect(progress).to_have_value(re.compile(r"step \d+ of 300"), timeout=60_000)  # it is there while the chain runs
+    expect(progress).to_have_value("done", timeout=60_000)
+    image = page.locator("img[src*='/file=']").first
+    with Image.open(BytesIO(image.screenshot())) as picture:
+        low, high = picture.convert("L").getextrema()
+    assert low < 30
+    assert high > 200
+    for name in ("pictures.png", "film.webp", "words.png", "settings.json"):
+        with page.expect_download() as download:
+            page.locator(f"a[download='{name}']").click()
+        download.value.save_as(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 100
+    assert settings_of(str(tmp_path / "pictures.png"), "")["prompts"] == ["a digit seven", "a digit two"]
+    page.screenshot(path=tmp_path / "page.png")
+
+
+@pytest.mark.slow
+def test_bad_input_is_said_on_the_page(page: Page):
+    page.get_by_label("Prompt", exact=True).fill("  ")
+    page.get_by_role("button", name="Draw").click()
+    expect(page.get_by_text("prompts: none given")).to_be_visible(timeout=60_000)
+    page.get_by_label("Checkpoint").click()
+    expect(page.get_by_role("option", name="runs/digits")).to_be_visible()
+
+
+def test_whoever_leaves_stops_the_chain(tmp_path: Path):
+    options = {"num_images": 1, "seed": 0, "sampler": "ddim", "steps": 1000, "image": None, "mask": None}
+    chain = drawn(tmp_path, "builtin", ["a digit seven"], options)
+    picture, state, files = next(chain)
+    assert picture is not None
+    assert (state, files) == ("step 1 of 1000", [])
+    chain.close()  # waits for the thread
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="there is no checkpoint nowhere"):
+        next(drawn(tmp_path, "nowhere", ["a digit seven"], options))
+
+
+def test_runs_with_a_checkpoint_can_be_chosen(tmp_path: Path):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "whole" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert choices(tmp_path) == ["builtin", str(tmp_path / "whole")]
+    assert choices(tmp_path / "nowhere") == ["builtin"]

@@ -1,0 +1,179 @@
+"""Models on the hub, against a stand-in for its HTTP interface on this machine."""
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import huggingface_hub.constants
+import pytest
+import torch
+from huggingface_hub.utils import close_session
+from PIL import Image
+
+from cond_diffusion import TextToImage
+from cond_diffusion.errors import UserError
+
+COMMIT = "0" * 40
+
+
+class ModelHub(BaseHTTPRequestHandler):
+    """Takes and gives models, in memory: repository -> path -> content; takes with the token "secret" only."""
+
+    protocol_version = "HTTP/1.1"
+    repositories: dict[str, dict[str, bytes]] = {}  # noqa: RUF012
+    asked: list[str] = []  # noqa: RUF012
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlparse(self.path).path)
+        self.asked.append(path)
+        if of_api := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(\w+))?", path):
+            if (repository := self.repositories.get(of_api[1])) is None or of_api[2] == "nowhere":
+                code = "RepoNotFound" if repository is None else "RevisionNotFound"
+                return self._answer(404, b"{}", {"X-Error-Code": code})
+            siblings = [{"rfilename": name} for name in repository]
+            return self._json({"_id": "1", "id": of_api[1], "sha": COMMIT, "tags": [], "siblings": siblings})
+        if of_tree := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/\w+", path):
+            sizes = {name: len(content) for name, content in self.repositories[of_tree[1]].items()}
+            return self._json([{"type": "file", "path": name, "size": n, "oid": name} for name, n in sizes.items()])
+        of_file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/\w+/(.+)", path)
+        content = self.repositories.get(of_file[1], {}).get(of_file[2]) if of_file else None
+        if content is not None:
+            return self._answer(200, content, {"ETag": f'"{abs(hash(content)):x}"'})
+        return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = unquote(urlparse(self.path).path)
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if self.headers.get("Authorization") != "Bearer secret":
+            return self._answer(401, b"{}", {})
+        if path == "/api/repos/create":
+            name = "/".join(filter(None, (json.loads(body).get("organization"), json.loads(body)["name"])))
+            self.repositories.setdefault(name, {})
+            return self._json({"url": f"http://{self.headers['Host']}/{name}"})
+        repository = path.removeprefix("/api/models/").split("/")
+        name, what = "/".join(repository[:2]), repository[2]
+        if what == "preupload":
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            return self._json({"files": files})
+        assert what == "commit"
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                self.repositories[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+        return self._json({"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def _json(self, value: Any) -> None:
+        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _answer(self, code: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT, **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[ModelHub]]:
+    ModelHub.repositories, ModelHub.asked = {}, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), ModelHub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        close_session()
+        yield ModelHub
+        server.shutdown()
+    close_session()
+
+
+def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub: type[ModelHub], tmp_path: Path):
+    pipe = TextToImage.from_pretrained()
+    address = pipe.push_to_hub("someone/digits", token="secret")
+    assert address.endswith("/someone/digits")
+    files = hub.repositories["someone/digits"]
+    assert {"model_index.json", "config.yaml", "README.md", "samples.png"} < files.keys()
+    (tmp_path / "samples.png").write_bytes(files["samples.png"])
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.size == (112 + 4 * 30 - 2, 10 * 30 - 2)
+    files["unet/diffusion_pytorch_model.fp16.safetensors"] = files["other.bin"] = b"not asked for"
+    again = TextToImage.from_pretrained("someone/digits", cache_dir=tmp_path / "cache", revision="main", token="secret")
+    assert not [path for path in hub.asked if path.endswith(("fp16.safetensors", ".bin"))]
+    assert torch.equal(again.unet.conv_in.weight, pipe.unet.conv_in.weight)
+    assert again("two", steps=3, progress=False)[0].tobytes() == pipe("two", steps=3, progress=False)[0].tobytes()
+    hub.repositories.clear()
+    once_more = TextToImage.from_pretrained("someone/digits", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert torch.equal(once_more.unet.conv_in.weight, pipe.unet.conv_in.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # of diffusers
+def test_the_card_tells_of_the_run_and_its_lines_draw_in_both_libraries(hub: type[ModelHub]):
+    TextToImage.from_pretrained().push_to_hub("someone/digits", token="secret", prompts=["a digit seven", "two"])
+    card = hub.repositories["someone/digits"]["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: ")
+    assert "Data: `mnist`, captions from `label`, 28 x 28. Loss: epsilon; the network predicts epsilon." in card
+    assert "A row for each of: a digit seven; two." in card
+    ours, theirs = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(ours.replace('images[0].save("picture.png")', ""), names)
+    torch.manual_seed(0)
+    exec(theirs, names)
+    assert len(names["images"]) == 4
+    image = names["image"]
+    assert image.shape == (1, 1, 28, 28)
+    assert image.min() < -0.9
+    assert image.max() > 0.9
+    assert (image.abs() > 0.8).float().mean() > 0.8  # black and white, as a digit is
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("someone/nothing", {}, "there is no folder someone/nothing, and as a hub id it cannot be fetched"),
+        ("someone/digits", {"local_files_only": True}, "not on this disk and cannot be fetched (local_files_only)"),
+        ("someone/digits", {"revision": "nowhere"}, "as a hub id it cannot be fetched"),
+        ("someone/digits", {}, "someone/digits/unet has its weights in diffusion_pytorch_model.bin, a pickle"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_one_line(
+    hub: type[ModelHub], tmp_path: Path, source: str, options: dict[str, Any], message: str
+):
+    hub.repositories["someone/digits"] = {
+        "model_index.json": b'{"_class_name": "StableDiffusionPipeline"}',
+        "unet/config.json": b"{}",
+        "unet/diffusion_pytorch_model.bin": b"",
+    }
+    with pytest.raises(UserError) as refusal:
+        TextToImage.from_pretrained(source, cache_dir=tmp_path / "cache", **options)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_the_hub_does_not_take_is_one_line(hub: type[ModelHub]):
+    pipe = TextToImage.from_pretrained()
+    with pytest.raises(UserError, match="someone/digits: the hub does not take it"):
+        pipe.push_to_hub("someone/digits", token="wrong", prompts=["two"])
+    pipe.folder = None
+    with pytest.raises(UserError, match="prompts: none given, and no run tells any"):
+        pipe.push_to_hub("someone/digits", token="secret")
