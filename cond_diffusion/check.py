@@ -15,17 +15,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cond_diffusion.batches import Batches
+from cond_diffusion.building import new_optimizer, new_unet
 from cond_diffusion.config import Config
 from cond_diffusion.data import Places, open_captioned_files
 from cond_diffusion.errors import UserError
 from cond_diffusion.feed import Feed, ShuffledSet
+from cond_diffusion.fine_tuning import adopted
+from cond_diffusion.latents import latent_space
 from cond_diffusion.objective import Objective
 from cond_diffusion.pictures import claimed_path, enlarged, grid, to_model, to_pillow
 from cond_diffusion.resuming import find_run
 from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.stream import CaptionedStream
 from cond_diffusion.text import TextEncoder
-from cond_diffusion.training import make_accelerator, new_optimizer, new_unet
+from cond_diffusion.training import make_accelerator
 from cond_diffusion.unet import UNet
 
 LOOKED_AT, PER_BATCH = 1000, 100  # pictures
@@ -40,10 +43,11 @@ def check(config: Config) -> None:
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:
         raise UserError("--check looks at the work of one process; type: python train.py --check")
-    find_run(config, aloud=True)
+    _, newest = find_run(config, aloud=True)
+    config, weights = adopted(config, newest)
     text_encoder = TextEncoder.from_pretrained(config.text.encoder, config.text.max_length).to(accelerator.device)
     space = latent_space(config.latent).to(accelerator.device)
-    unet = new_unet(config, text_encoder.context_dim, space).to(accelerator.device)
+    unet = new_unet(config, text_encoder.context_dim, space, weights).to(accelerator.device)
     feed = _check_data(config, text_encoder)
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
     batch = next(Batches(config, feed, text_encoder, objective, accelerator, 0, space).next_step())

@@ -44,6 +44,7 @@ class TrainConfig:
     ema_width: the width of the average of the weights, as a share of the training so far (Karras et al. 2024,
     sigma_rel).
     snapshots: how often in a run that average, and one of half its width, are kept for `sample.py --ema-width`.
+    lora_rank: train no more than what LoRA adds to the matrices of attention, of this rank; 0 trains all weights.
     caption_dropout: how often a caption is replaced by the empty one, so that the network learns to do without it, too.
     checkpoint_every, sample_every, evaluate_every, log_every: in steps; 0 is never (the last step always writes a
     checkpoint).
@@ -67,6 +68,7 @@ class TrainConfig:
     ema_width: float = 0.1
     snapshots: int = 16
     caption_dropout: float = 0.1
+    lora_rank: int = 0
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     sample_every: int = 1000
@@ -82,7 +84,7 @@ class TrainConfig:
             if not getattr(self, name) > 0:
                 raise UserError(f"train.{name}: {getattr(self, name)} must be above 0")
         never_at_0 = ("snapshots", "checkpoint_every", "sample_every", "evaluate_every")
-        for name in ("warmup_steps", "decay_steps", "weight_decay", *never_at_0):
+        for name in ("warmup_steps", "decay_steps", "weight_decay", "lora_rank", *never_at_0):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name}: {getattr(self, name)} must not be negative")
         if not 0 <= self.caption_dropout <= 1:
@@ -113,12 +115,14 @@ class Config:
     """A whole run.
 
     resume: go on from the newest checkpoint in `run_dir`.
+    init_from: a run, a checkpoint or a hub id to begin with. It decides all that its weights depend on.
     track: one of Accelerate's trackers, such as tensorboard, which is then told what `metrics.jsonl` is told.
     """
 
     run_dir: str = "runs/new"
     seed: int = 0
     resume: bool = False
+    init_from: str | None = None
     track: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)

@@ -156,13 +156,15 @@ def main() -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is told to anybody
     import gradio
 
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none to be fetched
+    of_system = gradio.themes.Default(  # pyright: ignore[reportPrivateImportUsage]
+        font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )
     try:
         page(arguments.runs).launch(
             server_name=arguments.host,
             server_port=arguments.port,
             inbrowser=not arguments.no_browser,
-            theme=theme,
+            theme=of_system,  # whose fonts need not be fetched
             allowed_paths=[tempfile.gettempdir()],
         )
     except OSError as error:

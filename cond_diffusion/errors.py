@@ -50,6 +50,10 @@ def command_line(main: Callable[[], None]) -> int:
     """Run `main` as a command: bad input becomes one line and exit code 2, a signal 128 and its number (Ctrl-C 130)."""
     # The hub's client announces each of its retries; that it cannot be reached is one line, and ours to say.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    ours = logging.getLogger("cond_diffusion")
+    ours.setLevel(logging.INFO)
+    on_screen = logging.StreamHandler()
+    ours.addHandler(on_screen)
     try:
         main()
     except UserError as error:
@@ -61,4 +65,6 @@ def command_line(main: Callable[[], None]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(str(interruption) or "interrupted", file=sys.stderr)
         return 128 + (interruption.signal if isinstance(interruption, Interrupted) else SIGINT)
+    finally:
+        ours.removeHandler(on_screen)
     return 0

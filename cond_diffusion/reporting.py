@@ -125,7 +125,7 @@ class Reporter:
         newest = checkpoint_of(self.run_dir, done)
         if self.accelerator.is_main_process:
             prompt = self.config.sample.prompts[0] if self.config.sample.prompts else "a prompt"
-            print(f'wrote {newest}; next: python sample.py "{prompt}" --checkpoint {self.run_dir}')
+            logger.info('wrote %s; next: python sample.py "%s" --checkpoint %s', newest, prompt, self.run_dir)
         return newest
 
     def _write(self, done: int, values: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from cond_diffusion.checkpoint import save_checkpoint
 from cond_diffusion.config import Config, save_config
 from cond_diffusion.ema import Weights
 from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.lora import save_lora
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.posthoc_ema import save_snapshot
 from cond_diffusion.training_state import PROGRESS_NAME, TrainingState
@@ -94,7 +95,9 @@ class Saver:
         def write(folder: Path) -> None:
             if problem:
                 raise OSError(problem)
-            unet = UNet.with_weights(self.pipe.unet.config, averages[0])
+            unet = UNet.with_weights(self.pipe.unet.config, self.state.plain(averages[0]))
+            if self.state.base is not None:
+                save_lora(averages[0], folder)
             pipe = TextToImage(unet, self.pipe.text_encoder, self.pipe.prediction, self.pipe.space)
             pipe.save_pretrained(folder)
             save_config(self.config, folder / "config.yaml")

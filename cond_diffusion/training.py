@@ -3,8 +3,6 @@
 import logging
 import math
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,9 @@ import torch
 from accelerate import Accelerator, DistributedType
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from cond_diffusion.batches import Batches, samples_per_step
+from cond_diffusion.building import in_words, new_optimizer, new_unet
 from cond_diffusion.config import Config, TrainConfig
 from cond_diffusion.contexts import Contexts, context_table
 from cond_diffusion.cpu import has_bf16, keep_memory, share_cores
@@ -22,11 +20,10 @@ from cond_diffusion.data import open_captioned_files
 from cond_diffusion.diagnosis import Diagnosis
 from cond_diffusion.errors import UserError
 from cond_diffusion.feed import Feed, ShuffledSet, open_feed
+from cond_diffusion.fine_tuning import adopted
 from cond_diffusion.interruption import Interruption
 from cond_diffusion.latent_set import latent_set
 from cond_diffusion.latents import LatentSpace, Patches, latent_space
-from cond_diffusion.layers import ResidualBlock, SpatialTransformer
-from cond_diffusion.muon import Muon
 from cond_diffusion.objective import Objective
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.reporting import Reporter, check_tracker
@@ -37,7 +34,6 @@ from cond_diffusion.stream import CaptionedStream
 from cond_diffusion.text import TextEncoder
 from cond_diffusion.training_state import TrainingState
 from cond_diffusion.unet import UNet
-from cond_diffusion.unet_config import UNetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +42,7 @@ def train(config: Config) -> Path:
     """Train as `config` says, or go on with a run; return the newest checkpoint's folder."""
     accelerator = make_accelerator(config)
     run_dir, newest = find_run(config, aloud=accelerator.is_main_process)
+    config, weights = adopted(config, newest)
     if newest is not None:
         check_config(config, newest, aloud=accelerator.is_main_process)
     space = latent_space(config.latent, newest).to(accelerator.device)
@@ -56,10 +53,12 @@ def train(config: Config) -> Path:
     contexts = contexts_of(feed, text_encoder, accelerator)
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
 
-    unet = new_unet(config, text_encoder.context_dim, space).to(accelerator.device)
+    unet = new_unet(config, text_encoder.context_dim, space, weights).to(accelerator.device)
     network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
     state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train.ema_width, accelerator)
     per_step = samples_per_step(config, accelerator)
+    if accelerator.is_main_process and weights is not None:
+        logger.info("%s", in_words(unet))
     start = 0 if newest is None else go_on(newest, state, feed, per_step, aloud=accelerator.is_main_process)
     with torch.device("meta"):  # without weights, but for the moments when it draws
         pipe = TextToImage(UNet(unet.config), text_encoder, objective.prediction, space)
@@ -123,6 +122,8 @@ def make_accelerator(config: Config) -> Accelerator:
     )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("accelerate launch --use_fsdp: expected --fsdp_version 2 beside it")
+    if accelerator.distributed_type == DistributedType.FSDP and config.train.lora_rank:
+        raise UserError("train.lora_rank: LoRA leaves little to share out; expected no --use_fsdp")
     if accelerator.distributed_type == DistributedType.FSDP and config.train.optimizer == "muon":
         raise UserError("train.optimizer: muon needs whole matrices, which FSDP cuts up; expected adamw")
     return accelerator
@@ -169,44 +170,6 @@ def _feed(config: Config, space: LatentSpace, accelerator: Accelerator) -> Feed:
     return ShuffledSet(latent_set(files, space, accelerator), config.seed, config.data.held_out)
 
 
-def new_unet(config: Config, context_dim: int, space: LatentSpace) -> UNet:
-    """Return a network with fresh weights, a function of the seed."""
-    torch.manual_seed(config.seed)  # torch draws initial weights from the global state; nothing else here does
-    unet = UNet(complete_unet_config(config, context_dim, space))
-    if config.objective.prediction == "epsilon":
-        unet.start_as_copy()
-    if config.train.gradient_checkpointing:
-        for module in unet.modules():
-            if isinstance(module, ResidualBlock | SpatialTransformer):
-                # Nothing inside draws random numbers whose state would have to be kept.
-                module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
-    if config.train.compile:
-        unet.compile()
-    return unet
-
-
-def new_optimizer(config: TrainConfig, unet: UNet) -> torch.optim.Optimizer:
-    """Return Muon, or AdamW in its version that updates all weights in a few calls."""
-    if config.optimizer == "muon":
-        ends = [*unet.conv_in.parameters(), *unet.conv_out.parameters()]
-        rate, decay = config.learning_rate, config.weight_decay
-        return Muon(unet.parameters(), rate, first_and_last=ends, weight_decay=decay)
-    return torch.optim.AdamW(unet.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
-
-
-def complete_unet_config(config: Config, context_dim: int, space: LatentSpace) -> UNetConfig:
-    """Fill in what the data and the text encoder decide; raise UserError where `config.unet` says otherwise."""
-    channels, side, _ = space.shape(config.data)
-    from_data = {"in_channels": channels, "sample_size": side, "context_dim": context_dim}
-    for name, value in from_data.items():
-        given = getattr(config.unet, name)
-        if given not in (None, value):
-            raise UserError(
-                f"unet.{name}: {given} does not fit the data and the text encoder; expected {value}, or nothing"
-            )
-    return replace(config.unet, **from_data)
-
-
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Rise linearly over `warmup_steps`, then stay, or fall to 0 at `max_steps`: all the way along half a cosine, or in
     a straight line over the last `decay_steps` (Hu et al. 2024, "MiniCPM", section 4).
@@ -239,7 +202,11 @@ def accumulate_gradients(network: Any, batches: Batches, accelerator: Accelerato
 
 def is_snapshot_due(config: TrainConfig, done: int, leaving: bool) -> bool:
     """Say whether `done` is one of the `snapshots` steps that lie evenly over the run, or the last that there is."""
-    return config.snapshots > 0 and (leaving or _is_due(done, math.ceil(config.max_steps / config.snapshots)))
+    return (
+        config.snapshots > 0
+        and not config.lora_rank
+        and (leaving or _is_due(done, math.ceil(config.max_steps / config.snapshots)))
+    )
 
 
 def _look(

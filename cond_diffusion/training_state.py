@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cond_diffusion.ema import EMA, Weights
 from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.lora import digest_of_base, has_lora, load_lora, merged
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.unet import UNet
 
@@ -33,10 +34,12 @@ class TrainingState:
     """
 
     def __init__(self, unet: UNet, optimizer: Any, ema_width: float, accelerator: Accelerator) -> None:
-        self.config = unet.config
+        self.unet = unet
+        self.base = digest_of_base(unet) if has_lora(unet) else None
         self.optimizer = optimizer
         self.scaler = accelerator.scaler  # of the loss, with fp16 alone
-        self.parameters: Weights = dict(unet.named_parameters())
+        named = unet.named_parameters()
+        self.parameters: Weights = {name: parameter for name, parameter in named if parameter.requires_grad}
         self.averages = (EMA(self.parameters, ema_width), EMA(self.parameters, ema_width / 2))
         self.sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
@@ -58,9 +61,12 @@ class TrainingState:
 
     def averaged_unet(self) -> UNet:
         """Return the network whose weights are the average; under FSDP a copy, for which all processes must ask."""
-        return UNet.with_weights(
-            self.config, {name: _whole(weight) for name, weight in self.averages[0].weights.items()}
-        )
+        average = {name: _whole(weight) for name, weight in self.averages[0].weights.items()}
+        return UNet.with_weights(self.unet.config, self.plain(average))
+
+    def plain(self, weights: Weights) -> Weights:
+        """Return the weights of a plain network out of those that are trained."""
+        return weights if self.base is None else merged(self.unet, weights)
 
     def pieces(self) -> dict[str, dict[str, Tensor]]:
         """Return copies of what this process holds, on the CPU, by the files' stems; without the average that is
@@ -91,7 +97,8 @@ class TrainingState:
 
     def progress(self) -> dict[str, Any]:
         """Return what is no tensor."""
-        return {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+        found = {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+        return found if self.base is None else {**found, "base": self.base}
 
     def write_pieces(self, folder: Path, pieces: Mapping[str, Weights]) -> None:
         """Write the pieces of this process; of processes that all hold the same only the first need do so."""
@@ -109,11 +116,16 @@ class TrainingState:
             raise UserError(f"resume: {checkpoint} is of an older version, without a second average; begin a new run")
         try:
             _put(_read(folder, "unet"), self.parameters)
-            whole = UNet.from_pretrained(checkpoint / "unet").state_dict()
+            progress = json.loads((folder / PROGRESS_NAME).read_text())
+            if progress.get("base") != self.base:
+                raise UserError(
+                    "resume: init_from is not what it was when this run began, or train.lora_rank has come or gone; "
+                    "keep both"
+                )
+            whole = UNet.from_pretrained(checkpoint / "unet").state_dict() if not self.base else load_lora(checkpoint)
             _put({name: [weight] for name, weight in whole.items()}, self.averages[0].weights)
             _put(_read(folder, "narrow_ema"), self.averages[1].weights)
             self._load_moments(_read(folder, "optimizer"))
-            progress = json.loads((folder / PROGRESS_NAME).read_text())
             if self.scaler is not None and "scaler" in progress:
                 self.scaler.load_state_dict(progress["scaler"])
             return progress

@@ -289,9 +289,9 @@ def test_bad_input_to_train_is_one_line_and_exit_code_2(
 
 def test_training_leaves_what_the_readme_promises(type_in, tmp_path: Path, bars_overrides: list[str]):
     words = [*bars_overrides, "run_dir=runs/bars", "train.sample_every=4"]
-    code, output, errors = type_in("train", *words)
+    code, _, errors = type_in("train", *words)
     assert code == 0
-    assert output.splitlines()[-1] == (
+    assert errors.splitlines()[-1] == (
         'wrote runs/bars/checkpoints/step-00000004; next: python sample.py "a bar that is level" --checkpoint runs/bars'
     )
     assert "loss=" in errors
@@ -307,9 +307,9 @@ def test_training_leaves_what_the_readme_promises(type_in, tmp_path: Path, bars_
     with Image.open(run / "samples" / "step-00000004.png") as picture:
         assert picture.size == (8, 4 * 10 - 2)
     assert type_in("sample", "level", "--checkpoint", "runs/bars", "--steps", "2")[:2] == (0, "level.png\n")
-    code, output, _ = type_in("train", *words, "resume=true")
+    code, _, errors = type_in("train", *words, "resume=true")
     assert code == 0  # nothing is left to do, and it says so the same way
-    assert "step-00000004; next:" in output
+    assert "step-00000004; next:" in errors
 
 
 def test_one_process_of_several_speaks_for_all_but_where_it_alone_has_something_to_say(

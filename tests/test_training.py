@@ -20,6 +20,7 @@ from accelerate import DistributedType
 from conftest import ROOT, SIDE, bar, metrics, weights
 
 from cond_diffusion import TextToImage, batches, reporting, saving, training, training_state
+from cond_diffusion.building import complete_unet_config, new_unet
 from cond_diffusion.check import bytes_kept
 from cond_diffusion.checkpoint import checkpoints, damage, save_checkpoint
 from cond_diffusion.config import Config, TrainConfig, load_config
@@ -29,7 +30,7 @@ from cond_diffusion.feed import ShuffledSet
 from cond_diffusion.latents import Patches
 from cond_diffusion.objective import ObjectiveConfig
 from cond_diffusion.schedule_config import ScheduleConfig
-from cond_diffusion.training import complete_unet_config, learning_rate, make_accelerator, new_unet, train
+from cond_diffusion.training import learning_rate, make_accelerator, train
 
 
 def changed(config: Config, **train_changes: object) -> Config:

@@ -14,6 +14,7 @@ from pathlib import Path
 from measuring import finished, hardware
 
 from cond_diffusion.batches import Batches
+from cond_diffusion.building import new_optimizer, new_unet
 from cond_diffusion.config import Config, load_config
 from cond_diffusion.contexts import context_table
 from cond_diffusion.feed import open_feed
@@ -21,7 +22,7 @@ from cond_diffusion.latents import latent_space
 from cond_diffusion.objective import Objective
 from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.text import TextEncoder
-from cond_diffusion.training import make_accelerator, new_optimizer, new_unet
+from cond_diffusion.training import make_accelerator
 from cond_diffusion.training_state import TrainingState
 
 

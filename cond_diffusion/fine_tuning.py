@@ -1,0 +1,55 @@
+"""Training that begins with what somebody has trained: any pipeline that can be drawn from, Stable Diffusion too."""
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cond_diffusion.config import CONFIG_NAME, Config, load_config
+from cond_diffusion.errors import UserError
+from cond_diffusion.latents import LatentConfig, Patches
+from cond_diffusion.pretrained import find_checkpoint, read_latent_space, read_prediction
+from cond_diffusion.text import TextConfig, TextEncoder
+from cond_diffusion.unet import UNet
+
+
+def adopted(config: Config, newest: Path | None) -> tuple[Config, dict[str, Tensor] | None]:
+    """Return the config with all that `init_from` decides - the network, what it predicts, its schedule, where
+    diffusion happens, who reads the captions - and the weights to begin with; None where training begins anew.
+
+    newest: the checkpoint that a run goes on from, which has decided it already.
+
+    Raises UserError where the config says something else.
+    """
+    if config.init_from is None:
+        if config.train.lora_rank:
+            raise UserError("train.lora_rank: there is nothing to add to; expected init_from beside it")
+        return config, None
+    source = find_checkpoint(config.init_from)
+    unet = UNet.from_pretrained(source / "unet")
+    if newest is not None:
+        before = load_config(Config, newest / CONFIG_NAME)
+        found = {name: getattr(before, name) for name in ("unet", "schedule", "latent", "text")}
+        kind = before.objective.prediction
+    else:
+        space, prediction = read_latent_space(source), read_prediction(source)
+        found = {
+            "unet": replace(unet.config, sample_size=None),  # it draws other sizes, too
+            "schedule": prediction.schedule.config,
+            "latent": LatentConfig(space.downscaling) if isinstance(space, Patches) else LatentConfig(vae=str(source)),
+            "text": TextConfig(str(source), TextEncoder.from_pretrained(source, None).max_length),
+        }
+        kind = prediction.kind
+    for section, values in found.items():
+        given, default = asdict(getattr(config, section)), asdict(type(values)())
+        for field in fields(values):
+            _check(f"{section}.{field.name}", given[field.name], default[field.name], asdict(values)[field.name])
+    _check("objective.prediction", config.objective.prediction, "epsilon", kind)
+    changed: dict[str, Any] = {**found, "objective": replace(config.objective, prediction=kind)}
+    return replace(config, **changed), dict(unet.state_dict())
+
+
+def _check(key: str, given: Any, default: Any, found: Any) -> None:
+    if given not in (default, found):
+        raise UserError(f"init_from: {key} is {found!r} there, and {given!r} here; leave it out")

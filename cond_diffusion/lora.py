@@ -1,0 +1,79 @@
+"""Low-rank adaptation (Hu et al. 2022): the weights stay as they are, and each of some matrices W gets a sum B A of
+rank r added to it, which is all that is trained. By peft, whose names for A and B diffusers reads.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cond_diffusion.errors import UserError
+from cond_diffusion.unet import UNet
+
+FILE_NAME = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for
+MATRICES = ["to_q", "to_k", "to_v", "to_out.0"]  # of attention, as in diffusers' examples
+PREFIX, BASE = "unet.", ".base_layer"  # diffusers' for the network's; peft's for what stays
+
+
+def add_lora(unet: UNet, rank: int) -> None:
+    """Freeze a network's weights, and give the matrices of its attention something to train: A random, B zero.
+
+    A is drawn from torch's global state. alpha is the rank, so that B A is added as it is.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise UserError('train.lora_rank needs peft; install it: pip install -e ".[lora]"')
+    import peft  # an extra
+
+    unet.requires_grad_(False)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=MATRICES)
+    peft.inject_adapter_in_model(config, unet)
+
+
+def has_lora(unet: UNet) -> bool:
+    """Say whether something was added to a network's matrices."""
+    return any(".lora_A." in name for name, _ in unet.named_parameters())
+
+
+@torch.no_grad()
+def merged(unet: UNet, lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a plain network: those of `unet` that stay, with B A of `lora` added."""
+    weights: dict[str, Tensor] = {}
+    for name, weight in unet.named_parameters():
+        if ".lora_" in name:
+            continue
+        stem = name.removesuffix(".weight").removesuffix(BASE)
+        down = lora.get(f"{stem}.lora_A.default.weight") if name.endswith(f"{BASE}.weight") else None
+        value = weight.detach()
+        if down is not None:
+            up = lora[f"{stem}.lora_B.default.weight"]
+            value = value.to(down.device) + up @ down
+        weights[name.replace(BASE, "")] = value
+    return weights
+
+
+def digest_of_base(unet: UNet) -> str:
+    """Return a hash of the weights that stay: B A means something only beside them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in unet.named_parameters():
+        if ".lora_" not in name:
+            digest.update(name.replace(BASE, "").encode())
+            digest.update(weight.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def save_lora(lora: Mapping[str, Tensor], folder: Path) -> None:
+    """Write A and B as diffusers' `load_lora_weights` reads them."""
+    named = {PREFIX + name.replace(".default", ""): weight.contiguous() for name, weight in lora.items()}
+    save_file(named, folder / FILE_NAME, metadata={"format": "pt"})
+
+
+def load_lora(folder: Path) -> dict[str, Tensor]:
+    """Invert `save_lora`."""
+    return {
+        name.removeprefix(PREFIX).removesuffix(".weight") + ".default.weight": weight
+        for name, weight in load_file(folder / FILE_NAME).items()
+    }
