@@ -27,6 +27,8 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A running page, with a run beside it."""
+    if shutil.which("chromium") is None:
+        pytest.skip("needs a browser: apt-get install chromium")
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(BUILT_IN_MODEL, folder / "runs" / "digits" / "checkpoints" / "step-00000001")
     with socket.socket() as free:

@@ -16,7 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, bar
 from PIL import Image
 
-from cond_diffusion.config import Config
+from cond_diffusion.config import Config, load_config
 from cond_diffusion.pretrained import BUILT_IN_MODEL
 
 README = (ROOT / "README.md").read_text()
@@ -52,6 +52,11 @@ COMMANDS = {
     "accelerate launch train.py --config configs/colours.yaml": "train.max_steps=1 train.batch_size=4",
     "python train.py objective.prediction=v_prediction objective.loss=v_prediction schedule.zero_terminal_snr=true "
     "run_dir=runs/v": "train.max_steps=1 train.batch_size=4",
+    "printf 'a digit one\\na digit two\\n' | python sample.py --prompts-file - --num-images 20 --sampler ddim "
+    "--steps 20 --output-dir digits": "--num-images 2",
+    "python train.py --config configs/mnist.yaml init_from=builtin train.lora_rank=4 run_dir=runs/further": (
+        "train.max_steps=1 train.batch_size=4 train.evaluate_every=0"
+    ),
     "python tests/benchmarks/objectives.py": "--predictions sample --losses sample --steps 1 --samples 10",
     "accelerate launch train.py --config configs/mnist_fast.yaml": (
         "train.max_steps=1 train.batch_size=4 train.sample_every=0 train.evaluate_every=0"
@@ -98,6 +103,7 @@ SECTIONS = [
     "## Two commands",
     "## Training",
     "### Your own pictures",
+    "### In latents, and further than others",
     "### What to train for",
     "## How good",
     "## How fast",
@@ -138,8 +144,17 @@ def test_every_command_runs(clone: Path, number: int):
         assert (clone / made[SECTIONS[number]]).exists()
 
 
+def test_what_needs_a_hub_has_configs_that_are_right():
+    """The page among these lines has a test of its own."""
+    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("python ")]
+    assert lines.pop(0) == "python -m cond_diffusion.demo"
+    configs = [load_config(Config, ROOT / words[3], words[4:]) for words in map(str.split, lines)]
+    assert [config.latent.vae for config in configs] == ["stabilityai/sd-vae-ft-mse", None]
+    assert [config.train.lora_rank for config in configs] == [0, 4]
+
+
 def test_the_lines_for_several_gpus_are_ones_that_accelerate_knows():
-    lines = [line for block in blocks("console") for line in block.splitlines()]
+    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("accelerate ")]
     assert len(lines) == 3
     for line in lines:
         given = launch_command_parser().parse_args(line.removeprefix("accelerate launch ").split())
@@ -157,6 +172,8 @@ def test_every_python_block_runs(clone: Path, monkeypatch: pytest.MonkeyPatch):
     for block in blocks("python"):
         exec(block.replace("steps=None", "steps=5"), names)
     assert len(names["images"]) == 8
+    assert names["image"].shape == (1, 1, 28, 28)
+    assert (names["image"].abs() > 0.8).float().mean() > 0.8  # black and white, as a digit is
     assert (clone / "seven.png").exists()
 
 
