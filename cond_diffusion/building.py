@@ -55,7 +55,7 @@ def in_words(unet: UNet) -> str:
     trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
     # 4 bytes each: weights; and of what is trained a gradient, two moments (Muon has one), two averages.
     return (
-        f"training {trained / 1e6:.2f} of {sum(counts) / 1e6:.2f} million parameters: about "
+        f"trains {trained / 1e6:.2f} of {sum(counts) / 1e6:.2f} million parameters: about "
         f"{(4 * sum(counts) + 20 * trained) / 1e9:.2f} GB for weights, gradients, moments and averages"
     )
 

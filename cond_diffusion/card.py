@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ _OURS = """\
 from cond_diffusion import TextToImage
 
 pipe = TextToImage.from_pretrained("{name}")
-images = pipe("{prompt}", num_images=4, sampler="dpm_solver", steps=20)
+images = pipe({prompt}, num_images=4, sampler="dpm_solver", steps=20)
 images[0].save("picture.png")
 """
 
@@ -23,7 +24,7 @@ _THEIRS_IN_LATENTS = """\
 from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("{name}")
-image = pipe("{prompt}", guidance_scale=3.0).images[0]
+image = pipe({prompt}, guidance_scale=3.0).images[0]
 """
 
 _THEIRS_IN_PIXELS = """\
@@ -38,7 +39,7 @@ text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder")
 tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
 
 with torch.inference_mode():
-    tokens = tokenizer(["{prompt}", ""], padding="max_length", return_tensors="pt")
+    tokens = tokenizer([{prompt}, ""], padding="max_length", return_tensors="pt")
     context = text_encoder(tokens.input_ids)[0]
     x = torch.randn(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     scheduler.set_timesteps(50)
@@ -66,7 +67,7 @@ def write_card(
     name: the hub id. side: of the pictures. prompts: what the rows of its grid of samples show. checkpoint: the folder
     of a run's checkpoint, if the pipeline comes from one.
     """
-    fill = {"name": name, "prompt": prompts[0], "patch_size": space.downscaling}
+    fill = {"name": name, "prompt": json.dumps(prompts[0], ensure_ascii=False), "patch_size": space.downscaling}
     in_latents = isinstance(space, VAE)
     where = "in the latents of its VAE" if in_latents else "of pixels"
     theirs = (_THEIRS_IN_LATENTS if in_latents else _THEIRS_IN_PIXELS).format(**fill)
@@ -98,9 +99,10 @@ def _measured(checkpoint: Path) -> str:
     step = json.loads(progress.read_text())["step"]
     newest: dict[str, Any] = {}
     for line in metrics.read_text().splitlines():
-        values = json.loads(line)
-        if values["step"] <= step:
-            newest |= values
+        with suppress(json.JSONDecodeError):  # a line that a kill has cut short
+            values = json.loads(line)
+            if values["step"] <= step:
+                newest |= values
     return "| measure | last value |\n|---|---|\n" + "\n".join(
         f"| {name} | {value:g} |" for name, value in newest.items()
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cond_diffusion.batches import Batches
-from cond_diffusion.building import new_optimizer, new_unet
+from cond_diffusion.building import in_words, new_optimizer, new_unet
 from cond_diffusion.config import Config
 from cond_diffusion.data import Places, open_captioned_files
 from cond_diffusion.errors import UserError
@@ -35,7 +35,6 @@ LOOKED_AT, PER_BATCH = 1000, 100  # pictures
 SHOWN, WIDTH = 8, 160  # pictures, and pixels of each
 SECONDS, MOST_STEPS = 25, 200  # for learning a batch by heart
 LEARNS = 0.7  # to which share of itself the loss of one batch falls within that time if all is well
-BYTES_A_PARAMETER = 24  # the weight, its gradient, two moments (Muon has one), two averages, 4 bytes each
 
 
 def check(config: Config) -> None:
@@ -45,8 +44,9 @@ def check(config: Config) -> None:
         raise UserError("--check looks at the work of one process; type: python train.py --check")
     _, newest = find_run(config, aloud=True)
     config, weights = adopted(config, newest)
-    text_encoder = TextEncoder.from_pretrained(config.text.encoder, config.text.max_length).to(accelerator.device)
-    space = latent_space(config.latent).to(accelerator.device)
+    encoder = config.text.encoder if newest is None else newest
+    text_encoder = TextEncoder.from_pretrained(encoder, config.text.max_length).to(accelerator.device)
+    space = latent_space(config.latent, newest).to(accelerator.device)
     unet = new_unet(config, text_encoder.context_dim, space, weights).to(accelerator.device)
     feed = _check_data(config, text_encoder)
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
@@ -111,13 +111,9 @@ def _check_data(config: Config, text_encoder: TextEncoder) -> Feed:
 
 def _check_cost(config: Config, unet: UNet, loss: Callable[[], Tensor], step: Callable[[], float]) -> float:
     """Tell the parameters, the memory and the time that a step takes; return the seconds."""
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
-    print(f"network: {parameters / 1e6:.2f} million parameters")
-    state, kept = parameters * BYTES_A_PARAMETER / 1e9, bytes_kept(unet, loss) / 1e9
-    print(
-        f"memory: about {state:.2f} GB for weights, gradients, moments and averages, and {kept:.2f} GB for what a "
-        f"batch of {config.train.batch_size} keeps for the backward pass"
-    )
+    print(f"network: {in_words(unet)}")
+    kept = bytes_kept(unet, loss) / 1e9
+    print(f"memory: and {kept:.2f} GB for what a batch of {config.train.batch_size} keeps for the backward pass")
     times = []
     for _ in range(3):
         begun = monotonic()

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from cond_diffusion.checkpoint import save_tensors
 from cond_diffusion.data import CaptionedImages
+from cond_diffusion.errors import UserError
 from cond_diffusion.order import sample_indices
 from cond_diffusion.pictures import to_model
 from cond_diffusion.shards import cache_folder
@@ -76,7 +77,11 @@ def kept_classifier(data: CaptionedImages) -> Classifier:
     key.update(data.images.numpy().data)
     key.update(data.group_of.numpy().data)
     file = cache_folder() / f"classifier-{key.hexdigest()}.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".lock").touch()
+    except OSError as error:
+        raise UserError(f"the classifier cannot be kept in {file.parent}: {error.strerror}") from error
     with FileLock(file.with_suffix(".lock")):  # of several processes one trains it, and the others wait
         if file.exists():
             classifier = Classifier(data.images.shape[1], len(data.caption_groups))

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from cond_diffusion.checkpoint import new_run_dir

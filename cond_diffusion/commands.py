@@ -1,13 +1,13 @@
 """What train.py and sample.py do, and the commands that `pip install` makes of them.
 
-All else is imported when it is needed, so that `--help` and a misspelt option answer at once.
+All else is imported when it is needed, so that the `--help` of drawing and a misspelt option of it answer at once.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from cond_diffusion.errors import Interrupted, UserError, command_line
+from cond_diffusion.errors import Interrupted, UserError, command_line, did_you_mean
 
 # Beside the package in a clone, in it in a wheel.
 CONFIGS = next(
@@ -94,13 +94,13 @@ def sample_parser() -> argparse.ArgumentParser:
 def sample() -> None:
     """Draw pictures of prompts: sample.py."""
     parser = sample_parser()
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_intermixed_args())
     from cond_diffusion.drawing import draw_to_file, draw_to_folder, recorded_words
 
     recorded_prompts: list[str] = []
     if options["from_image"] is not None:
         recorded_prompts, words = recorded_words(options["from_image"], sys.argv[1:])
-        options = vars(parser.parse_args([*words, *sys.argv[1:]]))
+        options = vars(parser.parse_intermixed_args([*words, *sys.argv[1:]]))
     del options["from_image"]
     prompts = options.pop("prompts") + prompts_of(options.pop("prompts_file")) or recorded_prompts
     if not prompts:
@@ -124,12 +124,27 @@ def prompts_of(file: str | None) -> list[str]:
     if file is None:
         return []
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts-file: {file} cannot be read ({error}); expected prompts, one a line") from error
     if not (prompts := [line.strip() for line in text.splitlines() if line.strip()]):
         raise UserError(f"--prompts-file: {file} holds no prompts; expected one a line")
     return prompts
+
+
+def config_file(given: Path) -> Path:
+    """Return the file that --config names; a bare name is one of those that come with the project.
+
+    Raises UserError for a bare name that none has.
+    """
+    if given.parent != Path() or given.suffix:
+        return given
+    names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+    if given.name not in names:
+        raise UserError(
+            f"--config: {given} is none of {', '.join(names)}{did_you_mean(given.name, names)}, and no .yaml file"
+        )
+    return CONFIGS / f"{given.name}.yaml"
 
 
 def train() -> None:
@@ -139,12 +154,10 @@ def train() -> None:
     from cond_diffusion.config import Config, config_parser, load_config
     from cond_diffusion.training import train
 
-    words = config_parser("Train a text-to-image model.", CONFIGS / "mnist.yaml")
+    words = config_parser("Train a text-to-image model.", Path("mnist"))
     words.add_argument("--check", action="store_true", help="look at the data and try one batch, and train nothing")
     given = words.parse_intermixed_args()
-    shipped = CONFIGS / f"{given.config.stem}.yaml"
-    file = shipped if shipped.exists() and not given.config.exists() else given.config
-    config = load_config(Config, file, given.overrides)
+    config = load_config(Config, config_file(given.config), given.overrides)
     if given.check:
         check(config)
         return

@@ -137,6 +137,8 @@ class Config:
         # Both raise, before anything is loaded, where the sections do not go together.
         schedule = NoiseSchedule(self.schedule)
         Objective(self.objective, schedule)
+        if self.latent.vae is not None and (self.schedule.spacing, self.schedule.steps_offset) == ("leading", 0):
+            raise UserError("schedule.steps_offset: 0; with latent.vae and leading it must be 1, as diffusers has it")
         if self.latent.vae is not None and self.schedule.clip_x_0:
             raise UserError("schedule.clip_x_0: latents have no range to be kept in; with latent.vae it must be false")
         schedule.shorter_chain(min(self.sample.steps, schedule.num_timesteps))
@@ -146,7 +148,11 @@ def config_parser(description: str, default: Path | None = None) -> argparse.Arg
     """Return a parser for `[--config FILE] [key=value ...]`, whose `config` and `overrides` go to `load_config`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "--config", type=Path, default=default, metavar="FILE", help=f"a YAML file (default: {default})"
+        "--config",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help=f"a YAML file, or the name of one that comes along (default: {default})",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.batch_size=64")
     return parser

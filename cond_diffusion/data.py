@@ -4,8 +4,10 @@ Every source goes through one path: `datasets` opens it, the configured columns 
 cropped to `resolution` x `resolution`. Captions are kept once each: an image belongs to one caption group.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import datasets
@@ -149,10 +151,17 @@ class CaptionedFiles:
             images[i] = pixels
         return images, [row for row, _ in found]
 
-    @property
     def fingerprint(self) -> str:
-        """What `datasets` tells these files from all others by."""
-        return self.files._fingerprint
+        """Return what tells these pictures from all others: what `datasets` does by, and of files that it only knows
+        the names of, their sizes and when they were changed.
+        """
+        digest = hashlib.blake2b(self.files._fingerprint.encode(), digest_size=16)
+        for chunk in self.files.data.column(self.config.image_column).chunks:
+            elsewhere = chunk.filter(chunk.field("bytes").is_null())
+            for path in elsewhere.field("path").to_pylist():
+                state = Path(path).stat()
+                digest.update(repr((path, state.st_size, state.st_mtime_ns)).encode())
+        return digest.hexdigest()
 
     def _cells(self, rows: list[int]) -> list[Cell]:
         contents = self.files[rows][self.config.image_column]

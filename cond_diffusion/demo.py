@@ -5,10 +5,10 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty, Queue
+from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from typing import Any, get_args
 
@@ -16,12 +16,13 @@ from PIL import Image
 
 from cond_diffusion.checkpoint import checkpoints
 from cond_diffusion.drawing import draw_to_file
-from cond_diffusion.errors import UserError, command_line
+from cond_diffusion.errors import UserError, command_line, first_line
 from cond_diffusion.pictures import enlarged, grid, settings_of, to_pillow
 from cond_diffusion.sampler_config import SamplerName
 from cond_diffusion.samplers import Step
 
 WIDTH = 448  # pixels that the pictures are shown at least wide
+MOST_PROMPTS = 16
 PATIENCE = 0.1  # seconds between looks at whether the chain has come further
 
 Shown = tuple[Image.Image | None, str, list[str]]
@@ -46,23 +47,29 @@ def drawn(folder: Path, checkpoint: str, prompts: list[str], options: dict[str, 
             seen.put((picture, f"step {number + 1} of {total}", []))
 
     def draw() -> None:
+        files: list[Path] = []
         try:
-            files = [
-                *draw_to_file(
-                    prompts,
-                    options,
-                    checkpoint=checkpoint,
-                    output=str(folder / "pictures.png"),
-                    film=str(folder / "film.webp"),
-                    attention_maps=str(folder / "words.png"),
-                    labels=False,
-                    watch=watch,
-                )
-            ]
-            settings = folder / "settings.json"
-            settings.write_text(json.dumps(settings_of(str(files[0]), "settings"), indent=2, ensure_ascii=False))
+            drawing = draw_to_file(
+                prompts,
+                options,
+                checkpoint=checkpoint,
+                output=str(folder / "pictures.png"),
+                film=str(folder / "film.webp"),
+                attention_maps=str(folder / "words.png"),
+                labels=False,
+                watch=watch,
+            )
+            files.append(next(drawing))
+            files.append(folder / "settings.json")
+            settings = settings_of(str(files[0]), "settings")
+            files[1].write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+            said = "done"
+            try:
+                files += drawing
+            except UserError as error:  # a film can be too large, which costs no pictures
+                said = f"done, but {error}"
             with Image.open(files[0]) as picture:
-                seen.put((enlarged(picture, WIDTH), "done", [str(file) for file in [*files, settings]]))
+                seen.put((enlarged(picture, WIDTH), said, [str(file) for file in files]))
         except Left:
             pass
         except Exception as error:  # handed on to the thread that asked
@@ -80,8 +87,7 @@ def drawn(folder: Path, checkpoint: str, prompts: list[str], options: dict[str, 
                 raise found
             yield found
     finally:
-        left.set()
-        thread.join()
+        left.set()  # and no waiting: Gradio closes this where it serves everybody
 
 
 def choices(runs: Path) -> list[str]:
@@ -95,11 +101,18 @@ def page(runs: Path) -> Any:
     import gradio  # an extra
 
     def draw(
-        checkpoint: str, prompt: str, negative: str, scale: float, sampler: str, steps: int, seed: int, count: int
+        checkpoint: str,
+        prompt: str,
+        negative: str,
+        scale: float,
+        sampler: str,
+        steps: int,
+        seed: int | None,
+        count: int,
     ) -> Iterator[Shown]:
         options = {
             "num_images": int(count),
-            "seed": int(seed),
+            "seed": int(seed or 0),
             "sampler": sampler,
             "steps": int(steps),
             "guidance_scale": float(scale),
@@ -107,17 +120,19 @@ def page(runs: Path) -> Any:
             "image": None,
             "mask": None,
         }
-        folder = Path(tempfile.mkdtemp(prefix="cond-diffusion-"))
         prompts = [line.strip() for line in prompt.splitlines() if line.strip()]
         if not prompts:
             raise gradio.Error("prompts: none given; expected at least one", print_exception=False)
+        if len(prompts) > MOST_PROMPTS:
+            raise gradio.Error(f"prompts: {len(prompts)} are more than {MOST_PROMPTS}", print_exception=False)
         yield None, "loading", []
         try:
-            yield from drawn(folder, checkpoint, prompts, options)
+            with TemporaryDirectory(prefix="cond-diffusion-", ignore_cleanup_errors=True) as folder:
+                yield from drawn(Path(folder), checkpoint, prompts, options)  # Gradio copies what it is given
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 
-    with gradio.Blocks(title="cond_diffusion", analytics_enabled=False) as blocks:
+    with gradio.Blocks(title="cond_diffusion", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gradio.Markdown("# cond_diffusion\nOne prompt a line; each becomes a row of pictures.")
         with gradio.Row():
             with gradio.Column():
@@ -139,7 +154,7 @@ def page(runs: Path) -> Any:
                 files = gradio.Files(label="Pictures, film, attention maps and settings", interactive=False)
         inputs = [checkpoint, prompt, negative, scale, sampler, steps, seed, count]
         work = button.click(draw, inputs, [picture, state, files], concurrency_limit=1, show_progress="hidden")
-        stop.click(None, cancels=[work])
+        stop.click(lambda: "stopped", outputs=state, cancels=[work])
         blocks.load(lambda: gradio.Dropdown(choices(runs)), outputs=checkpoint)
     return blocks
 
@@ -147,12 +162,16 @@ def page(runs: Path) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Open a page that draws.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where checkpoints are (default: %(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="0.0.0.0 lets all machines in, without a password (default: %(default)s)",
+    )
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     parser.add_argument("--no-browser", action="store_true", help="only say where the page is")
     arguments = parser.parse_args()
     if importlib.util.find_spec("gradio") is None:
-        raise UserError('the page needs gradio; install it: pip install -e ".[demo]"')
+        raise UserError('the page needs gradio; install it: pip install "cond_diffusion[demo]"')
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is told to anybody
     import gradio
 
@@ -165,10 +184,10 @@ def main() -> None:
             server_port=arguments.port,
             inbrowser=not arguments.no_browser,
             theme=of_system,  # whose fonts need not be fetched
-            allowed_paths=[tempfile.gettempdir()],
         )
-    except OSError as error:
-        raise UserError(f"--port: {arguments.port} cannot be listened on ({error}); give another") from error
+    except (OSError, OverflowError) as error:
+        where = f"--host {arguments.host} --port {arguments.port}"
+        raise UserError(f"{where}: cannot be listened on ({first_line(error)}); give another") from error
 
 
 if __name__ == "__main__":

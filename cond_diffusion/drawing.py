@@ -86,34 +86,28 @@ def draw_to_folder(
 ) -> None:
     """Draw, and write a PNG for each picture as soon as its batch is done.
 
-    Names begin with a number and sort as the pictures are asked for. What an interrupted run has left is not drawn
-    again; UserError where the folder holds pictures that were drawn otherwise.
+    Names begin with the numbers of prompt and picture, so they sort as the pictures are asked for, and more of them may
+    be asked for later. What is there is not drawn again; UserError where it was drawn otherwise, or cannot be written.
     """
     pipe = TextToImage.from_pretrained(checkpoint, ema_width=ema_width).to_accelerator()
     pictures, settings = _pictures(options), _settings(pipe, options, checkpoint, ema_width)
     each, first_seed = options["num_images"], options["seed"]
-    if each < 1:
-        raise UserError(f"num_images: {each} must be at least 1")
-    scales = scale_of_each(options["guidance_scale"], len(prompts))
-    digits = len(str(len(prompts) * each - 1))
+    at_once = pipe.fitting_batch_size() if options["batch_size"] is None else options["batch_size"]
+    for name, value in (("num_images", each), ("batch_size", at_once)):
+        if value < 1:
+            raise UserError(f"{name}: {value} must be at least 1")
     todo: list[tuple[Path, str, dict[str, Any]]] = []
-    for number in range(len(prompts) * each):
-        prompt = prompts[number // each]
-        path = Path(folder) / f"{number:0{digits}}-{name_of(prompt)}.png"
-        own = {"seed": first_seed + number % each, "guidance_scale": scales[number // each]}
-        of_this = _typed([prompt], {**settings, **own, "num_images": 1})
-        if not path.exists():
-            todo.append((path, prompt, own))
-        elif settings_of(str(path), "--output-dir") != of_this:
-            raise UserError(f"--output-dir: {path} was drawn otherwise and is not overwritten; give another folder")
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir: {folder} cannot be made: {error.strerror}") from error
-    at_once = options["batch_size"] or pipe.fitting_batch_size()
-    shared = {
-        name: value for name, value in {**options, **pictures}.items() if name not in ("num_images", "batch_size")
-    }
+    scales = scale_of_each(options["guidance_scale"], len(prompts))
+    for row, (prompt, scale) in enumerate(zip(prompts, scales, strict=True)):
+        for i in range(each):
+            path = Path(folder) / f"{row:04}-{i:04}-{name_of(prompt)}.png"
+            own = {"seed": first_seed + i, "guidance_scale": scale}
+            if path.exists():
+                _check_same(path, _typed([prompt], {**settings, **own, "num_images": 1}))
+            else:
+                todo.append((path, prompt, own))
+    of_each = ("num_images", "batch_size")
+    shared = {name: value for name, value in {**options, **pictures}.items() if name not in of_each}
     total = len(prompts) * each
     with tqdm(total=total, initial=total - len(todo), desc="drawing", unit=" pictures") as bar:
         for start in range(0, len(todo), at_once):
@@ -121,10 +115,25 @@ def draw_to_folder(
             own = {name: [of_one[name] for _, _, of_one in batch] for name in ("seed", "guidance_scale")}
             drawn = pipe([prompt for _, prompt, _ in batch], **{**shared, **own}, batch_size=at_once, progress=False)
             for (path, prompt, of_one), image in zip(batch, drawn, strict=True):
-                aside = path.with_name(f".{path.name}")
-                save_png(image, aside, _typed([prompt], {**settings, **of_one, "num_images": 1}))
-                aside.replace(path)
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    aside = path.with_name(f".{path.name}")
+                    save_png(image, aside, _typed([prompt], {**settings, **of_one, "num_images": 1}))
+                    aside.replace(path)
+                except OSError as error:
+                    raise UserError(f"--output-dir: {path} cannot be written: {error.strerror}") from error
             bar.update(len(batch))
+
+
+def _check_same(path: Path, settings: dict[str, str | list[str]]) -> None:
+    """Raise UserError if a picture was drawn with other settings."""
+    there = settings_of(str(path), "--output-dir")
+    for name in sorted(there.keys() | settings.keys()):
+        if (then := there.get(name)) != (now := settings.get(name)):
+            raise UserError(
+                f"--output-dir: {path} was drawn with {name} {then}, not {now}, and is not overwritten; give another "
+                "folder"
+            )
 
 
 def _pictures(options: dict[str, Any]) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def main() -> None:
 
     for package in ("torchmetrics", "matplotlib"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f'evaluation needs {package}; install it: pip install -e ".[eval]"')
+            raise UserError(f'evaluation needs {package}; install it: pip install "cond_diffusion[eval]"')
     sampling = Sampling(arguments.sampler, arguments.steps, arguments.guidance_scale, arguments.seed)
     pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
     pipe.schedule.shorter_chain(arguments.steps)

@@ -1,5 +1,6 @@
 """Training that begins with what somebody has trained: any pipeline that can be drawn from, Stable Diffusion too."""
 
+import importlib.util
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from cond_diffusion.unet import UNet
 
 def adopted(config: Config, newest: Path | None) -> tuple[Config, dict[str, Tensor] | None]:
     """Return the config with all that `init_from` decides - the network, what it predicts, its schedule, where
-    diffusion happens, who reads the captions - and the weights to begin with; None where training begins anew.
+    diffusion happens, who reads the captions - and the weights to begin with; None where there are none to be read.
 
-    newest: the checkpoint that a run goes on from, which has decided it already.
+    newest: the checkpoint that a run goes on from. It has decided all that already, and holds the weights itself, but
+    for those beside which LoRA is trained.
 
     Raises UserError where the config says something else.
     """
@@ -26,19 +28,25 @@ def adopted(config: Config, newest: Path | None) -> tuple[Config, dict[str, Tens
         if config.train.lora_rank:
             raise UserError("train.lora_rank: there is nothing to add to; expected init_from beside it")
         return config, None
-    source = find_checkpoint(config.init_from)
-    unet = UNet.from_pretrained(source / "unet")
+    if config.train.lora_rank and importlib.util.find_spec("peft") is None:
+        raise UserError('train.lora_rank needs peft; install it: pip install "cond_diffusion[lora]"')
     if newest is not None:
         before = load_config(Config, newest / CONFIG_NAME)
+        if before.init_from is None:
+            raise UserError("resume: this run did not begin with init_from; leave it out")
         found = {name: getattr(before, name) for name in ("unet", "schedule", "latent", "text")}
-        kind = before.objective.prediction
+        kind, source = before.objective.prediction, Path(before.init_from)
+        if config.train.lora_rank and not source.is_dir():
+            source = find_checkpoint(config.init_from)
     else:
+        source = find_checkpoint(config.init_from)
         space, prediction = read_latent_space(source), read_prediction(source)
         found = {
-            "unet": replace(unet.config, sample_size=None),  # it draws other sizes, too
+            # It draws other sizes, too.
+            "unet": replace(UNet.from_pretrained(source / "unet").config, sample_size=None),
             "schedule": prediction.schedule.config,
             "latent": LatentConfig(space.downscaling) if isinstance(space, Patches) else LatentConfig(vae=str(source)),
-            "text": TextConfig(str(source), TextEncoder.from_pretrained(source, None).max_length),
+            "text": _text(source),
         }
         kind = prediction.kind
     for section, values in found.items():
@@ -47,7 +55,17 @@ def adopted(config: Config, newest: Path | None) -> tuple[Config, dict[str, Tens
             _check(f"{section}.{field.name}", given[field.name], default[field.name], asdict(values)[field.name])
     _check("objective.prediction", config.objective.prediction, "epsilon", kind)
     changed: dict[str, Any] = {**found, "objective": replace(config.objective, prediction=kind)}
-    return replace(config, **changed), dict(unet.state_dict())
+    weights = None
+    if newest is None or config.train.lora_rank:
+        weights = dict(UNet.from_pretrained(source / "unet").state_dict())
+    return replace(config, **changed, init_from=str(source)), weights
+
+
+def _text(source: Path) -> TextConfig:
+    """Return who reads the captions of a pipeline: by the name that its run had for it, which may be a whole CLIP's."""
+    if (source / CONFIG_NAME).is_file():
+        return load_config(Config, source / CONFIG_NAME).text
+    return TextConfig(str(source), TextEncoder.from_pretrained(source, None).max_length)
 
 
 def _check(key: str, given: Any, default: Any, found: Any) -> None:

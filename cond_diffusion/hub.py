@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+    LocalEntryNotFoundError,
+)
 
 from cond_diffusion.errors import UserError, first_line
 
@@ -19,6 +22,7 @@ FILES = [
     *("model_index.json", "config.yaml", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"),
     *(f"{part}/{name}" for part, weights in WEIGHTS.items() for name in ("config.json", weights)),
 ]
+CANNOT_REACH = (OSError, ValueError, HTTPError)  # what the hub's client raises
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -31,7 +35,7 @@ def download(repo_id: str, files: Sequence[str] = FILES, **options: Any) -> Path
     """
     try:
         folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=[*files], **options))
-        parts = [part for part in WEIGHTS if (folder / part).is_dir()]
+        parts = [part for part, weights in WEIGHTS.items() if f"{part}/{weights}" in files and (folder / part).is_dir()]
         lacking = [part for part in parts if not (folder / part / WEIGHTS[part]).exists()]
         if lacking and not options.get("local_files_only"):
             api = huggingface_hub.HfApi(token=options.get("token"))
@@ -46,7 +50,7 @@ def download(repo_id: str, files: Sequence[str] = FILES, **options: Any) -> Path
         ) from error
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # HfHubHTTPError and its kin are OSErrors
+    except CANNOT_REACH as error:
         raise UserError(
             f"there is no folder {repo_id}, and as a hub id it cannot be fetched ({first_line(error)}); "
             "check the name and the network"
@@ -63,7 +67,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> s
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a cond_diffusion pipeline")
-    except (OSError, ValueError) as error:  # HfHubHTTPError and its kin are OSErrors
+    except CANNOT_REACH as error:
         raise UserError(
             f"{repo_id}: the hub does not take it ({first_line(error)}); check the name, the network, and the token "
             "(hf auth login)"

@@ -201,7 +201,10 @@ class Judging:
         held none out.
         """
         data, seed = self.config.data, self.config.seed
-        feed = open_feed(data, seed, aloud=False) if data.streaming else ShuffledSet(self.whole, seed, data.held_out)
+        if data.streaming or data.crop == "random" or self.whole.images.nbytes > data.memory_gb * 1e9:
+            feed = open_feed(data, seed, aloud=False)  # which counts pictures that cannot be read, too
+        else:
+            feed = ShuffledSet(self.whole, seed, data.held_out)
         objective = Objective(self.config.objective, self.pipe.schedule)
         diagnosis = Diagnosis(self.config, feed, self.pipe.text_encoder, objective, self.pipe.space)
         findings = diagnosis.measure(self.pipe.unet, Accelerator(cpu=self.pipe.device.type == "cpu"))

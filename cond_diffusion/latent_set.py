@@ -11,11 +11,13 @@ from torch import Tensor
 
 from cond_diffusion.captions import CaptionGroup, chosen
 from cond_diffusion.data import Candidates, CaptionedBatch, CaptionedFiles, Places
+from cond_diffusion.errors import UserError
 from cond_diffusion.latents import VAE
 from cond_diffusion.pictures import to_model
 from cond_diffusion.shards import cache_folder, computed_once
 
 PER_SHARD = 512  # pictures; 4 MB of their latents at 256 x 256 pixels
+AT_ONCE = 32  # pictures that are moved to the accelerator
 
 
 class LatentSet:
@@ -53,15 +55,27 @@ def latent_set(files: CaptionedFiles, vae: VAE, accelerator: Accelerator) -> Lat
     They are kept in half precision, which rounds them by less than a thousandth of themselves.
     """
     data = files.config
-    settings = (vae.digest(), files.fingerprint, data.resolution, data.channels, data.background)
+    settings = (vae.digest(), files.fingerprint(), data.resolution, data.channels, data.background)
     folder = cache_folder() / "latents" / hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
+    shape = vae.shape(data)
 
     def compute(rows: range) -> dict[str, Tensor]:
         images, read = files.decode(rows)
-        files.decoder.check(aloud=accelerator.is_main_process)
-        x_0 = vae.encode(to_model(torch.from_numpy(images).to(accelerator.device)))
-        return {"latents": x_0.half(), "rows": torch.tensor(read)}
+        files.decoder.check(aloud=True)  # of several processes each tells of the pictures that it reads
+        parts = [
+            vae.encode(to_model(part.to(accelerator.device))).half()
+            for part in torch.from_numpy(images).split(AT_ONCE)
+            if len(part)
+        ]
+        latents = torch.cat(parts) if parts else torch.empty(0, *shape, dtype=torch.float16)
+        return {"latents": latents, "rows": torch.tensor(read, dtype=torch.int64)}
 
     shards = computed_once(folder, len(files), PER_SHARD, compute, accelerator, "encoding pictures")
     rows = torch.cat([shard["rows"] for shard in shards])
+    lost = len(files) - len(rows)
+    if lost > data.max_bad_fraction * len(files) or lost == len(files):
+        raise UserError(
+            f"data.source: {lost} of the {len(files)} pictures of {data.source} cannot be read; more than "
+            f"data.max_bad_fraction ({data.max_bad_fraction})"
+        )
     return LatentSet([shard["latents"] for shard in shards], files.group_of[rows], files.caption_groups)

@@ -99,7 +99,7 @@ class VAE:
     def from_pretrained(cls, source: str | Path) -> "VAE":
         """Load from a folder, or a pipeline's with `vae/` in it, or a hub id; raise UserError if it is none."""
         if importlib.util.find_spec("diffusers") is None:
-            raise UserError('latent.vae needs diffusers; install it: pip install -e ".[latent]"')
+            raise UserError('latent.vae needs diffusers; install it: pip install "cond_diffusion[latent]"')
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # an extra, and it takes seconds
 
         folder = Path(source)
@@ -117,7 +117,12 @@ class VAE:
                 raise UserError(f"latent.vae: {source} is a {kind}; expected an AutoencoderKL")
             if config.get("shift_factor") is not None:
                 raise UserError(f"latent.vae: {source} shifts its latents, which Stable Diffusion does not")
-            vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
+            loaded: Any = AutoencoderKL.from_pretrained(
+                folder, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+            )
+            vae, report = loaded
+            if missing := sorted(report["missing_keys"]):
+                raise UserError(f"latent.vae: {source} lacks {len(missing)} of its weights, {missing[0]} among them")
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError) as error:

@@ -3,7 +3,6 @@ rank r added to it, which is all that is trained. By peft, whose names for A and
 """
 
 import hashlib
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cond_diffusion.errors import UserError
 from cond_diffusion.unet import UNet
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for
@@ -24,8 +22,6 @@ def add_lora(unet: UNet, rank: int) -> None:
 
     A is drawn from torch's global state. alpha is the rank, so that B A is added as it is.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise UserError('train.lora_rank needs peft; install it: pip install -e ".[lora]"')
     import peft  # an extra
 
     unet.requires_grad_(False)

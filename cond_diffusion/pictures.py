@@ -94,13 +94,13 @@ def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | No
     rows = -(-len(images) // columns)
     left = LABEL_WIDTH if labels else 0
     sheet = Image.new(images[0].mode, (left + columns * (width + 2) - 2, rows * (height + 2) - 2), color=0)
-    for i, image in enumerate(images):
-        sheet.paste(image, (left + (i % columns) * (width + 2), (i // columns) * (height + 2)))
     draw = ImageDraw.Draw(sheet)
     for i, label in enumerate(labels or ()):
-        lines = wrap(label, 22)[: max(1, height // LINE_HEIGHT)]
+        lines = wrap(label, 22, max_lines=max(1, height // LINE_HEIGHT), placeholder="…")
         top = i * (height + 2) + (height - LINE_HEIGHT * len(lines)) // 2
         draw.multiline_text((2, top), "\n".join(lines), fill="white", font_size=10, spacing=2)
+    for i, image in enumerate(images):  # over the end of a label in wide letters
+        sheet.paste(image, (left + (i % columns) * (width + 2), (i // columns) * (height + 2)))
     return sheet
 
 
@@ -142,7 +142,7 @@ def settings_of(path: str, option: str) -> dict[str, str | list[str]]:
         chunks = getattr(picture, "text", {})
     ours = {n.removeprefix(CHUNK_PREFIX): value for n, value in chunks.items() if n.startswith(CHUNK_PREFIX)}
     if not ours:
-        raise UserError(f"{option}: {path} does not say how it was drawn; expected a PNG that sample.py wrote")
+        raise UserError(f"{option}: {path} does not say how it was drawn; expected a PNG that was drawn here")
     settings: dict[str, str | list[str]] = {}
     for name, value in ours.items():
         try:

@@ -117,9 +117,9 @@ class TextToImage:
         """
         shown = [*prompts] or prompts_of_run(self.folder)
         with TemporaryDirectory() as name:
-            folder = Path(name)
+            folder, steps = Path(name), min(20, self.schedule.num_timesteps)
             self.save_pretrained(folder)
-            grid(self(shown, num_images=4, sampler="dpm_solver", steps=20), 4, shown).save(folder / GRID_NAME)
+            grid(self(shown, num_images=4, sampler="dpm_solver", steps=steps), 4, shown).save(folder / GRID_NAME)
             write_card(folder, repo_id, self.space, self.side, shown, self.folder)
             return upload(folder, repo_id, private=private, token=token)
 

@@ -39,23 +39,27 @@ def find_checkpoint(source: str | Path, **options: Any) -> Path:
         return newest
     if str(source).count("/") != 1 or folder.is_absolute() or str(source).startswith("."):
         raise UserError(f"there is no checkpoint {source}; expected a run folder, a checkpoint folder or a hub id")
+    folder = download(str(source), [INDEX_NAME], **options)  # before gigabytes of something else
+    _check_kind(folder, str(source))
     return download(str(source), **options)
 
 
 def read_latent_space(folder: Path) -> LatentSpace:
     """Return where a pipeline's diffusion happens; raise UserError for a pipeline of another kind."""
-    index = _read_json(folder / INDEX_NAME)
+    index = _check_kind(folder, str(folder))
     for part, weights in WEIGHTS.items():
         refuse_pickles(folder / part, weights)
-    match index.get("_class_name"):
-        case "TextToImage":
-            return Patches(index.get("patch_size", 1))
-        case "StableDiffusionPipeline":
-            return VAE.from_pretrained(folder)
-        case kind:
-            raise UserError(
-                f"{folder} holds a {kind}; expected a {IN_PIXELS}, or a {IN_LATENTS} of Stable Diffusion 1.x or 2.x"
-            )
+    return Patches(index.get("patch_size", 1)) if index["_class_name"] == IN_PIXELS else VAE.from_pretrained(folder)
+
+
+def _check_kind(folder: Path, name: str) -> dict[str, Any]:
+    """Return what `model_index.json` says; raise UserError for a pipeline of another kind."""
+    index = _read_json(folder / INDEX_NAME)
+    if (kind := index.get("_class_name")) not in (IN_PIXELS, IN_LATENTS):
+        raise UserError(
+            f"{name} holds a {kind}; expected a {IN_PIXELS}, or a {IN_LATENTS} of Stable Diffusion 1.x or 2.x"
+        )
+    return index
 
 
 def write_index(folder: Path, space: LatentSpace) -> None:
@@ -79,6 +83,8 @@ def write_index(folder: Path, space: LatentSpace) -> None:
 def read_prediction(folder: Path) -> Prediction:
     """Return what a pipeline's network predicts, and its schedule."""
     fields = _read_json(folder / "scheduler" / "scheduler_config.json")
+    if _read_json(folder / INDEX_NAME).get("_class_name") == IN_LATENTS:
+        fields |= {"clip_sample": False, "steps_offset": 1}  # whatever is written there, as that pipeline has it
     kind, kinds = fields.pop("prediction_type", "epsilon"), get_args(PredictionKind)
     if kind not in kinds:
         raise UserError(f"scheduler config: prediction_type: {kind!r} is not supported; expected {', '.join(kinds)}")

@@ -71,6 +71,7 @@ def check_config(config: Config, checkpoint: Path, *, aloud: bool) -> None:
         ("seed", before.seed, config.seed),
         ("train.ema_width", before.train.ema_width, config.train.ema_width),
         ("train.optimizer", before.train.optimizer, config.train.optimizer),
+        ("train.lora_rank", before.train.lora_rank, config.train.lora_rank),
     ):
         if then != now:
             raise UserError(f"resume: {key} was {then} in this run and is now {now}; keep it")

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cond_diffusion.batches import Batches, samples_per_step
-from cond_diffusion.building import in_words, new_optimizer, new_unet
+from cond_diffusion.building import complete_unet_config, in_words, new_optimizer, new_unet
 from cond_diffusion.config import Config, TrainConfig
 from cond_diffusion.contexts import Contexts, context_table
 from cond_diffusion.cpu import has_bf16, keep_memory, share_cores
@@ -46,10 +46,11 @@ def train(config: Config) -> Path:
     if newest is not None:
         check_config(config, newest, aloud=accelerator.is_main_process)
     space = latent_space(config.latent, newest).to(accelerator.device)
-    feed = _feed(config, space, accelerator)
     # A resumed run reads with the encoder that its checkpoint holds, whatever has become of the one that it began with.
     encoder = config.text.encoder if newest is None else newest
     text_encoder = TextEncoder.from_pretrained(encoder, config.text.max_length).to(accelerator.device)
+    complete_unet_config(config, text_encoder.context_dim, space)  # refuses before hours of encoding pictures
+    feed = _feed(config, space, accelerator)
     contexts = contexts_of(feed, text_encoder, accelerator)
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
 
@@ -163,7 +164,8 @@ def _feed(config: Config, space: LatentSpace, accelerator: Accelerator) -> Feed:
     if isinstance(space, Patches) or config.data.streaming:
         return open_feed(config.data, config.seed, aloud=accelerator.is_main_process)
     if config.data.flip or config.data.crop == "random":
-        logger.warning("data.flip or data.crop=random: latents cannot be kept, and are computed anew for each batch")
+        if accelerator.is_main_process:
+            logger.warning("data.flip or data.crop=random: latents cannot be kept, and are computed for each batch")
         return open_feed(config.data, config.seed, aloud=accelerator.is_main_process)
     space.shape(config.data)
     files = open_captioned_files(config.data, aloud=accelerator.is_main_process)

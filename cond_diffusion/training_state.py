@@ -115,13 +115,13 @@ class TrainingState:
         if not any(folder.glob("narrow_ema*")):
             raise UserError(f"resume: {checkpoint} is of an older version, without a second average; begin a new run")
         try:
-            _put(_read(folder, "unet"), self.parameters)
             progress = json.loads((folder / PROGRESS_NAME).read_text())
             if progress.get("base") != self.base:
                 raise UserError(
                     "resume: init_from is not what it was when this run began, or train.lora_rank has come or gone; "
                     "keep both"
                 )
+            _put(_read(folder, "unet"), self.parameters)
             whole = UNet.from_pretrained(checkpoint / "unet").state_dict() if not self.base else load_lora(checkpoint)
             _put({name: [weight] for name, weight in whole.items()}, self.averages[0].weights)
             _put(_read(folder, "narrow_ema"), self.averages[1].weights)
@@ -129,6 +129,8 @@ class TrainingState:
             if self.scaler is not None and "scaler" in progress:
                 self.scaler.load_state_dict(progress["scaler"])
             return progress
+        except UserError:
+            raise
         except (OSError, SafetensorError, json.JSONDecodeError, RuntimeError, KeyError) as error:
             raise UserError(
                 f"resume: {folder} is damaged, was cut short or belongs to another network ({first_line(error)}); "

@@ -81,7 +81,7 @@ def test_a_folder_of_pictures_goes_on_where_it_was_interrupted(type_in, tmp_path
     """Each is the picture that is drawn alone, with its own settings; what is there stays."""
     words = ["seven", "a two", "--num-images", "2", "--seed", "3", "--steps", "2", "--guidance-scale", "2,4"]
     assert type_in("sample", *words, "--output-dir", "all", "--batch-size", "3")[:2] == (0, "all\n")
-    names = ["0-seven.png", "1-seven.png", "2-a-two.png", "3-a-two.png"]
+    names = ["0000-0000-seven.png", "0000-0001-seven.png", "0001-0000-a-two.png", "0001-0001-a-two.png"]
     assert sorted(file.name for file in (tmp_path / "all").iterdir()) == names
     stamps = [(tmp_path / "all" / name).stat().st_mtime_ns for name in names]
     (tmp_path / "all" / names[2]).unlink()
@@ -90,13 +90,15 @@ def test_a_folder_of_pictures_goes_on_where_it_was_interrupted(type_in, tmp_path
     assert [old == new for old, new in zip(stamps, again, strict=True)] == [True, True, False, True]
     alone = ["a two", "--seed", "4", "--steps", "2", "--guidance-scale", "4", "--output", "alone.png"]
     assert type_in("sample", *alone)[0] == 0
-    assert type_in("sample", "--from-image", "all/3-a-two.png", "--output", "repeated.png")[0] == 0
-    pictures = [Image.open(tmp_path / name).convert("L") for name in ("all/3-a-two.png", "alone.png", "repeated.png")]
+    assert type_in("sample", "--from-image", "all/0001-0001-a-two.png", "--output", "repeated.png")[0] == 0
+    pictures = [
+        Image.open(tmp_path / name).convert("L") for name in ("all/0001-0001-a-two.png", "alone.png", "repeated.png")
+    ]
     for picture in pictures[1:]:
         assert np.abs(np.asarray(picture).astype(int) - np.asarray(pictures[0])).max() <= 1
     code, _, errors = type_in("sample", *words[:-1], "5,5", "--output-dir", "all")
     assert code == 2
-    assert "--output-dir: all/0-seven.png was drawn otherwise and is not overwritten" in errors
+    assert "--output-dir: all/0000-0000-seven.png was drawn with guidance_scale 2.0, not 5.0, and is not" in errors
 
 
 def test_every_option_changes_the_picture(type_in, tmp_path: Path):
@@ -200,7 +202,9 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(type_in, caplog: pytest.LogC
         ("--steps 3", "no PROMPT; expected at least one"),
         ("--prompts-file no-such.txt", "--prompts-file: no-such.txt cannot be read"),
         ("seven --output-dir x --film y.gif", "--film: means nothing beside --output-dir; leave one out"),
-        ("seven --output-dir taken.png", "--output-dir: taken.png cannot be made"),
+        ("seven --output-dir taken.png --steps 1", "--output-dir: taken.png/0000-0000-seven.png cannot be written"),
+        ("seven --output-dir x --batch-size 0", "batch_size: 0 must be at least 1"),
+        ("seven --output-dir x --sampler dpm", "sampler: 'dpm' is unknown"),
         ("seven --batch-size 0", "batch_size: 0 must be at least 1"),
     ],
 )
@@ -212,7 +216,7 @@ def test_bad_input_to_sample_is_one_line_and_exit_code_2(type_in, tmp_path: Path
     assert message in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert (tmp_path / "taken.png").read_text() == "precious"
-    assert [file.name for file in tmp_path.glob("*.*")] == ["taken.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["empty-run", "taken.png"]
 
 
 @pytest.mark.parametrize(

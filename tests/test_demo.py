@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from io import BytesIO
@@ -14,7 +15,7 @@ from urllib.request import urlopen
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from cond_diffusion.demo import choices, drawn
 from cond_diffusion.errors import UserError
@@ -63,18 +64,28 @@ def page(address: str) -> Iterator[Page]:
     assert errors == []
 
 
+def shown(page: Page, image: Locator) -> Image.Image:
+    """The picture itself, without what the page lays over it."""
+    address = image.get_attribute("src")
+    assert address is not None
+    with Image.open(BytesIO(page.request.get(address).body())) as picture:
+        return picture.convert("L")
+
+
 @pytest.mark.slow
 def test_a_prompt_becomes_a_picture_that_forms_on_the_page(page: Page, tmp_path: Path):
     page.get_by_label("Prompt", exact=True).fill("a digit seven\na digit two")
     page.get_by_label("number input for Steps").fill("300")
     page.get_by_label("number input for Steps").press("Tab")
     page.get_by_role("button", name="Draw").click()
-    progress = page.get_by_label("Progress")
-    expect(progress).to_have_value(re.compile(r"step \d+ of 300"), timeout=60_000)  # it is there while the chain runs
+    progress, image = page.get_by_label("Progress"), page.locator("img[src*='/file=']").first
+    expect(progress).to_have_value(re.compile(r"step \d+ of 300"), timeout=60_000)
+    first = shown(page, image)  # while the chain runs
+    expect(progress).to_have_value(re.compile(r"step [12]\d\d of 300"), timeout=60_000)
+    later = shown(page, image)
+    assert first.tobytes() != later.tobytes()
     expect(progress).to_have_value("done", timeout=60_000)
-    image = page.locator("img[src*='/file=']").first
-    with Image.open(BytesIO(image.screenshot())) as picture:
-        low, high = picture.convert("L").getextrema()
+    low, high = shown(page, image).getextrema()
     assert low < 30
     assert high > 200
     for name in ("pictures.png", "film.webp", "words.png", "settings.json"):
@@ -101,7 +112,10 @@ def test_whoever_leaves_stops_the_chain(tmp_path: Path):
     picture, state, files = next(chain)
     assert picture is not None
     assert (state, files) == ("step 1 of 1000", [])
-    chain.close()  # waits for the thread
+    chain.close()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="there is no checkpoint nowhere"):
         next(drawn(tmp_path, "nowhere", ["a digit seven"], options))

@@ -254,5 +254,5 @@ def test_another_version_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 def test_a_picture_without_settings_is_refused(tmp_path: Path):
     Image.new("L", (2, 2)).save(tmp_path / "plain.png")
-    with pytest.raises(UserError, match="plain.png does not say how it was drawn; expected a PNG that sample.py wrote"):
+    with pytest.raises(UserError, match="plain.png does not say how it was drawn; expected a PNG that was drawn here"):
         recorded_words(str(tmp_path / "plain.png"), [])

@@ -153,6 +153,7 @@ def test_the_card_tells_of_the_run_and_its_lines_draw_in_both_libraries(hub: typ
         ("someone/nothing", {}, "there is no folder someone/nothing, and as a hub id it cannot be fetched"),
         ("someone/digits", {"local_files_only": True}, "not on this disk and cannot be fetched (local_files_only)"),
         ("someone/digits", {"revision": "nowhere"}, "as a hub id it cannot be fetched"),
+        ("someone/xl", {}, "someone/xl holds a StableDiffusionXLPipeline; expected a TextToImage"),
         ("someone/digits", {}, "someone/digits/unet has its weights in diffusion_pytorch_model.bin, a pickle"),
     ],
 )
@@ -164,16 +165,20 @@ def test_what_the_hub_does_not_have_is_one_line(
         "unet/config.json": b"{}",
         "unet/diffusion_pytorch_model.bin": b"",
     }
+    hub.repositories["someone/xl"] = {"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline"}'}
     with pytest.raises(UserError) as refusal:
         TextToImage.from_pretrained(source, cache_dir=tmp_path / "cache", **options)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-def test_what_the_hub_does_not_take_is_one_line(hub: type[ModelHub]):
+def test_what_the_hub_does_not_take_is_one_line(hub: type[ModelHub], monkeypatch: pytest.MonkeyPatch):
     pipe = TextToImage.from_pretrained()
     with pytest.raises(UserError, match="someone/digits: the hub does not take it"):
         pipe.push_to_hub("someone/digits", token="wrong", prompts=["two"])
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(UserError, match="someone/digits: the hub does not take it"):
+        pipe.push_to_hub("someone/digits", token="secret", prompts=["two"])
     pipe.folder = None
     with pytest.raises(UserError, match="prompts: none given, and no run tells any"):
         pipe.push_to_hub("someone/digits", token="secret")

@@ -1,5 +1,6 @@
 """Latent space, and Stable Diffusion's pipelines both ways, against diffusers' own on small random parts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -181,17 +182,23 @@ def test_latents_are_kept_without_pictures_that_cannot_be_read(
     for i in range(5):
         Image.new("RGB", (24, 24), (40 * i, 0, 255)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(f"picture {i}")
-    (tmp_path / "2.png").write_bytes(b"no picture")
+    for i in (2, 4):  # one of them alone in its shard
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    monkeypatch.setattr("cond_diffusion.latent_set.PER_SHARD", 2)
     (tmp_path / "cache").mkdir()
     words = [f"data.source={tmp_path}", "data.resolution=24", "data.channels=3", "data.max_bad_fraction=0.5"]
     data = load_config(Config, overrides=words).data
     vae = VAE(autoencoder())
     found = latent_set(open_captioned_files(data), vae, Accelerator(cpu=True))
-    assert [found.caption_groups[group] for group in found.group_of.tolist()] == [
-        (f"picture {i}",) for i in (0, 1, 3, 4)
-    ]
+    assert [found.caption_groups[group] for group in found.group_of.tolist()] == [(f"picture {i}",) for i in (0, 1, 3)]
     third = vae.encode(from_pillow(Image.new("RGB", (24, 24), (120, 0, 255)))[None])[0]
     torch.testing.assert_close(found._row(2), third, rtol=1e-3, atol=1e-3)
+    strict = replace(data, max_bad_fraction=0.3)
+    with pytest.raises(UserError, match="2 of the 5 pictures of .* cannot be read"):  # though nothing is computed again
+        latent_set(open_captioned_files(strict), vae, Accelerator(cpu=True))
+    Image.new("RGB", (24, 24), "red").save(tmp_path / "3.png")  # of the same name, and another
+    again = latent_set(open_captioned_files(data), vae, Accelerator(cpu=True))
+    assert (again._row(2) - found._row(2)).abs().max() > 0.1
 
 
 def test_random_crops_and_streams_are_encoded_as_they_come(

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from cond_diffusion import TextToImage
 from cond_diffusion.checkpoint import checkpoints
 from cond_diffusion.config import Config
+from cond_diffusion.latents import Patches
 from cond_diffusion.layers import ResidualBlock
 from cond_diffusion.posthoc_ema import snapshots_until
 from cond_diffusion.prediction import Prediction
@@ -55,7 +56,7 @@ def run(config: Config, process: int, processes: int, start: int, steps: int) ->
     if start:
         assert state.load(checkpoints(Path(config.run_dir))[-1])["step"] == start
     prediction = Prediction("epsilon", NoiseSchedule(ScheduleConfig()))
-    pipe = TextToImage(state.averaged_unet(), TextEncoder.from_pretrained("builtin", 16), prediction, 1)
+    pipe = TextToImage(state.averaged_unet(), TextEncoder.from_pretrained("builtin", 16), prediction, Patches(1))
     with Saver(Path(config.run_dir), config, pipe, state, accelerator) as saver:
         for step in range(start, start + steps):
             draw = torch.Generator().manual_seed(step)
