@@ -244,8 +244,8 @@ def own_clip(config: Config) -> ClipJudge | None:
 
 
 def real_pictures(config: Config) -> tuple[CaptionedImages, CaptionedImages, CaptionedImages]:
-    """Return the whole training split, the training pictures and the test pictures, in memory: of a source without test
-    pictures those that training holds out, and the others.
+    """Return the whole training split, what is trained on of it, and the test pictures, all in memory. Of a source
+    without test pictures those that training holds out stand in for them.
     """
     whole = load_captioned_images(config.data)
     try:

@@ -103,7 +103,7 @@ SECTIONS = [
     "## Two commands",
     "## Training",
     "### Your own pictures",
-    "### In latents, and further than others",
+    "### In latents, and from a checkpoint on",
     "### What to train for",
     "## How good",
     "## How fast",
