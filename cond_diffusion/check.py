@@ -113,7 +113,7 @@ def _check_cost(config: Config, unet: UNet, loss: Callable[[], Tensor], step: Ca
     """Tell the parameters, the memory and the time that a step takes; return the seconds."""
     print(f"network: {in_words(unet)}")
     kept = bytes_kept(unet, loss) / 1e9
-    print(f"memory: and {kept:.2f} GB for what a batch of {config.train.batch_size} keeps for the backward pass")
+    print(f"memory: {kept:.2f} GB more for what a batch of {config.train.batch_size} keeps for the backward pass")
     times = []
     for _ in range(3):
         begun = monotonic()

@@ -41,6 +41,7 @@ def sample_parser() -> argparse.ArgumentParser:
     words.add_argument(
         "--ema-width", type=float, help="average over this share of the training, 0.03 to 0.25 (default: as trained)"
     )
+    words.add_argument("--lora", metavar="FILE", help="added to the network: a file, a folder with it or a hub id")
     words.add_argument("--num-images", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
     words.add_argument("--batch-size", type=int, help="pictures in work at once (default: as many as fit, at most 64)")
     words.add_argument("--seed", type=int, default=0, help="picture i has seed + i (default: %(default)s)")
@@ -106,7 +107,7 @@ def sample() -> None:
     if not prompts:
         parser.error('no PROMPT; expected at least one, for example "a digit seven"')
     where = {name: options.pop(name) for name in ("output", "film", "attention_maps", "no_labels")}
-    of_model = {name: options.pop(name) for name in ("checkpoint", "ema_width")}
+    of_model = {name: options.pop(name) for name in ("checkpoint", "ema_width", "lora")}
     folder = options.pop("output_dir")
     if folder is None:
         labels = not where.pop("no_labels")

@@ -21,7 +21,7 @@ from cond_diffusion.samplers import Step
 SETTINGS = {
     *("checkpoint", "num_images", "seed", "sampler", "steps", "variance", "eta", "order", "image", "strength", "mask"),
     *("resamplings", "guidance_scale", "negative_prompt", "guidance_interval", "guidance_rescale"),
-    *("dynamic_thresholding", "ema_width"),
+    *("dynamic_thresholding", "ema_width", "lora"),
 }
 BELONGINGS = {"sampler": ("variance", "eta", "order"), "image": ("strength", "mask", "resamplings")}
 
@@ -34,6 +34,7 @@ def draw_to_file(
     *,
     checkpoint: str,
     ema_width: float | None = None,
+    lora: str | None = None,
     output: str | None,
     film: str | None,
     attention_maps: str | None,
@@ -46,8 +47,8 @@ def draw_to_file(
     checkpoint and the version, so that `recorded_words` can type them again.
     labels: whether the prompts stand beside the rows where there are several.
     """
-    pipe = TextToImage.from_pretrained(checkpoint, ema_width=ema_width).to_accelerator()
-    pictures, settings = _pictures(options), _settings(pipe, options, checkpoint, ema_width)
+    pipe = TextToImage.from_pretrained(checkpoint, ema_width=ema_width, lora=lora).to_accelerator()
+    pictures, settings = _pictures(options), _settings(pipe, options, checkpoint, ema_width, lora)
     each = options["num_images"]
     moving, maps = Film(), AttentionMaps(pipe.unet, pipe.side)
     watchers: list[Watch] = [] if watch is None else [watch]
@@ -82,15 +83,21 @@ def draw_to_file(
 
 
 def draw_to_folder(
-    prompts: list[str], options: dict[str, Any], *, checkpoint: str, ema_width: float | None = None, folder: str
+    prompts: list[str],
+    options: dict[str, Any],
+    *,
+    checkpoint: str,
+    ema_width: float | None = None,
+    lora: str | None = None,
+    folder: str,
 ) -> None:
     """Draw, and write a PNG for each picture as soon as its batch is done.
 
     Names begin with the numbers of prompt and picture, so they sort as the pictures are asked for, and more of them may
     be asked for later. What is there is not drawn again; UserError where it was drawn otherwise, or cannot be written.
     """
-    pipe = TextToImage.from_pretrained(checkpoint, ema_width=ema_width).to_accelerator()
-    pictures, settings = _pictures(options), _settings(pipe, options, checkpoint, ema_width)
+    pipe = TextToImage.from_pretrained(checkpoint, ema_width=ema_width, lora=lora).to_accelerator()
+    pictures, settings = _pictures(options), _settings(pipe, options, checkpoint, ema_width, lora)
     each, first_seed = options["num_images"], options["seed"]
     at_once = pipe.fitting_batch_size() if options["batch_size"] is None else options["batch_size"]
     for name, value in (("num_images", each), ("batch_size", at_once)):
@@ -140,7 +147,9 @@ def _pictures(options: dict[str, Any]) -> dict[str, Any]:
     return {name: open_picture(options[name], f"--{name}") for name in ("image", "mask") if options[name] is not None}
 
 
-def _settings(pipe: TextToImage, options: dict[str, Any], checkpoint: str, ema_width: float | None) -> dict[str, Any]:
+def _settings(
+    pipe: TextToImage, options: dict[str, Any], checkpoint: str, ema_width: float | None, lora: str | None
+) -> dict[str, Any]:
     """Return what decides the pictures, to be written into them."""
     settings = {name: value for name, value in options.items() if name != "batch_size"}
     return {
@@ -149,6 +158,7 @@ def _settings(pipe: TextToImage, options: dict[str, Any], checkpoint: str, ema_w
         # Of a run the checkpoint that it is now: the run may go on.
         "checkpoint": str(pipe.folder) if Path(checkpoint).is_dir() else checkpoint,
         "ema_width": ema_width,
+        "lora": lora,
     }
 
 

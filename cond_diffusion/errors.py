@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from signal import SIGINT
 from typing import Any
 
+from tqdm.auto import tqdm
+
 
 class UserError(ValueError):
     """Bad input. The message says what is wrong, where, what was expected and what to type; it is one line.
@@ -46,13 +48,20 @@ def refuse_other_values(fields: dict[str, Any], only: dict[str, Any], where: str
             raise UserError(f"{where}: {key}: {value!r} is not supported; expected {expected!r}")
 
 
+class _BesideBars(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to standard error, above the progress bars that are there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def command_line(main: Callable[[], None]) -> int:
     """Run `main` as a command: bad input becomes one line and exit code 2, a signal 128 and its number (Ctrl-C 130)."""
     # The hub's client announces each of its retries; that it cannot be reached is one line, and ours to say.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     ours = logging.getLogger("cond_diffusion")
     ours.setLevel(logging.INFO)
-    on_screen = logging.StreamHandler()
+    on_screen = _BesideBars()
     ours.addHandler(on_screen)
     try:
         main()

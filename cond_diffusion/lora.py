@@ -3,13 +3,17 @@ rank r added to it, which is all that is trained. By peft, whose names for A and
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.hub import download, refuse_pickles
 from cond_diffusion.unet import UNet
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for
@@ -65,6 +69,45 @@ def save_lora(lora: Mapping[str, Tensor], folder: Path) -> None:
     """Write A and B as diffusers' `load_lora_weights` reads them."""
     named = {PREFIX + name.replace(".default", ""): weight.contiguous() for name, weight in lora.items()}
     save_file(named, folder / FILE_NAME, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def add_lora_file(unet: UNet, source: str | Path) -> None:
+    """Add to a network's weights what a file of LoRA says, ours or diffusers', times alpha / rank.
+
+    source: the file, a folder with it, or a hub id.
+
+    Raises UserError where it cannot be read, or is for another network.
+    """
+    file = Path(source)
+    if not file.exists():
+        try:
+            file = download(str(source), [FILE_NAME])
+        except UserError as error:
+            raise UserError(f"lora: {error}") from error
+    if file.is_dir():
+        refuse_pickles(file, FILE_NAME)
+        file = file / FILE_NAME
+    try:
+        with safe_open(file, "pt") as opened:
+            settings = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"lora: {file} cannot be read ({first_line(error)}); expected safetensors") from error
+    weights = dict(unet.named_parameters())
+    while tensors:
+        name = next(iter(tensors))
+        stem = name.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".lora_A").removesuffix(".lora_B")
+        up, down = (tensors.pop(f"{PREFIX}{stem}.lora_{part}.weight", None) for part in "BA")
+        if up is None or down is None:
+            raise UserError(f"lora: {file}: {name} is not what diffusers writes for a UNet: lora_A, lora_B")
+        weight = weights.get(f"{stem}.weight")
+        if weight is None or weight.shape != up.shape[:1] + down.shape[1:]:
+            there = "has none of that name" if weight is None else f"has {tuple(weight.shape)}"
+            shape = (*up.shape[:1], *down.shape[1:])
+            raise UserError(f"lora: {file} is for another model: it changes {stem}, {shape}, and this UNet {there}")
+        scale = settings.get("unet.lora_alpha", len(down)) / settings.get("unet.r", len(down))
+        weight += scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape).to(weight)
 
 
 def load_lora(folder: Path) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from cond_diffusion.errors import UserError
 from cond_diffusion.guidance import GuidanceConfig, guided, scale_of_each, threshold_dynamically
 from cond_diffusion.hub import upload
 from cond_diffusion.latents import VAE, LatentSpace
+from cond_diffusion.lora import add_lora_file
 from cond_diffusion.pictures import PILLOW_MODES, Pictures, fit, from_pillow, grid, to_pillow, upright
 from cond_diffusion.posthoc_ema import weights_of_width
 from cond_diffusion.prediction import Prediction, denoiser
@@ -39,7 +40,7 @@ from cond_diffusion.unet import UNet
 
 DEFAULT_STRENGTH = 0.8
 MOST_AT_ONCE = 64
-MAPS_AT_ONCE = 80  # of the first level's size and width, that a picture takes at the most, guided
+MAPS_AT_ONCE = 120  # of the first level's size and width, that a guided picture takes; 54 to 118 were measured
 
 Watch = Callable[[Step, int, int], None]
 """(step, its number from 0, how many there are), the pictures in pixels."""
@@ -73,6 +74,7 @@ class TextToImage:
         source: str | Path = "builtin",
         *,
         ema_width: float | None = None,
+        lora: str | Path | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
@@ -83,6 +85,7 @@ class TextToImage:
 
         ema_width: average the weights over another share of the training than the checkpoint does, as far as the run's
             snapshots reach up to it.
+        lora: what is added to the network's weights: a file, a folder with it, or a hub id.
         revision, token, cache_dir, local_files_only: of a hub id, as huggingface_hub has them.
 
         Raises UserError where there is none, or where a file of it is missing, damaged or for another kind of pipeline.
@@ -94,6 +97,8 @@ class TextToImage:
         unet = UNet.from_pretrained(folder / "unet")
         if ema_width is not None:
             unet = UNet.with_weights(unet.config, weights_of_width(folder, ema_width))
+        if lora is not None:
+            add_lora_file(unet, lora)
         pipe = cls(unet, TextEncoder.from_pretrained(folder, max_length=None), read_prediction(folder), space)
         pipe.folder = folder
         return pipe

@@ -88,7 +88,7 @@ class Reporter:
         }
         self._write(done, over_all | by_timestep)
         if self.accelerator.is_main_process:
-            self.bar.write(f"step {done}: {findings.in_words()}")
+            logger.info("step %d: %s", done, findings.in_words())
 
     def draw(self, done: int, pipe: TextToImage) -> None:
         """Draw the fixed prompts, one a column, always with the same noise, so that the grids show the progress.

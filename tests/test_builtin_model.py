@@ -1,7 +1,9 @@
 """The built-in data set and model are what their cards say."""
 
 from copy import deepcopy
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -174,3 +176,22 @@ def test_the_weights_are_small_and_cannot_run_code():
     files = [file for file in BUILT_IN_MODEL.rglob("*") if file.is_file()]
     assert {file.suffix for file in files} <= {".safetensors", ".json", ".yaml", ".md", ".png", ".webp"}
     assert sum(file.stat().st_size for file in files) < 12e6
+
+
+def test_a_notebook_shows_the_pipeline_in_words_and_its_pictures_as_a_grid(pipe: TextToImage):
+    assert repr(pipe).startswith("TextToImage: 28 x 28, L, diffusion of pixels; 1.0 million parameters predict epsilon")
+    images = pipe(["one", "two"], num_images=3, steps=1, progress=False)
+    png = images._repr_png_()
+    assert png is not None
+    with Image.open(BytesIO(png)) as picture:
+        assert picture.size == (3 * (3 * 30 - 2), 3 * (2 * 30 - 2))
+
+
+def test_as_many_pictures_are_in_work_as_half_of_the_free_memory_holds(pipe: TextToImage, monkeypatch: Any):
+    def with_free(gigabytes: float) -> int:
+        free = SimpleNamespace(available=int(gigabytes * 1e9))
+        monkeypatch.setattr("cond_diffusion.pipeline.virtual_memory", lambda: free)
+        return pipe.fitting_batch_size()
+
+    a_picture = 120 * 4 * 32 * 14 * 14 / 1e9
+    assert [with_free(0), with_free(2 * 5.5 * a_picture), with_free(100)] == [1, 5, 64]

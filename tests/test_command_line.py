@@ -205,6 +205,8 @@ def test_a_prompt_that_is_too_long_says_what_is_cut(type_in, caplog: pytest.LogC
         ("seven --output-dir taken.png --steps 1", "--output-dir: taken.png/0000-0000-seven.png cannot be written"),
         ("seven --output-dir x --batch-size 0", "batch_size: 0 must be at least 1"),
         ("seven --output-dir x --sampler dpm", "sampler: 'dpm' is unknown"),
+        ("seven --lora no/such/file", "lora: there is no folder no/such/file"),
+        ("seven --lora taken.png", "lora: taken.png cannot be read"),
         ("seven --batch-size 0", "batch_size: 0 must be at least 1"),
     ],
 )

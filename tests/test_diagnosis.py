@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -95,9 +94,12 @@ def test_every_caption_is_set_against_another():
     assert others(["a", "a"]) == ["a", "a"]
 
 
-def test_the_run_reports_what_was_found_and_a_tracker_hears_it(bars_config: Config, capsys: Any, tmp_path: Path):
+def test_the_run_reports_what_was_found_and_a_tracker_hears_it(
+    bars_config: Config, caplog: pytest.LogCaptureFixture, tmp_path: Path
+):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    caplog.set_level("INFO", logger="cond_diffusion")
     config = replace(bars_config, track="tensorboard", train=replace(bars_config.train, evaluate_every=2))
     train(replace(config, train=replace(config.train, max_steps=2)))
     train(replace(config, resume=True))
@@ -105,7 +107,7 @@ def test_the_run_reports_what_was_found_and_a_tracker_hears_it(bars_config: Conf
     told = [line for line in lines if "held_out_loss" in line]
     assert [line["step"] for line in told] == [2, 4]
     assert all(f"held_out_loss_bucket_{i}" in told[0] for i in range(BUCKETS))
-    assert "step 4: held-out loss " in capsys.readouterr().out
+    assert "step 4: held-out loss " in caplog.text
     assert lines[0]["memory_gb"] > 0
     (folder,) = {file.parent for file in Path(config.run_dir).rglob("events.out.tfevents.*")}
     events = EventAccumulator(str(folder))

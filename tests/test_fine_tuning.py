@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import weights
 from diffusers import StableDiffusionPipeline
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_latents import stable_diffusion
 
@@ -86,6 +87,16 @@ def test_lora_is_merged_for_us_and_opens_beside_the_original_in_diffusers(
     for name in changed:
         of_theirs = fused[name.replace(".weight", ".base_layer.weight")]
         torch.testing.assert_close(after.unet.state_dict()[name], of_theirs, rtol=1e-5, atol=1e-6)
+    # Our own file and theirs, added to the original here.
+    theirs.unfuse_lora()
+    layers = get_peft_model_state_dict(theirs.unet, adapter_name="default_0")
+    theirs.save_lora_weights(tmp_path / "theirs", unet_lora_layers=layers)
+    for file in (checkpoint, tmp_path / "theirs"):
+        added = TextToImage.from_pretrained(stable, lora=file).unet.state_dict()
+        for name, weight in after.unet.state_dict().items():
+            torch.testing.assert_close(added[name], weight, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="lora: .* is for another model: it changes down_blocks.0.attentions"):
+        TextToImage.from_pretrained(lora=checkpoint)
     # Resumed it ends with the same.
     train(tuned(bars_overrides, tmp_path / "resumed", *lora, "train.max_steps=2"))
     resumed = weights(train(tuned(bars_overrides, tmp_path / "resumed", *lora, "resume=true")))

@@ -61,7 +61,7 @@ def test_four_steps_equal_two_and_resumed_two(bars_config: Config, tmp_path: Pat
     [("epsilon", "uniform", 0.4), ("v_prediction", "logit_normal", 0.6)],
 )
 def test_a_few_pictures_are_learned_by_heart_and_the_text_chooses_among_them(
-    bars_config: Config, prediction: Any, timesteps: Any, falls_to: float, capsys: Any
+    bars_config: Config, prediction: Any, timesteps: Any, falls_to: float, caplog: pytest.LogCaptureFixture
 ):
     """Overfit; then the words alone decide which way the bar lies. Also where the last timestep holds no signal."""
     config = changed(
@@ -74,11 +74,12 @@ def test_a_few_pictures_are_learned_by_heart_and_the_text_chooses_among_them(
         schedule=ScheduleConfig(100, 1e-3, 0.15, zero_terminal_snr=prediction != "epsilon"),
         objective=ObjectiveConfig(prediction, prediction, timesteps=timesteps),
     )
+    caplog.set_level("INFO", logger="cond_diffusion")
     train(config)
     lines = metrics(Path(config.run_dir))
     losses = [line["loss"] for line in lines if "loss" in line]
     assert np.mean(losses[-5:]) < falls_to * losses[0]
-    assert "the text is used" in capsys.readouterr().out
+    assert "the text is used" in caplog.text
     pipe = TextToImage.from_pretrained(config.run_dir)
     assert pipe.prediction.kind == prediction
     images = pipe(["a bar that is upright", "level"], num_images=16, guidance_scale=2.0, progress=False)
