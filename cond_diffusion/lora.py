@@ -90,9 +90,9 @@ def add_lora_file(unet: UNet, source: str | Path) -> None:
         file = file / FILE_NAME
     try:
         with safe_open(file, "pt") as opened:
-            settings = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            settings = dict(json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}")))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise UserError(f"lora: {file} cannot be read ({first_line(error)}); expected safetensors") from error
     weights = dict(unet.named_parameters())
     while tensors:
