@@ -1,4 +1,4 @@
-"""A stand-in for the hub on this machine: it serves a folder as the data set someone/pictures."""
+"""Stand-ins for the hub on this machine; the one here serves a folder as the data set someone/pictures."""
 
 import hashlib
 import json
@@ -15,20 +15,35 @@ API = "/api/datasets/someone/pictures"
 COMMIT = "0" * 40
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Answers what `datasets` and `huggingface_hub` ask of a data set: what is in it, and its files, in ranges."""
+class Answering(BaseHTTPRequestHandler):
+    """How every stand-in for the hub answers."""
 
     protocol_version = "HTTP/1.1"
-
-    def __init__(self, folder: Path, *connection: Any) -> None:
-        self.folder = folder
-        super().__init__(*connection)
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
+
+    def _json(self, value: Any) -> None:
+        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _answer(self, code: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT, **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+class Hub(Answering):
+    """Answers what `datasets` and `huggingface_hub` ask of a data set: what is in it, and its files, in ranges."""
+
+    def __init__(self, folder: Path, *connection: Any) -> None:
+        self.folder = folder
+        super().__init__(*connection)
 
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
@@ -53,17 +68,6 @@ class Hub(BaseHTTPRequestHandler):
             self._answer(206, content[int(first) : stop], headers)
         else:
             self._answer(200, content, headers)
-
-    def _json(self, value: Any) -> None:
-        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _answer(self, code: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT, **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
 
 
 def _hash(file: Path) -> str:

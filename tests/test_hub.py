@@ -4,7 +4,7 @@ import base64
 import json
 import re
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -13,27 +13,19 @@ from urllib.parse import unquote, urlparse
 import huggingface_hub.constants
 import pytest
 import torch
+from hub import COMMIT, Answering
 from huggingface_hub.utils import close_session
 from PIL import Image
 
 from cond_diffusion import TextToImage
 from cond_diffusion.errors import UserError
 
-COMMIT = "0" * 40
 
-
-class ModelHub(BaseHTTPRequestHandler):
+class ModelHub(Answering):
     """Takes and gives models, in memory: repository -> path -> content; takes with the token "secret" only."""
 
-    protocol_version = "HTTP/1.1"
     repositories: dict[str, dict[str, bytes]] = {}  # noqa: RUF012
     asked: list[str] = []  # noqa: RUF012
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
 
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
@@ -79,20 +71,9 @@ class ModelHub(BaseHTTPRequestHandler):
                 self.repositories[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
         return self._json({"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
 
-    def _json(self, value: Any) -> None:
-        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _answer(self, code: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT, **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[ModelHub]]:
+def model_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[ModelHub]]:
     ModelHub.repositories, ModelHub.asked = {}, []
     with ThreadingHTTPServer(("127.0.0.1", 0), ModelHub) as server:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -107,30 +88,30 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[ModelH
     close_session()
 
 
-def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub: type[ModelHub], tmp_path: Path):
+def test_a_model_goes_to_the_hub_and_comes_back_the_same(model_hub: type[ModelHub], tmp_path: Path):
     pipe = TextToImage.from_pretrained()
     address = pipe.push_to_hub("someone/digits", token="secret")
     assert address.endswith("/someone/digits")
-    files = hub.repositories["someone/digits"]
+    files = model_hub.repositories["someone/digits"]
     assert {"model_index.json", "config.yaml", "README.md", "samples.png"} < files.keys()
     (tmp_path / "samples.png").write_bytes(files["samples.png"])
     with Image.open(tmp_path / "samples.png") as grid:
         assert grid.size == (112 + 4 * 30 - 2, 10 * 30 - 2)
     files["unet/diffusion_pytorch_model.fp16.safetensors"] = files["other.bin"] = b"not asked for"
     again = TextToImage.from_pretrained("someone/digits", cache_dir=tmp_path / "cache", revision="main", token="secret")
-    assert not [path for path in hub.asked if path.endswith(("fp16.safetensors", ".bin"))]
+    assert not [path for path in model_hub.asked if path.endswith(("fp16.safetensors", ".bin"))]
     assert torch.equal(again.unet.conv_in.weight, pipe.unet.conv_in.weight)
     assert again("two", steps=3, progress=False)[0].tobytes() == pipe("two", steps=3, progress=False)[0].tobytes()
-    hub.repositories.clear()
+    model_hub.repositories.clear()
     once_more = TextToImage.from_pretrained("someone/digits", cache_dir=tmp_path / "cache", local_files_only=True)
     assert torch.equal(once_more.unet.conv_in.weight, pipe.unet.conv_in.weight)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # of diffusers
-def test_the_card_tells_of_the_run_and_its_lines_draw_in_both_libraries(hub: type[ModelHub]):
+def test_the_card_tells_of_the_run_and_its_lines_draw_in_both_libraries(model_hub: type[ModelHub]):
     TextToImage.from_pretrained().push_to_hub("someone/digits", token="secret", prompts=["a digit seven", "two"])
-    card = hub.repositories["someone/digits"]["README.md"].decode()
+    card = model_hub.repositories["someone/digits"]["README.md"].decode()
     assert card.startswith("---\nlibrary_name: ")
     assert "Data: `mnist`, captions from `label`, 28 x 28. Loss: epsilon; the network predicts epsilon." in card
     assert "A row for each of: a digit seven; two." in card
@@ -158,21 +139,21 @@ def test_the_card_tells_of_the_run_and_its_lines_draw_in_both_libraries(hub: typ
     ],
 )
 def test_what_the_hub_does_not_have_is_one_line(
-    hub: type[ModelHub], tmp_path: Path, source: str, options: dict[str, Any], message: str
+    model_hub: type[ModelHub], tmp_path: Path, source: str, options: dict[str, Any], message: str
 ):
-    hub.repositories["someone/digits"] = {
+    model_hub.repositories["someone/digits"] = {
         "model_index.json": b'{"_class_name": "StableDiffusionPipeline"}',
         "unet/config.json": b"{}",
         "unet/diffusion_pytorch_model.bin": b"",
     }
-    hub.repositories["someone/xl"] = {"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline"}'}
+    model_hub.repositories["someone/xl"] = {"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline"}'}
     with pytest.raises(UserError) as refusal:
         TextToImage.from_pretrained(source, cache_dir=tmp_path / "cache", **options)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-def test_what_the_hub_does_not_take_is_one_line(hub: type[ModelHub], monkeypatch: pytest.MonkeyPatch):
+def test_what_the_hub_does_not_take_is_one_line(model_hub: type[ModelHub], monkeypatch: pytest.MonkeyPatch):
     pipe = TextToImage.from_pretrained()
     with pytest.raises(UserError, match="someone/digits: the hub does not take it"):
         pipe.push_to_hub("someone/digits", token="wrong", prompts=["two"])
