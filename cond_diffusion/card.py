@@ -103,6 +103,5 @@ def _measured(checkpoint: Path) -> str:
             values = json.loads(line)
             if values["step"] <= step:
                 newest |= values
-    return "| measure | last value |\n|---|---|\n" + "\n".join(
-        f"| {name} | {value:g} |" for name, value in newest.items()
-    )
+    rows = [f"| {name} | {value:g} |" for name, value in newest.items() if value is not None]
+    return "\n".join(["| measure | last value |", "|---|---|", *rows])

@@ -18,7 +18,9 @@ from huggingface_hub.utils import close_session
 from PIL import Image
 
 from cond_diffusion import TextToImage
+from cond_diffusion.card import write_card
 from cond_diffusion.errors import UserError
+from cond_diffusion.latents import Patches
 
 
 class ModelHub(Answering):
@@ -126,6 +128,18 @@ def test_the_card_tells_of_the_run_and_its_lines_draw_in_both_libraries(model_hu
     assert image.min() < -0.9
     assert image.max() > 0.9
     assert (image.abs() > 0.8).float().mean() > 0.8  # black and white, as a digit is
+
+
+def test_a_card_leaves_out_what_was_not_finite_what_came_later_and_half_a_line(tmp_path: Path):
+    checkpoint = tmp_path / "checkpoints" / "step-00000002"
+    (checkpoint / "state").mkdir(parents=True)
+    (checkpoint / "state" / "progress.json").write_text('{"step": 2}')
+    lines = ['{"step": 1, "loss": 0.5}', '{"step": 2, "gradient_norm": null}', '{"step": 3, "loss": 0.1}', '{"st']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    (checkpoint / "config.yaml").write_text("seed: 0")
+    write_card(tmp_path, "someone/digits", Patches(1), 8, ["two"], checkpoint)
+    card = (tmp_path / "README.md").read_text()
+    assert "| step | 2 |\n| loss | 0.5 |\n\nThe whole config" in card
 
 
 @pytest.mark.parametrize(
