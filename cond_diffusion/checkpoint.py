@@ -18,9 +18,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -162,6 +163,13 @@ def _remove(checkpoint: Path) -> None:
 def _checksum(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "blake2b").hexdigest()
+
+
+def add_weights(digest: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Add names and values to a hash of `hashlib`'s."""
+    for name, weight in weights:
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().numpy().data)
 
 
 def flush(path: Path) -> None:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cond_diffusion.checkpoint import add_weights
 from cond_diffusion.shards import cache_folder, computed_once
 from cond_diffusion.text import TextEncoder
 
@@ -70,9 +71,7 @@ def _key(text_encoder: TextEncoder, captions: Sequence[str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     clip = text_encoder.clip.config
     digest.update(repr((clip.hidden_act, clip.num_attention_heads, clip.layer_norm_eps)).encode())
-    for name, weight in text_encoder.clip.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.cpu().contiguous().numpy().data)
+    add_weights(digest, text_encoder.clip.state_dict().items())
     tokenizer = Tokenizer.from_str(text_encoder.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()  # how it was used last says nothing of what it is
     tokenizer.no_truncation()

@@ -38,12 +38,14 @@ def adopted(config: Config, newest: Path | None) -> tuple[Config, dict[str, Tens
         kind, source = before.objective.prediction, Path(before.init_from)
         if config.train.lora_rank and not source.is_dir():
             source = find_checkpoint(config.init_from)
+        unet = UNet.from_pretrained(source / "unet") if config.train.lora_rank else None
     else:
         source = find_checkpoint(config.init_from)
         space, prediction = read_latent_space(source), read_prediction(source)
+        unet = UNet.from_pretrained(source / "unet")
         found = {
             # It draws other sizes, too.
-            "unet": replace(UNet.from_pretrained(source / "unet").config, sample_size=None),
+            "unet": replace(unet.config, sample_size=None),
             "schedule": prediction.schedule.config,
             "latent": LatentConfig(space.downscaling) if isinstance(space, Patches) else LatentConfig(vae=str(source)),
             "text": _text(source),
@@ -55,9 +57,7 @@ def adopted(config: Config, newest: Path | None) -> tuple[Config, dict[str, Tens
             _check(f"{section}.{field.name}", given[field.name], default[field.name], asdict(values)[field.name])
     _check("objective.prediction", config.objective.prediction, "epsilon", kind)
     changed: dict[str, Any] = {**found, "objective": replace(config.objective, prediction=kind)}
-    weights = None
-    if newest is None or config.train.lora_rank:
-        weights = dict(UNet.from_pretrained(source / "unet").state_dict())
+    weights = None if unet is None else dict(unet.state_dict())
     return replace(config, **changed, init_from=str(source)), weights
 
 

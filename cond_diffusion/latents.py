@@ -21,6 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from cond_diffusion.checkpoint import add_weights
 from cond_diffusion.data_config import DataConfig
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.hub import WEIGHTS, download, refuse_pickles
@@ -181,9 +182,7 @@ class VAE:
         # What begins with _ tells where it lay, not what it is.
         config = sorted((key, value) for key, value in self.autoencoder.config.items() if not key.startswith("_"))
         digest = hashlib.blake2b(repr(config).encode(), digest_size=16)
-        for name, weight in self.autoencoder.state_dict().items():
-            digest.update(name.encode())
-            digest.update(weight.cpu().contiguous().numpy().data)
+        add_weights(digest, self.autoencoder.state_dict().items())
         return digest.hexdigest()
 
     @staticmethod

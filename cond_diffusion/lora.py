@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cond_diffusion.checkpoint import add_weights
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.hub import download, refuse_pickles
 from cond_diffusion.unet import UNet
@@ -58,10 +59,8 @@ def merged(unet: UNet, lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def digest_of_base(unet: UNet) -> str:
     """Return a hash of the weights that stay: B A means something only beside them."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in unet.named_parameters():
-        if ".lora_" not in name:
-            digest.update(name.replace(BASE, "").encode())
-            digest.update(weight.detach().cpu().contiguous().numpy().data)
+    named = unet.named_parameters()
+    add_weights(digest, ((name.replace(BASE, ""), weight) for name, weight in named if ".lora_" not in name))
     return digest.hexdigest()
 
 

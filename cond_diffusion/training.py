@@ -167,7 +167,6 @@ def _feed(config: Config, space: LatentSpace, accelerator: Accelerator) -> Feed:
         if accelerator.is_main_process:
             logger.warning("data.flip or data.crop=random: latents cannot be kept, and are computed for each batch")
         return open_feed(config.data, config.seed, aloud=accelerator.is_main_process)
-    space.shape(config.data)
     files = open_captioned_files(config.data, aloud=accelerator.is_main_process)
     return ShuffledSet(latent_set(files, space, accelerator), config.seed, config.data.held_out)
 
