@@ -122,7 +122,7 @@ def _opened(path: str, option: str) -> Iterator[Image.Image]:
         with Image.open(path) as picture:
             picture.load()
             yield picture
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{option}: there is no file {path}") from error
     except CANNOT_READ as error:
         raise UserError(f"{option}: {path} holds no picture that can be read ({first_line(error)})") from error
