@@ -18,6 +18,7 @@ from cond_diffusion.errors import UserError, did_you_mean, first_line
 from cond_diffusion.guidance import HIGHEST_SCALE
 from cond_diffusion.latents import LatentConfig
 from cond_diffusion.objective import Objective, ObjectiveConfig
+from cond_diffusion.sampler_config import SamplerConfig
 from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.schedule_config import ScheduleConfig
 from cond_diffusion.text import TextConfig
@@ -137,11 +138,12 @@ class Config:
         # Both raise, before anything is loaded, where the sections do not go together.
         schedule = NoiseSchedule(self.schedule)
         Objective(self.objective, schedule)
-        if self.latent.vae is not None and (self.schedule.spacing, self.schedule.steps_offset) == ("leading", 0):
+        leading = self.schedule.spacing in ("leading", None)
+        if self.latent.vae is not None and leading and self.schedule.steps_offset == 0:
             raise UserError("schedule.steps_offset: 0; with latent.vae and leading it must be 1, as diffusers has it")
         if self.latent.vae is not None and self.schedule.clip_x_0:
             raise UserError("schedule.clip_x_0: latents have no range to be kept in; with latent.vae it must be false")
-        schedule.shorter_chain(min(self.sample.steps, schedule.num_timesteps))
+        SamplerConfig().timesteps(schedule, min(self.sample.steps, schedule.num_timesteps))
 
 
 def config_parser(description: str, default: Path | None = None) -> argparse.ArgumentParser:

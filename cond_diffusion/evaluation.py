@@ -159,8 +159,7 @@ def main() -> None:
             raise UserError(f'evaluation needs {package}; install it: pip install "cond_diffusion[eval]"')
     sampling = Sampling(arguments.sampler, arguments.steps, arguments.guidance_scale, arguments.seed)
     pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
-    pipe.schedule.shorter_chain(arguments.steps)
-    SamplerConfig(arguments.sampler)
+    SamplerConfig(arguments.sampler).timesteps(pipe.schedule, arguments.steps)
     scale_of_each(arguments.guidance_scale, 1)
     settings = {
         # Of a run the checkpoint that it is now: the run may go on.

@@ -223,7 +223,7 @@ class TextToImage:
             )
         choice = SamplerConfig(sampler, variance, eta, order)
         edit = self._edit(image, mask, strength, resamplings)
-        chain = self.schedule.shorter_chain(steps)
+        chain = choice.timesteps(self.schedule, steps)
         timesteps = edit.timesteps(chain)
         run = edit.around(choice.sampler(self.schedule.config, len(chain)))
 

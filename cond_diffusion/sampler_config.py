@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from cond_diffusion import samplers
 from cond_diffusion.errors import UserError, did_you_mean
+from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.schedule_config import ScheduleConfig, Variance
 
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"]
@@ -51,6 +52,15 @@ class SamplerConfig:
             raise UserError(f"eta: {self.eta} must lie between 0 (no noise) and 1")
         if self.order is not None and not 1 <= self.order <= (highest := _HIGHEST_ORDER[self.name]):
             raise UserError(f"order: {self.order} must lie between 1 and {highest} for the sampler {self.name}")
+
+    def timesteps(self, schedule: NoiseSchedule, steps: int | None) -> list[int]:
+        """Return the timesteps that a chain of `steps` steps visits, those of diffusers' scheduler of this algorithm.
+
+        Where the schedule leaves the spacing to the sampler, it is "leading" for ddpm and ddim and "linspace" for the
+        others. The multistep solvers' last step comes to x_0 from farther away than the least noisy timestep.
+        """
+        spacing = schedule.config.spacing or ("leading" if self.name in ("ddpm", "ddim") else "linspace")
+        return schedule.shorter_chain(steps, spacing, first_too=self.name not in ("dpm_solver", "unipc"))
 
     def sampler(self, schedule: ScheduleConfig, steps: int) -> samplers.Sampler:
         """Return the generator function, its options filled in, for a chain of `steps` steps."""

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cond_diffusion.errors import UserError
-from cond_diffusion.schedule_config import ScheduleConfig
+from cond_diffusion.schedule_config import ScheduleConfig, Spacing
 
 
 class NoiseSchedule:
@@ -99,32 +99,36 @@ class NoiseSchedule:
         """
         return self.posterior(1, 0).variance if self.num_timesteps > 1 else self.betas[0].item()
 
-    def shorter_chain(self, steps: int | None) -> list[int]:
+    def shorter_chain(self, steps: int | None, spacing: Spacing = "trailing", *, first_too: bool = True) -> list[int]:
         """Return the timesteps that a chain of `steps` steps visits, the noisiest first; None visits all of them.
 
-        They lie in equal gaps, as `config.spacing` says (the names are diffusers'; Lin et al. 2023, table 2):
-        "trailing" counts the gaps from the end, so that T - 1, where sampling starts from pure noise, is always
-        visited; "leading" counts them from steps_offset up and leaves T - 1 out; "linspace" visits both ends, from two
-        steps on.
+        They lie in equal gaps (the names are diffusers'; Lin et al. 2023, table 2): "trailing" counts the gaps from the
+        end, so that T - 1, where sampling starts from pure noise, is always visited; "leading" counts them from
+        steps_offset up and leaves T - 1 out; "linspace" visits both ends, from two steps on.
+
+        first_too: without it "leading" and "linspace" leave out the least noisy one, for a chain whose last step comes
+            to x_0 from the next.
         """
         total = self.num_timesteps
         if steps is None or steps == total:
             return list(reversed(range(total)))
         if not 1 <= steps <= total:
             raise UserError(f"steps: {steps} must lie between 1 and the {total} steps of the chain")
-        match self.config.spacing:
+        points = steps if first_too else steps + 1
+        match spacing:
             case "trailing":
                 return [round(total - i * total / steps) - 1 for i in range(steps)]
             case "leading":
-                timesteps = [i * (total // steps) + self.config.steps_offset for i in reversed(range(steps))]
+                gap, offset = total // points, self.config.steps_offset
+                timesteps = [i * gap + offset for i in reversed(range(points))][:steps]
                 if timesteps[0] >= total:
                     raise UserError(
-                        f"steps: {steps} with schedule.steps_offset={self.config.steps_offset} reach beyond the "
+                        f"steps: {steps} with schedule.steps_offset={offset} reach beyond the "
                         f"{total} steps of the chain; expected fewer"
                     )
                 return timesteps
             case "linspace":
-                return [round(i * (total - 1) / max(1, steps - 1)) for i in reversed(range(steps))]
+                return [round(i * (total - 1) / max(1, points - 1)) for i in reversed(range(points))][:steps]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class ScheduleConfig:
         itself falls along a squared cosine and the two ends do not count (Nichol and Dhariwal 2021, eq. 17).
     betas: a list of them, in the place of all that.
     zero_terminal_snr: bend the schedule so that no signal is left at T - 1 (Lin et al. 2023, algorithm 1).
-    spacing, steps_offset: which timesteps a shorter chain visits, see `NoiseSchedule.shorter_chain`.
+    spacing, steps_offset: which timesteps a shorter chain visits, see `NoiseSchedule.shorter_chain`; None leaves the
+        spacing to the sampler, see `SamplerConfig.timesteps`.
     variance: of a step of ancestral sampling, the posterior's or beta itself, its lower and its upper bound (Ho et al.
         2020, section 3.2).
     clip_x_0: whether sampling keeps x_0_hat in [-1, 1], the range of pixels.
@@ -37,7 +38,7 @@ class ScheduleConfig:
     beta_schedule: BetaSchedule = "linear"
     betas: tuple[float, ...] = ()
     zero_terminal_snr: bool = False
-    spacing: Spacing = "trailing"
+    spacing: Spacing | None = "trailing"
     steps_offset: int = 0
     variance: Variance = "posterior"
     clip_x_0: bool = True
@@ -63,7 +64,7 @@ class ScheduleConfig:
             raise UserError("schedule.zero_terminal_snr: a chain of one step cannot end in pure noise; expected more")
         if self.steps_offset < 0:
             raise UserError(f"schedule.steps_offset: {self.steps_offset} must not be negative")
-        if self.steps_offset and self.spacing != "leading":
+        if self.steps_offset and self.spacing not in ("leading", None):
             raise UserError(
                 f"schedule.steps_offset: {self.steps_offset} means nothing to schedule.spacing={self.spacing}; "
                 "it belongs to leading"
@@ -76,7 +77,6 @@ _SAME = {
     "beta_start": "beta_start",
     "beta_end": "beta_end",
     "rescale_betas_zero_snr": "zero_terminal_snr",
-    "timestep_spacing": "spacing",
     "clip_sample": "clip_x_0",
 }
 _BETA_SCHEDULES = {name: name for name in get_args(BetaSchedule)} | {"cosine": "squaredcos_cap_v2"}
@@ -93,14 +93,14 @@ _IGNORED = {
     *("euler_at_final", "predict_x0", "disable_corrector"),
 }
 # Those that begin with noise of deviation 1 and know alpha_bar: the others mean something else by their betas, or have
-# none. With their defaults for timestep_spacing and clip_sample.
-_THEIR_DEFAULTS: dict[str, tuple[Spacing, bool]] = {
-    **dict.fromkeys(("DDPMScheduler", "DDIMScheduler"), ("leading", True)),
-    "PNDMScheduler": ("leading", False),
-    **{f"{name}DiscreteScheduler": ("linspace", False) for name in ("LMS", "Euler", "EulerAncestral", "Heun")},
-    **{f"{name}DiscreteScheduler": ("linspace", False) for name in ("KDPM2", "KDPM2Ancestral")},
-    **{f"DPMSolver{name}Scheduler": ("linspace", False) for name in ("Multistep", "Singlestep")},
-    **{f"{name}MultistepScheduler": ("linspace", False) for name in ("UniPC", "DEIS")},
+# none. With their defaults for clip_sample.
+_THEIRS_CLIP = {
+    **dict.fromkeys(("DDPMScheduler", "DDIMScheduler"), True),
+    "PNDMScheduler": False,
+    **{f"{name}DiscreteScheduler": False for name in ("LMS", "Euler", "EulerAncestral", "Heun")},
+    **{f"{name}DiscreteScheduler": False for name in ("KDPM2", "KDPM2Ancestral")},
+    **{f"DPMSolver{name}Scheduler": False for name in ("Multistep", "Singlestep")},
+    **{f"{name}MultistepScheduler": False for name in ("UniPC", "DEIS")},
 }
 
 
@@ -111,8 +111,10 @@ def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
         "beta_schedule": _BETA_SCHEDULES[config.beta_schedule],
         "trained_betas": list(config.betas) or None,
         "variance_type": _VARIANCE_TYPES[config.variance],
+        # Without the field each of their schedulers has its own.
+        **({} if config.spacing is None else {"timestep_spacing": config.spacing}),
         # StableDiffusionPipeline insists on 1; only leading reads it.
-        "steps_offset": config.steps_offset if config.spacing == "leading" else 1,
+        "steps_offset": config.steps_offset if config.spacing in ("leading", None) else 1,
         "_class_name": "DDPMScheduler",
         "clip_sample_range": 1.0,
         "thresholding": False,
@@ -122,17 +124,20 @@ def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
 def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
     """Invert `to_diffusers`; raise UserError, naming the field, for what our schedule does not do."""
     kind = fields.get("_class_name", "DDPMScheduler")
-    if kind not in _THEIR_DEFAULTS:
+    if kind not in _THEIRS_CLIP:
         raise UserError(
-            f"scheduler config: _class_name: {kind!r:.60} is not supported; expected {', '.join(_THEIR_DEFAULTS)}"
+            f"scheduler config: _class_name: {kind!r:.60} is not supported; expected {', '.join(_THEIRS_CLIP)}"
         )
-    spacing, clip = _THEIR_DEFAULTS[kind]
-    fields = {"timestep_spacing": spacing, "clip_sample": clip, **fields}
+    fields = {"clip_sample": _THEIRS_CLIP[kind], **fields}
     refuse_other_values(fields, _DOES_ONLY, "scheduler config")
     fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
     ours: dict[str, Any] = {ours: fields.pop(theirs) for theirs, ours in _SAME.items() if theirs in fields}
-    offset = fields.pop("steps_offset", 0)
-    ours["steps_offset"] = offset if ours["spacing"] == "leading" else 0
+    spacing, offset = fields.pop("timestep_spacing", None), fields.pop("steps_offset", 0)
+    if spacing not in (*get_args(Spacing), None):
+        raise UserError(
+            f"scheduler config: timestep_spacing: {spacing!r} is not supported; expected {', '.join(get_args(Spacing))}"
+        )
+    ours["steps_offset"] = offset if spacing in ("leading", None) else 0
     ours["beta_schedule"] = _translate(fields, "beta_schedule", _BETA_SCHEDULES, "linear")
     if fields.get("variance_type") is None:  # as solvers have it that draw no noise
         fields["variance_type"] = "fixed_small"
@@ -143,18 +148,13 @@ def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
     ours["betas"] = tuple(betas)
     if betas:
         ours["num_timesteps"] = len(ours["betas"])
-    if ours.get("spacing") not in get_args(Spacing):
-        raise UserError(
-            f"scheduler config: timestep_spacing: {ours['spacing']!r} is not supported; "
-            f"expected {', '.join(get_args(Spacing))}"
-        )
     if fields:
         raise UserError(f"scheduler config: {min(fields)} is not a field that this schedule knows")
     for name, value in ours.items():
         expected = type(getattr(ScheduleConfig, name))
         if not isinstance(value, (int, float) if expected is float else expected):
             raise UserError(f"scheduler config: {name}: {value!r} is no {expected.__name__}")
-    return ScheduleConfig(**ours)
+    return ScheduleConfig(**ours, spacing=spacing)
 
 
 def _translate(fields: dict[str, Any], key: str, names: dict[str, str], default: str) -> str:

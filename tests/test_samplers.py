@@ -212,13 +212,26 @@ def test_a_whole_trajectory_is_that_of_diffusers(name: str, kind: PredictionKind
     torch.testing.assert_close(last.x, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "linspace"])
-def test_other_spacings_are_those_of_diffusers(spacing: Any):
-    config = ScheduleConfig(spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
-    theirs = diffusers.DDPMScheduler.from_config(to_diffusers(config))
-    for steps in (1, 7, 10, 50, 999):
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers, about numpy
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", None])
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("ddpm", diffusers.DDPMScheduler),
+        ("ddim", diffusers.DDIMScheduler),
+        ("euler", diffusers.EulerDiscreteScheduler),
+        ("dpm_solver", diffusers.DPMSolverMultistepScheduler),
+        ("unipc", diffusers.UniPCMultistepScheduler),
+    ],
+)
+def test_shorter_chains_visit_what_diffusers_visits(name: str, scheduler: Any, spacing: Any):
+    config = ScheduleConfig(spacing=spacing, steps_offset=1 if spacing in ("leading", None) else 0)
+    theirs = scheduler.from_config(to_diffusers(config))
+    for steps in (1, 7, 10, 50, 400):
         theirs.set_timesteps(steps)
-        assert NoiseSchedule(config).shorter_chain(steps) == theirs.timesteps.tolist()
+        # Its Euler goes through fractions of timesteps.
+        expected = theirs.timesteps.double().round().long().tolist()
+        assert SamplerConfig(name).timesteps(NoiseSchedule(config), steps) == expected
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

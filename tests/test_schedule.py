@@ -109,6 +109,12 @@ def test_the_file_of_diffusers_and_back_loses_nothing(config: ScheduleConfig, tm
     assert from_diffusers(fields) == config
 
 
+def test_a_spacing_that_is_left_to_the_sampler_is_not_written():
+    config = ScheduleConfig(spacing=None, steps_offset=1)
+    assert "timestep_spacing" not in to_diffusers(config)
+    assert from_diffusers(to_diffusers(config)) == config
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -160,9 +166,9 @@ def test_a_scheduler_file_with_a_wrong_type_is_refused(field: str, value: object
 
 def test_an_offset_that_leads_beyond_the_chain_is_refused():
     schedule = NoiseSchedule(ScheduleConfig(10, spacing="leading", steps_offset=3))
-    assert schedule.shorter_chain(2) == [8, 3]
+    assert schedule.shorter_chain(2, "leading") == [8, 3]
     with pytest.raises(UserError, match="steps: 5 with schedule.steps_offset=3 reach beyond the 10 steps"):
-        schedule.shorter_chain(5)
+        schedule.shorter_chain(5, "leading")
 
 
 def test_per_example_refuses_what_would_broadcast_silently():
