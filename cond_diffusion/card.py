@@ -9,6 +9,7 @@ from typing import Any
 from cond_diffusion.config import CONFIG_NAME, Config, load_config
 from cond_diffusion.errors import UserError
 from cond_diffusion.latents import VAE, LatentSpace
+from cond_diffusion.prediction import PredictionKind
 
 GRID_NAME = "samples.png"
 
@@ -60,24 +61,36 @@ def prompts_of_run(checkpoint: Path | None) -> list[str]:
 
 
 def write_card(
-    folder: Path, name: str, space: LatentSpace, side: int, prompts: list[str], checkpoint: Path | None
+    folder: Path,
+    name: str,
+    space: LatentSpace,
+    side: int,
+    prediction: PredictionKind,
+    prompts: list[str],
+    checkpoint: Path | None,
 ) -> None:
     """Write the card into a folder for the hub, and the run's config beside it.
 
-    name: the hub id. side: of the pictures. prompts: what the rows of its grid of samples show. checkpoint: the folder
-    of a run's checkpoint, if the pipeline comes from one.
+    name: the hub id. side: of the pictures. prediction: of the network. prompts: what the rows of its grid of samples
+    show. checkpoint: the folder of a run's checkpoint, if the pipeline comes from one.
     """
     fill = {"name": name, "prompt": json.dumps(prompts[0], ensure_ascii=False), "patch_size": space.downscaling}
     in_latents = isinstance(space, VAE)
     where = "in the latents of its VAE" if in_latents else "of pixels"
-    theirs = (_THEIRS_IN_LATENTS if in_latents else _THEIRS_IN_PIXELS).format(**fill)
+    if prediction == "score":
+        theirs = (
+            "diffusers' schedulers do not draw with this network: they have no name for the score, which it predicts."
+        )
+    else:
+        lines = (_THEIRS_IN_LATENTS if in_latents else _THEIRS_IN_PIXELS).format(**fill)
+        theirs = f"In diffusers:\n\n```python\n{lines}```"
     head = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["cond_diffusion", "diffusion"]}
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
     parts = [
         f"---\n{front}\n---\n# {name}",
         f"A text-to-image diffusion model {where}, {side} x {side}, by cond_diffusion.",
         f"![samples]({GRID_NAME})\n\n*A row for each of: {'; '.join(prompts)}. Nothing selected.*",
-        f"## How to use it\n\n```python\n{_OURS.format(**fill)}```\n\nIn diffusers:\n\n```python\n{theirs}```",
+        f"## How to use it\n\n```python\n{_OURS.format(**fill)}```\n\n{theirs}",
     ]
     if checkpoint is not None and (checkpoint / CONFIG_NAME).is_file():
         shutil.copy(checkpoint / CONFIG_NAME, folder)

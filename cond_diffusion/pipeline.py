@@ -125,7 +125,7 @@ class TextToImage:
             folder, steps = Path(name), min(20, self.schedule.num_timesteps)
             self.save_pretrained(folder)
             grid(self(shown, num_images=4, sampler="dpm_solver", steps=steps), 4, shown).save(folder / GRID_NAME)
-            write_card(folder, repo_id, self.space, self.side, shown, self.folder)
+            write_card(folder, repo_id, self.space, self.side, self.prediction.kind, shown, self.folder)
             return upload(folder, repo_id, private=private, token=token)
 
     @property

@@ -137,9 +137,18 @@ def test_a_card_leaves_out_what_was_not_finite_what_came_later_and_half_a_line(t
     lines = ['{"step": 1, "loss": 0.5}', '{"step": 2, "gradient_norm": null}', '{"step": 3, "loss": 0.1}', '{"st']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     (checkpoint / "config.yaml").write_text("seed: 0")
-    write_card(tmp_path, "someone/digits", Patches(1), 8, ["two"], checkpoint)
+    write_card(tmp_path, "someone/digits", Patches(1), 8, "epsilon", ["two"], checkpoint)
     card = (tmp_path / "README.md").read_text()
     assert "| step | 2 |\n| loss | 0.5 |\n\nThe whole config" in card
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "score"])
+def test_the_card_shows_diffusers_lines_only_where_they_draw(tmp_path: Path, prediction: Any):
+    write_card(tmp_path, "someone/digits", Patches(1), 8, prediction, ["two"], checkpoint=None)
+    card = (tmp_path / "README.md").read_text()
+    assert ("from diffusers import" in card, "no name for the score" in card) == (
+        (False, True) if prediction == "score" else (True, False)
+    )
 
 
 @pytest.mark.parametrize(
