@@ -5,7 +5,7 @@ cannot do that will not learn anything else.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from textwrap import wrap
 from time import monotonic
 
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from cond_diffusion.batches import Batches
 from cond_diffusion.building import in_words, new_optimizer, new_unet
 from cond_diffusion.config import Config
-from cond_diffusion.data import Places, open_captioned_files
+from cond_diffusion.data import CaptionedFiles, Places, open_captioned_files
 from cond_diffusion.errors import UserError
 from cond_diffusion.feed import Feed, ShuffledSet
 from cond_diffusion.fine_tuning import adopted
@@ -29,7 +29,6 @@ from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.stream import CaptionedStream
 from cond_diffusion.text import TextEncoder
 from cond_diffusion.training import make_accelerator
-from cond_diffusion.unet import UNet
 
 LOOKED_AT, PER_BATCH = 1000, 100  # pictures
 SHOWN, WIDTH = 8, 160  # pictures, and pixels of each
@@ -37,8 +36,11 @@ SECONDS, MOST_STEPS = 25, 200  # for learning a batch by heart
 LEARNS = 0.7  # to which share of itself the loss of one batch falls within that time if all is well
 
 
-def check(config: Config) -> None:
-    """Print what was found, and write a picture of a batch; raise UserError for what training would refuse at once."""
+def check(config: Config) -> Iterator[str]:
+    """Yield, a line each, what was found, and write a picture of a batch on the way.
+
+    Raises UserError for what training would refuse at once.
+    """
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:
         raise UserError("--check looks at the work of one process; type: python train.py --check")
@@ -48,7 +50,13 @@ def check(config: Config) -> None:
     text_encoder = TextEncoder.from_pretrained(encoder, config.text.max_length).to(accelerator.device)
     space = latent_space(config.latent, newest).to(accelerator.device)
     unet = new_unet(config, text_encoder.context_dim, space, weights).to(accelerator.device)
-    feed = _check_data(config, text_encoder)
+    data = config.data
+    if data.streaming:
+        source = feed = CaptionedStream(data, config.seed)
+    else:
+        source = open_captioned_files(data)
+        feed = ShuffledSet(source, config.seed, held_out=0)  # all are to be looked at
+    yield from _data_in_words(config, source, feed, text_encoder)
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
     batch = next(Batches(config, feed, text_encoder, objective, accelerator, 0, space).next_step())
     network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
@@ -64,24 +72,28 @@ def check(config: Config) -> None:
         optimizer.zero_grad()
         return value.item()  # waits for the accelerator
 
-    seconds = _check_cost(config, unet, loss, step)
+    yield f"network: {in_words(unet)}"
+    kept = bytes_kept(unet, loss) / 1e9
+    yield f"memory: {kept:.2f} GB more for what a batch of {config.train.batch_size} keeps for the backward pass"
+    seconds = _seconds_of(step)
+    of_all = seconds * config.train.gradient_accumulation_steps
+    hours = of_all * config.train.max_steps / 3600
+    yield f"time: {of_all:.2f} s a step, {hours:.1f} h for {config.train.max_steps} of them"
     steps = max(10, min(MOST_STEPS, int(SECONDS / seconds)))
     bar = tqdm(range(steps), desc="learning one batch by heart", unit=" steps", leave=False)
-    print(verdict([step() for _ in bar], config.train.learning_rate))
+    yield verdict([step() for _ in bar], config.train.learning_rate)
 
 
-def _check_data(config: Config, text_encoder: TextEncoder) -> Feed:
+def _data_in_words(
+    config: Config, source: CaptionedFiles | CaptionedStream, feed: Feed, text_encoder: TextEncoder
+) -> Iterator[str]:
     """Tell what the source holds and what is wrong with it, from its first pictures in the order of training."""
-    data = config.data
-    if data.streaming:
-        source = feed = CaptionedStream(data, config.seed)
+    data, decoder = config.data, source.decoder
+    if isinstance(source, CaptionedStream):
         size, count = "a stream", LOOKED_AT
     else:
-        source = open_captioned_files(data)
-        feed = ShuffledSet(source, config.seed, held_out=0)  # all are to be looked at
         size, count = f"{len(source)} pictures", min(len(source), LOOKED_AT)
-    decoder = source.decoder
-    print(f"data: {data.source}, {size}; columns: {', '.join(source.columns)}")
+    yield f"data: {data.source}, {size}; columns: {', '.join(source.columns)}"
 
     captions: list[str] = []
     shown: list[Image.Image] = []
@@ -93,37 +105,29 @@ def _check_data(config: Config, text_encoder: TextEncoder) -> Feed:
         captions += batch.captions
         shown += to_pillow(to_model(batch.images[: SHOWN - len(shown)]))
     feed.resume({}, position=0, same=False)
-    print(
+    yield (
         f"pictures: column {data.image_column}; of {decoder.seen} looked at, {len(decoder.bad)} cannot be read and "
         f"{decoder.enlarged} are smaller than data.resolution ({data.resolution}) and are enlarged"
     )
     different = feed.captions()[1:] if isinstance(feed, ShuffledSet) else list(dict.fromkeys(captions))
     cut = text_encoder.cut(different)
-    print(
+    yield (
         f"captions: column {data.caption_column}; {len(different)} different ones; {len(cut)} are longer than "
         f"text.max_length ({text_encoder.max_length} tokens) and are cut{f', for example {cut[0]!r}' if cut else ''}"
     )
     with claimed_path(None, f"check {config.run_dir}", "--check", (".png",)) as path:
         grid([_labelled(*pair) for pair in zip(shown, captions, strict=False)], columns=4).save(path)
-    print(f"wrote {path}: pictures with their captions")
-    return feed
+    yield f"wrote {path}: pictures with their captions"
 
 
-def _check_cost(config: Config, unet: UNet, loss: Callable[[], Tensor], step: Callable[[], float]) -> float:
-    """Tell the parameters, the memory and the time that a step takes; return the seconds."""
-    print(f"network: {in_words(unet)}")
-    kept = bytes_kept(unet, loss) / 1e9
-    print(f"memory: {kept:.2f} GB more for what a batch of {config.train.batch_size} keeps for the backward pass")
+def _seconds_of(step: Callable[[], float]) -> float:
+    """Return what a step takes: the least of three, since the first warms things up."""
     times = []
     for _ in range(3):
         begun = monotonic()
         step()
         times.append(monotonic() - begun)
-    seconds = min(times)
-    rounds = config.train.gradient_accumulation_steps
-    total = seconds * rounds * config.train.max_steps
-    print(f"time: {seconds * rounds:.2f} s a step, {total / 3600:.1f} h for {config.train.max_steps} of them")
-    return seconds
+    return min(times)
 
 
 def bytes_kept(network: nn.Module, loss: Callable[[], Tensor]) -> int:

@@ -12,7 +12,6 @@ push equals apart.
 import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,8 +141,8 @@ def zero_shot_accuracy(
     return accuracy
 
 
-def pretrain(config: ClipPretrainingConfig) -> Path:
-    """Train, save into `config.run_dir`, and return that folder."""
+def pretrain(config: ClipPretrainingConfig) -> dict[str, float]:
+    """Train, save into `config.run_dir`, and return what `zero_shot_accuracy` does on the test split."""
     run_dir = new_run_dir(config.run_dir)
     data, test = load_captioned_images(config.data), load_captioned_images(config.data, config.test_split)
     tokenizer = train_tokenizer(
@@ -171,11 +170,7 @@ def pretrain(config: ClipPretrainingConfig) -> Path:
     with quiet_transformers():
         clip.eval().save_pretrained(run_dir)
         tokenizer.save_pretrained(run_dir)
-
-    for caption, accuracy in zero_shot_accuracy(clip, tokenizer, test, config.max_length).items():
-        print(f"zero-shot accuracy on the {config.test_split} images, captions like {caption!r}: {accuracy:.2%}")
-    print(f"wrote {run_dir}; train with it: accelerate launch train.py text.encoder={run_dir} run_dir=runs/new")
-    return run_dir
+    return zero_shot_accuracy(clip, tokenizer, test, config.max_length)
 
 
 def _training_loss(
@@ -195,7 +190,11 @@ def _training_loss(
 
 def main() -> None:
     words = config_parser("Train a small CLIP on a captioned data set.").parse_intermixed_args()
-    pretrain(load_config(ClipPretrainingConfig, words.config, words.overrides))
+    config = load_config(ClipPretrainingConfig, words.config, words.overrides)
+    for caption, accuracy in pretrain(config).items():
+        print(f"zero-shot accuracy on the {config.test_split} images, captions like {caption!r}: {accuracy:.2%}")
+    folder = config.run_dir
+    print(f"wrote {folder}; train with it: accelerate launch train.py text.encoder={folder} run_dir=runs/new")
 
 
 if __name__ == "__main__":

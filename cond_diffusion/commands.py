@@ -160,7 +160,8 @@ def train() -> None:
     given = words.parse_intermixed_args()
     config = load_config(Config, config_file(given.config), given.overrides)
     if given.check:
-        check(config)
+        for line in check(config):
+            print(line)
         return
     try:
         train(config)

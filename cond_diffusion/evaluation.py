@@ -68,8 +68,8 @@ class Results:
         aside.replace(self.file)
 
 
-def evaluate(judging: Judging, results: Results, samples: int, sampling: Sampling, *, paraphrases: bool) -> None:
-    """Draw, measure, write and print."""
+def evaluate(judging: Judging, results: Results, samples: int, sampling: Sampling, *, paraphrases: bool) -> str:
+    """Draw, measure and write; return the table."""
 
     def everything() -> dict[str, Any]:
         prompts = judging.prompts(samples, paraphrases=paraphrases)
@@ -89,16 +89,15 @@ def evaluate(judging: Judging, results: Results, samples: int, sampling: Samplin
 
     found = results.part("samples", everything)
     held_out = results.part("held-out loss", judging.held_out_loss)
-    for prompt, share in list(found["prompt accuracy by prompt"].items())[:100]:
-        print(f"{prompt:60}{share:10.1%}")
-    print(f"\n{'{} samples'.format(found['count']):60}{'samples':>10}{'real':>10}")
+    lines = [f"{prompt:60}{share:10.1%}" for prompt, share in list(found["prompt accuracy by prompt"].items())[:100]]
+    lines += ["", f"{'{} samples'.format(found['count']):60}{'samples':>10}{'real':>10}"]
     for name, values in found["measures"].items():
         shape = "10.2%" if "accuracy" in name else "10.3f"
-        print(f"{name:60}{values['samples']:{shape}}{values['real']:{shape}}")
+        lines.append(f"{name:60}{values['samples']:{shape}}{values['real']:{shape}}")
     if held_out is not None:
-        by_timestep = "  ".join(f"{loss:.4f}" for loss in held_out["by_timestep"])
-        print(f"\nheld-out loss {held_out['true_caption']:.4f}; from the first eighth of the chain to the last:")
-        print(by_timestep)
+        lines += ["", f"held-out loss {held_out['true_caption']:.4f}; from the first eighth of the chain to the last:"]
+        lines.append("  ".join(f"{loss:.4f}" for loss in held_out["by_timestep"]))
+    return "\n".join(lines)
 
 
 def sweep(judging: Judging, results: Results, samples: int, sampling: Sampling, *, paraphrases: bool) -> None:
@@ -171,7 +170,7 @@ def main() -> None:
     features = None if arguments.features is None else whole_clip(arguments.features, config.data)
     results = Results(arguments.output, settings)
     judging = Judging(pipe, config, features)
-    evaluate(judging, results, arguments.samples, sampling, paraphrases=arguments.paraphrases)
+    print(evaluate(judging, results, arguments.samples, sampling, paraphrases=arguments.paraphrases))
     if arguments.sweep:
         sweep(judging, results, arguments.samples, sampling, paraphrases=arguments.paraphrases)
     print(f"\nwrote {arguments.output}")

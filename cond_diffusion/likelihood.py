@@ -132,7 +132,7 @@ def main() -> None:
                 bar.update()
             priors.append(prior_bits(schedule, x_0).cpu())
             terms.append(torch.stack(bits, dim=-1).cpu())
-    _print_table(torch.cat(priors), torch.cat(terms, dim=1))
+    print(_table(torch.cat(priors), torch.cat(terms, dim=1)))
 
 
 def _unguided(pipe: TextToImage, context: Float[Tensor, "b l d"]) -> Denoiser:
@@ -145,23 +145,20 @@ def _noise_like(x: Tensor, draw: torch.Generator) -> Noise:
     return lambda: torch.randn(x.shape, generator=draw, device=x.device)
 
 
-def _print_table(prior: Float[Tensor, " n"], terms: Float[Tensor, "variances n T"]) -> None:
-    """Print the terms, L_t summed over tenths of the chain, and their sum with its standard error over pictures."""
-
-    def line(name: str, values: list[str]) -> None:
-        print(f"{name:20}" + "".join(f"{value:>22}" for value in values))
-
-    line("variance", list(VARIANCES))
-    line("prior", [f"{prior.mean():.5f}"] * len(terms))
+def _table(prior: Float[Tensor, " n"], terms: Float[Tensor, "variances n T"]) -> str:
+    """Return the terms, L_t summed over tenths of the chain, and their sum with its standard error over pictures."""
+    rows = [("variance", list(VARIANCES)), ("prior", [f"{prior.mean():.5f}"] * len(terms))]
     steps = terms.shape[2] - 1  # the last term is the decoder's
     for tenth in (slice(i * steps // 10, (i + 1) * steps // 10) for i in range(10)):
         if tenth.stop > tenth.start:
             name = f"L_t, t = {steps - tenth.start} to {steps - tenth.stop + 1}"
-            line(name, [f"{bits[:, tenth].sum(1).mean():.5f}" for bits in terms])
-    line("decoder", [f"{bits[:, -1].mean():.5f}" for bits in terms])
+            rows.append((name, [f"{bits[:, tenth].sum(1).mean():.5f}" for bits in terms]))
+    rows.append(("decoder", [f"{bits[:, -1].mean():.5f}" for bits in terms]))
     totals = [prior + bits.sum(1) for bits in terms]
     errors = [total.std().item() / len(total) ** 0.5 if len(total) > 1 else math.nan for total in totals]
-    line("bits per dimension", [f"{total.mean():.4f} +- {e:.4f}" for total, e in zip(totals, errors, strict=True)])
+    sums = [f"{total.mean():.4f} +- {error:.4f}" for total, error in zip(totals, errors, strict=True)]
+    rows.append(("bits per dimension", sums))
+    return "\n".join(f"{name:20}" + "".join(f"{value:>22}" for value in values) for name, values in rows)
 
 
 if __name__ == "__main__":

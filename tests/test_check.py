@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import colours
 import pytest
@@ -23,15 +22,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_it_tells_of_the_data_the_cost_and_whether_it_learns(here: Path, capsys: Any, streaming: bool):
+def test_it_tells_of_the_data_the_cost_and_whether_it_learns(here: Path, streaming: bool):
     words = colours.write(here / "set", "jsonl", 60)
     (here / "set" / "00007.png").write_text("no picture")
     lines = (here / "set" / "metadata.jsonl").read_text().replace("a red circle", "a " + "very " * 20 + "red circle")
     (here / "set" / "metadata.jsonl").write_text(lines)
     more = ["text.max_length=16", "unet.channels=[32,32]", "unet.num_groups=8", "data.max_bad_fraction=0.1"]
     more += ["train.batch_size=8", "train.max_steps=1000", "data.resolution=32", f"data.streaming={streaming}"]
-    check(load_config(Config, overrides=[*words, *more]))
-    said = capsys.readouterr().out.splitlines()
+    said = list(check(load_config(Config, overrides=[*words, *more])))
     assert said[0] == f"data: {here / 'set'}, {'a stream' if streaming else '60 pictures'}; columns: image, text"
     assert "1 cannot be read" in said[1] if not streaming else " cannot be read" in said[1]
     assert "are smaller than data.resolution (32) and are enlarged" in said[1]
@@ -67,4 +65,4 @@ def test_the_verdict_says_what_the_losses_mean(losses: list[float], words: str):
 def test_what_training_would_refuse_is_refused(bars_config: Config):
     wrong = replace(bars_config, data=replace(bars_config.data, caption_column="lable"))
     with pytest.raises(UserError, match=r"no column 'lable' in .* \(did you mean 'label'\?\)"):
-        check(wrong)
+        list(check(wrong))
