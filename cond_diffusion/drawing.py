@@ -4,17 +4,18 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from cond_diffusion import __version__
 from cond_diffusion.attention_maps import AttentionMaps, maps_of_words, sheet
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import Interrupted, UserError
 from cond_diffusion.film import Film
 from cond_diffusion.guidance import scale_of_each
 from cond_diffusion.pictures import claimed_path, grid, name_of, open_picture, save_png, settings_of
-from cond_diffusion.pipeline import TextToImage, Watch
+from cond_diffusion.pipeline import PartlyDrawn, TextToImage, Watch
 from cond_diffusion.samplers import Step
 
 # What goes into a PNG and out of it again: the options of `TextToImage.__call__` that decide the picture.
@@ -46,6 +47,8 @@ def draw_to_file(
     options: those of `TextToImage.__call__` by name, pictures as paths. They go into the PNG with the prompts, the
     checkpoint and the version, so that `recorded_words` can type them again.
     labels: whether the prompts stand beside the rows where there are several.
+
+    Raises Interrupted on Ctrl-C; the PNG has the pictures that were drawn then.
     """
     pipe = TextToImage.from_pretrained(checkpoint, ema_width=ema_width, lora=lora).to_accelerator()
     pictures, settings = _pictures(options), _settings(pipe, options, checkpoint, ema_width, lora)
@@ -67,11 +70,25 @@ def draw_to_file(
                 watcher(step, number, total)
 
         with claimed_path(output, prompts[0], "--output", (".png",)) as path:
-            images = pipe(prompts, **{**options, **pictures}, watch=tell_all if watchers else None)
+            interrupted = False
+            try:
+                images = pipe(prompts, **{**options, **pictures}, watch=tell_all if watchers else None)
+            except PartlyDrawn as interruption:
+                images, interrupted = interruption.images, True
+                if not images:
+                    raise
             if (film_path or maps_path) and not moving.frames and not maps.maps:
                 raise UserError(f"strength: {options['strength']} leaves no steps to show; expected more")
-            sheet_of_all = grid(images, each, prompts if labels and len(prompts) > 1 else None)
-            save_png(sheet_of_all, path, _typed(prompts, settings))
+            shown = prompts[: -(-len(images) // each)]
+            save_png(
+                grid(images, each, shown if labels and len(prompts) > 1 else None), path, _typed(prompts, settings)
+            )
+        if interrupted:
+            message = (
+                f"interrupted; {path} has the first {len(images)} of {len(prompts) * each} pictures, and --from-image "
+                f"{path} draws them all"
+            )
+            raise Interrupted(message, SIGINT)
         yield path
         if film_path:
             moving.save(film_path, each)

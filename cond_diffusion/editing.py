@@ -1,18 +1,23 @@
 """Pictures as input: image to image, and inpainting, by any sampler."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from cond_diffusion.errors import UserError
+from cond_diffusion.latents import LatentSpace
+from cond_diffusion.pictures import upright
 from cond_diffusion.prediction import Denoiser
 from cond_diffusion.samplers import Noise, Sampler, Step
 from cond_diffusion.schedule import NoiseSchedule
+
+DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -99,3 +104,33 @@ def _noised_further(
     """Draw from q(x_{t_later} | x_t) (Ho et al. 2020, eq. 2, over several steps); None is the picture."""
     kept = schedule.level(t_later).alpha / schedule.level(t).alpha
     return kept * x + (1 - kept**2) ** 0.5 * noise()
+
+
+def edit_of(
+    image: Image.Image | None,
+    mask: Image.Image | None,
+    strength: float | None,
+    resamplings: int,
+    fitted: Callable[[Image.Image], Float[Tensor, "1 c h w"]],
+    space: LatentSpace,
+) -> Edit:
+    """Return what options as a user gives them amount to; raise UserError where they do not go together.
+
+    strength: None is 0.8, or 1 where there is a mask. fitted: brings a picture to the model's size, in [-1, 1].
+    """
+    if image is None:
+        for name, value in (("mask", mask), ("strength", strength)):
+            if value is not None:
+                raise UserError(f"{name}: means nothing without an image to begin with; give image, too")
+    if mask is None and resamplings != 1:
+        raise UserError(f"resamplings: {resamplings} means nothing without a mask; give image and mask, too")
+    if image is None:
+        return Edit()
+    image, mask = upright(image), None if mask is None else upright(mask)
+    if mask is not None and mask.size != image.size:
+        (width, height), (wide, high) = mask.size, image.size
+        raise UserError(f"mask: {width} x {height} pixels do not fit the image's {wide} x {high}")
+    drawn_anew = None if mask is None else space.encode_mask((fitted(mask) + 1) / 2)
+    if strength is None:
+        strength = DEFAULT_STRENGTH if drawn_anew is None else 1.0
+    return Edit(space.encode(fitted(image)), drawn_anew, strength, resamplings)

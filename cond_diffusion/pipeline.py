@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 
 from cond_diffusion.card import GRID_NAME, prompts_of_run, write_card
 from cond_diffusion.cpu import keep_memory
-from cond_diffusion.editing import Edit
+from cond_diffusion.editing import edit_of
 from cond_diffusion.errors import UserError
 from cond_diffusion.guidance import GuidanceConfig, guided, scale_of_each, threshold_dynamically
 from cond_diffusion.hub import upload
 from cond_diffusion.latents import VAE, LatentSpace
 from cond_diffusion.lora import add_lora_file
-from cond_diffusion.pictures import PILLOW_MODES, Pictures, fit, from_pillow, grid, to_pillow, upright
+from cond_diffusion.pictures import PILLOW_MODES, Pictures, fit, from_pillow, grid, to_pillow
 from cond_diffusion.posthoc_ema import weights_of_width
 from cond_diffusion.prediction import Prediction, denoiser
 from cond_diffusion.pretrained import (
@@ -38,7 +38,6 @@ from cond_diffusion.samplers import Noise, Step
 from cond_diffusion.text import TextEncoder
 from cond_diffusion.unet import UNet
 
-DEFAULT_STRENGTH = 0.8
 MOST_AT_ONCE = 64
 MAPS_AT_ONCE = 120  # of the first level's size and width, that a guided picture takes; 54 to 118 were measured
 
@@ -46,6 +45,14 @@ Watch = Callable[[Step, int, int], None]
 """(step, its number from 0, how many there are), the pictures in pixels."""
 
 logger = logging.getLogger(__name__)
+
+
+class PartlyDrawn(KeyboardInterrupt):
+    """An interruption of drawing; `images` are those of the batches that were done."""
+
+    def __init__(self, images: Pictures) -> None:
+        super().__init__(f"interrupted, with {len(images)} pictures drawn")
+        self.images = images
 
 
 class TextToImage:
@@ -211,6 +218,8 @@ class TextToImage:
         seed: of each prompt's first picture, one for all prompts or one for each.
         batch_size: how many pictures are in work at once; None is as many as fit into the memory, at most 64.
         watch: called after each step of each batch.
+
+        Raises UserError for options that cannot be, and PartlyDrawn on Ctrl-C.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._check(prompts, num_images, negative_prompt, batch_size)
@@ -222,7 +231,7 @@ class TextToImage:
                 f"{self.schedule.num_timesteps} timesteps of the chain"
             )
         choice = SamplerConfig(sampler, variance, eta, order)
-        edit = self._edit(image, mask, strength, resamplings)
+        edit = edit_of(image, mask, strength, resamplings, self._fitted, self.space)
         chain = choice.timesteps(self.schedule, steps)
         timesteps = edit.timesteps(chain)
         run = edit.around(choice.sampler(self.schedule.config, len(chain)))
@@ -239,26 +248,33 @@ class TextToImage:
         total = len(timesteps) * resamplings
         images = Pictures(columns=num_images)
         with tqdm(total=len(batches) * total, desc="drawing", unit=" steps", disable=not progress) as bar:
-            for batch in batches:
-                contexts = torch.stack([context for context, _, _ in batch])
-                weights = torch.tensor([w for _, w, _ in batch])
-                network = guided(
-                    self.unet,
-                    contexts,
-                    null_context.expand_as(contexts),
-                    weights,
-                    guidance,
-                    project=self.unet.project_context,
-                )
-                denoise = denoiser(network, self.prediction, self.range_of_pixels(guidance), edit.keep)
-                noise = self._noise([seed for _, _, seed in batch])
-                x = edit.begin(noise(), self.schedule, timesteps)
-                for number, step in enumerate(run(denoise, self.schedule, x, timesteps, noise)):
-                    x = step.x
-                    bar.update()
-                    if watch is not None:
-                        watch(replace(step, x=self._to_pixels(x), x_0_hat=self._to_pixels(step.x_0_hat)), number, total)
-                images += to_pillow(self._to_pixels(x))
+            try:
+                for batch in batches:
+                    contexts = torch.stack([context for context, _, _ in batch])
+                    weights = torch.tensor([w for _, w, _ in batch])
+                    network = guided(
+                        self.unet,
+                        contexts,
+                        null_context.expand_as(contexts),
+                        weights,
+                        guidance,
+                        project=self.unet.project_context,
+                    )
+                    denoise = denoiser(network, self.prediction, self.range_of_pixels(guidance), edit.keep)
+                    noise = self._noise([seed for _, _, seed in batch])
+                    x = edit.begin(noise(), self.schedule, timesteps)
+                    for number, step in enumerate(run(denoise, self.schedule, x, timesteps, noise)):
+                        x = step.x
+                        bar.update()
+                        if watch is not None:
+                            watch(
+                                replace(step, x=self._to_pixels(x), x_0_hat=self._to_pixels(step.x_0_hat)),
+                                number,
+                                total,
+                            )
+                    images += to_pillow(self._to_pixels(x))
+            except KeyboardInterrupt as interruption:
+                raise PartlyDrawn(images) from interruption
         return images
 
     def _check(self, prompts: list[str], num_images: int, negative_prompt: str, batch_size: int | None) -> None:
@@ -278,30 +294,8 @@ class TextToImage:
                     cut,
                 )
 
-    def _edit(
-        self, image: Image.Image | None, mask: Image.Image | None, strength: float | None, resamplings: int
-    ) -> Edit:
-        """Bring image and mask to the model's size; raise UserError where the options do not go together."""
-        if image is None:
-            for name, value in (("mask", mask), ("strength", strength)):
-                if value is not None:
-                    raise UserError(f"{name}: means nothing without an image to begin with; give image, too")
-        if mask is None and resamplings != 1:
-            raise UserError(f"resamplings: {resamplings} means nothing without a mask; give image and mask, too")
-        if image is None:
-            return Edit()
-        image, mask = upright(image), None if mask is None else upright(mask)
-        if mask is not None and mask.size != image.size:
-            (width, height), (wide, high) = mask.size, image.size
-            raise UserError(f"mask: {width} x {height} pixels do not fit the image's {wide} x {high}")
-
-        def fitted(picture: Image.Image) -> Float[Tensor, "1 c h w"]:
-            return from_pillow(fit(picture, (self.side, self.side), self.channels)).to(self.device)[None]
-
-        drawn_anew = None if mask is None else self.space.encode_mask((fitted(mask) + 1) / 2)
-        if strength is None:
-            strength = DEFAULT_STRENGTH if drawn_anew is None else 1.0
-        return Edit(self.space.encode(fitted(image)), drawn_anew, strength, resamplings)
+    def _fitted(self, picture: Image.Image) -> Float[Tensor, "1 c h w"]:
+        return from_pillow(fit(picture, (self.side, self.side), self.channels)).to(self.device)[None]
 
     def range_of_pixels(self, guidance: GuidanceConfig) -> Callable[[Tensor], Tensor]:
         """Return what keeps x_0_hat in [-1, 1], the range of pixels."""

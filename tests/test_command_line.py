@@ -13,9 +13,11 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from cond_diffusion import TextToImage
 from cond_diffusion.errors import UserError, command_line
 from cond_diffusion.pictures import settings_of
 from cond_diffusion.pretrained import BUILT_IN_MODEL
+from cond_diffusion.samplers import Noise
 
 
 @pytest.fixture
@@ -99,6 +101,41 @@ def test_a_folder_of_pictures_goes_on_where_it_was_interrupted(type_in, tmp_path
     code, _, errors = type_in("sample", *words[:-1], "5,5", "--output-dir", "all")
     assert code == 2
     assert "--output-dir: all/0000-0000-seven.png was drawn with guidance_scale 2.0, not 5.0, and is not" in errors
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_an_interrupted_picture_keeps_what_was_drawn(
+    type_in, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
+):
+    words = ["seven", "two", "--num-images", "3", "--steps", "2", "--batch-size", "2"]
+    assert type_in("sample", *words, "--output", "whole.png")[0] == 0
+    noise, left = TextToImage._noise, iter(range(batches))
+
+    def interrupted(pipe: TextToImage, seeds: list[int]) -> Noise:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return noise(pipe, seeds)
+
+    monkeypatch.setattr(TextToImage, "_noise", interrupted)
+    code, output, errors = type_in("sample", *words, "--output", "kept.png")
+    assert (code, output) == (130, "")
+    if not batches:
+        assert not (tmp_path / "kept.png").exists()
+        return
+    last = errors.splitlines()[-1]
+    assert (
+        last
+        == f"interrupted; kept.png has the first {2 * batches} of 6 pictures, and --from-image kept.png draws them all"
+    )
+    with Image.open("whole.png") as whole, Image.open("kept.png") as kept:
+        assert kept.size == (whole.width, batches * 30 - 2)  # a row after one batch, two after two
+        for i in range(3 * batches):
+            x, y = 112 + 30 * (i % 3), 30 * (i // 3)
+            cell = (x, y, x + 28, y + 28)
+            if i < 2 * batches:
+                assert kept.crop(cell).tobytes() == whole.crop(cell).tobytes()
+            else:
+                assert kept.crop(cell).getextrema() == (0, 0)
 
 
 def test_every_option_changes_the_picture(type_in, tmp_path: Path):
