@@ -6,16 +6,20 @@ before an interruption is not computed again.
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
 from cond_diffusion.checkpoint import save_tensors
 from cond_diffusion.errors import UserError, first_line
+
+PATIENCE = timedelta(days=7)  # for the others to finish their share
 
 Tensors = dict[str, Tensor]
 
@@ -33,6 +37,8 @@ def computed_once(
 
     what: in words, for the progress bar and for the UserError where they cannot be written.
     """
+    # A group of its own, made while all are here: the one that gradients go through gives up after some minutes.
+    waiting: Any = distributed.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
     parts = [range(start, min(start + per_shard, count)) for start in range(0, count, per_shard)]
     files = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
     mine = slice(accelerator.local_process_index, None, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -48,7 +54,8 @@ def computed_once(
                     f"{what}: cannot be kept in {folder}: {first_line(error)}", of_this_process=True
                 ) from error
             bar.update(len(rows))
-    accelerator.wait_for_everyone()
+    if waiting is not None:
+        distributed.barrier(waiting)
     return [load_file(file) for file in files]
 
 
