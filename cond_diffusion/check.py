@@ -133,7 +133,7 @@ def _seconds_of(step: Callable[[], float]) -> float:
 def bytes_kept(network: nn.Module, loss: Callable[[], Tensor]) -> int:
     """Return the size of what the forward pass of `loss` keeps for the backward pass, beside the network's weights.
 
-    With gradient checkpointing the inputs of the parts that are computed again are not counted.
+    Of a part that gradient checkpointing computes again it is the part's input.
     """
     sizes: dict[int, int] = {}
 

@@ -193,8 +193,7 @@ def main() -> None:
     config = load_config(ClipPretrainingConfig, words.config, words.overrides)
     for caption, accuracy in pretrain(config).items():
         print(f"zero-shot accuracy on the {config.test_split} images, captions like {caption!r}: {accuracy:.2%}")
-    folder = config.run_dir
-    print(f"wrote {folder}; train with it: accelerate launch train.py text.encoder={folder} run_dir=runs/new")
+    print(f"wrote {config.run_dir}; training reads it by text.encoder={config.run_dir}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def drawn(folder: Path, checkpoint: str, prompts: list[str], options: dict[str, 
         except Exception as error:  # handed on to the thread that asked
             seen.put(error)
 
-    thread = Thread(target=draw)
+    thread = Thread(target=draw, name="drawing")
     thread.start()
     try:
         while thread.is_alive() or not seen.empty():

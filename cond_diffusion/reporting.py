@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -125,7 +126,9 @@ class Reporter:
         newest = checkpoint_of(self.run_dir, done)
         if self.accelerator.is_main_process:
             prompt = self.config.sample.prompts[0] if self.config.sample.prompts else "a prompt"
-            logger.info('wrote %s; next: python sample.py "%s" --checkpoint %s', newest, prompt, self.run_dir)
+            # In a clone beside the other script; a wheel has no scripts.
+            sample = "python sample.py" if Path(sys.argv[0]).name == "train.py" else "cond-diffusion-sample"
+            logger.info('wrote %s; next: %s "%s" --checkpoint %s', newest, sample, prompt, self.run_dir)
         return newest
 
     def _write(self, done: int, values: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """`python train.py --check` tells what a long run would meet."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import colours
 import pytest
 import torch
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 from cond_diffusion import check as check_module
 from cond_diffusion.check import bytes_kept, check, verdict
@@ -46,6 +48,8 @@ def test_what_is_kept_for_the_backward_pass_is_counted():
     """A linear layer keeps its input, a sigmoid its output, the square of a sum that sum."""
     layer, x = torch.nn.Linear(10, 20), torch.randn(5, 10)
     assert bytes_kept(layer, lambda: layer(x).sigmoid().sum().square()) == 4 * (5 * 10 + 5 * 20 + 1)
+    again = partial(checkpoint, lambda x: layer(x).sigmoid(), use_reentrant=False)
+    assert bytes_kept(layer, lambda: again(x).sum().square()) == 4 * (5 * 10 + 1)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_whoever_leaves_stops_the_chain(tmp_path: Path):
     assert (state, files) == ("step 1 of 1000", [])
     chain.close()
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
+        if thread.name == "drawing":
             thread.join()
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="there is no checkpoint nowhere"):
