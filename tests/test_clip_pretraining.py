@@ -79,9 +79,9 @@ def test_a_small_clip_learns_to_tell_pictures_by_their_captions(bars_parquet: Pa
         width=32,
         layers=2,
         batch_size=32,
-        max_steps=60,
-        warmup_steps=5,
-        learning_rate=3e-3,
+        max_steps=120,
+        warmup_steps=20,
+        learning_rate=2e-3,
     )
     folder = tmp_path / "clip"
     assert pretrain(config) == {"a bar that is upright": 1.0, "upright": 1.0}

@@ -58,7 +58,8 @@ def page(address: str) -> Iterator[Page]:
         errors: list[str] = []
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(address)
+        with page.expect_request("**/queue/join**"):  # what the page asks for when it is ready to be typed in
+            page.goto(address)
         yield page
         browser.close()
     assert errors == []
