@@ -63,7 +63,7 @@ COMMANDS = {
     ),
     "python -m cond_diffusion.evaluation": "--samples 10 --steps 2",
     "python -m cond_diffusion.evaluation --sweep": "--samples 10 --steps 2",
-    "python tests/benchmarks/all.py": "--short --only networks.py step.py peers.py chain.py",
+    "python tests/benchmarks/all.py": "--short --only networks.py step.py peers.py chain.py large.py",
     "python -m cond_diffusion.likelihood": "--samples 2",
     "python -m cond_diffusion.clip_pretraining --config configs/clip_mnist.yaml": "max_steps=2 warmup_steps=1",
 }

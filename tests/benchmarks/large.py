@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import diffusers
 import torch
-from measuring import hardware, peak_memory_gb
+from measuring import free_gb, hardware, peak_memory_gb
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -23,10 +23,10 @@ from cond_diffusion.config import Config, load_config
 from cond_diffusion.text import BUILT_IN_ENCODER
 
 PICTURES = 16
-# key=value words beside the config's own.
-RUNS = {
-    "stable_diffusion": {"LoRA of rank 4": [], "all weights": ["train.lora_rank=0"]},
-    "latent_256": {"all weights": []},
+# What is trained: key=value words beside the config's own, and the GB of memory that it needs at least.
+RUNS: dict[str, dict[str, tuple[list[str], int]]] = {
+    "stable_diffusion": {"LoRA of rank 4": ([], 7), "all weights": (["train.lora_rank=0"], 20)},
+    "latent_256": {"all weights": ([], 5)},
 }
 
 
@@ -109,8 +109,11 @@ def main() -> None:
             write_pictures(parts / config_name, side)
             words += [f"data.source={config_name}", f"data.resolution={side}"]
             words += [f"train.batch_size={arguments.batch_size}", "train.gradient_accumulation_steps=1"]
-            for title, more in RUNS[config_name].items():
+            for title, (more, least) in RUNS[config_name].items():
                 print(f"{config_name}, {title}:", flush=True)
+                if not arguments.small and free_gb() < least:
+                    print(f"- needs {least} GB, and there are {free_gb():.0f}")
+                    continue
                 for line in check(load_config(Config, path, [*words, *more])):
                     if line.startswith(("network:", "memory:", "time:")):
                         print(f"- {line}", flush=True)

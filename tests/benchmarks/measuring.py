@@ -65,6 +65,13 @@ def memory_gb() -> float:
     return psutil.Process().memory_info().rss / 1e9
 
 
+def free_gb() -> float:
+    """Return how much memory is left: of the GPU, or of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] / 1e9
+    return psutil.virtual_memory().available / 1e9
+
+
 def peak_memory_gb() -> float:
     """Return the most memory that was in use: of the GPU, or of this process."""
     if torch.cuda.is_available():
