@@ -46,7 +46,7 @@ def check(config: Config) -> Iterator[str]:
         raise UserError("--check looks at the work of one process; type: python train.py --check")
     _, newest = find_run(config, aloud=True)
     config, weights = adopted(config, newest)
-    encoder = config.text.encoder if newest is None else newest
+    encoder = newest or config.init_from or config.text.encoder
     text_encoder = TextEncoder.from_pretrained(encoder, config.text.max_length).to(accelerator.device)
     space = latent_space(config.latent, newest).to(accelerator.device)
     unet = new_unet(config, text_encoder.context_dim, space, weights).to(accelerator.device)

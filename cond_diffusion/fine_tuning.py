@@ -62,7 +62,9 @@ def adopted(config: Config, newest: Path | None) -> tuple[Config, dict[str, Tens
 
 
 def _text(source: Path) -> TextConfig:
-    """Return who reads the captions of a pipeline: by the name that its run had for it, which may be a whole CLIP's."""
+    """Return who reads the captions of a pipeline, by the name that its run had for it: that may be a whole CLIP's, of
+    which the pipeline holds the half that reads.
+    """
     if (source / CONFIG_NAME).is_file():
         return load_config(Config, source / CONFIG_NAME).text
     return TextConfig(str(source), TextEncoder.from_pretrained(source, None).max_length)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,17 +72,17 @@ def save_lora(lora: Mapping[str, Tensor], folder: Path) -> None:
 
 
 @torch.no_grad()
-def add_lora_file(unet: UNet, source: str | Path) -> None:
+def add_lora_file(unet: UNet, source: str | Path, **options: Any) -> None:
     """Add to a network's weights what a file of LoRA says, ours or diffusers', times alpha / rank.
 
-    source: the file, a folder with it, or a hub id.
+    source: the file, a folder with it, or a hub id, with the `options` of `hub.download`.
 
     Raises UserError where it cannot be read, or is for another network.
     """
     file = Path(source)
     if not file.exists():
         try:
-            file = download(str(source), [FILE_NAME])
+            file = download(str(source), [FILE_NAME], **options)
         except UserError as error:
             raise UserError(f"lora: {error}") from error
     if file.is_dir():
@@ -93,6 +94,8 @@ def add_lora_file(unet: UNet, source: str | Path) -> None:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise UserError(f"lora: {file} cannot be read ({first_line(error)}); expected safetensors") from error
+    if other := next((name for name in ("alpha_pattern", "use_rslora") if settings.get(f"{PREFIX}{name}")), None):
+        raise UserError(f"lora: {file} scales its matrices by {other}, which is not supported")
     weights = dict(unet.named_parameters())
     while tensors:
         name = next(iter(tensors))
@@ -105,7 +108,7 @@ def add_lora_file(unet: UNet, source: str | Path) -> None:
             there = "has none of that name" if weight is None else f"has {tuple(weight.shape)}"
             shape = (*up.shape[:1], *down.shape[1:])
             raise UserError(f"lora: {file} is for another model: it changes {stem}, {shape}, and this UNet {there}")
-        scale = settings.get("unet.lora_alpha", len(down)) / settings.get("unet.r", len(down))
+        scale = settings.get(f"{PREFIX}lora_alpha", len(down)) / len(down)
         weight += scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape).to(weight)
 
 

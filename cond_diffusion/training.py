@@ -46,8 +46,8 @@ def train(config: Config) -> Path:
     if newest is not None:
         check_config(config, newest, aloud=accelerator.is_main_process)
     space = latent_space(config.latent, newest).to(accelerator.device)
-    # A resumed run reads with the encoder that its checkpoint holds, whatever has become of the one that it began with.
-    encoder = config.text.encoder if newest is None else newest
+    # The encoder that a checkpoint holds, whatever has become of the one that its run began with.
+    encoder = newest or config.init_from or config.text.encoder
     text_encoder = TextEncoder.from_pretrained(encoder, config.text.max_length).to(accelerator.device)
     complete_unet_config(config, text_encoder.context_dim, space)  # refuses before hours of encoding pictures
     feed = _feed(config, space, accelerator)

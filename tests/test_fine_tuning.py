@@ -1,5 +1,6 @@
 """Training that begins with a checkpoint: all of its weights, or LoRA beside them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from test_latents import stable_diffusion
 from cond_diffusion import TextToImage
 from cond_diffusion.config import Config, load_config
 from cond_diffusion.errors import UserError
+from cond_diffusion.lora import FILE_NAME
+from cond_diffusion.text import BUILT_IN_ENCODER
 from cond_diffusion.training import train
 
 WHOLE = "unet/diffusion_pytorch_model.safetensors:"
@@ -51,7 +54,10 @@ def test_stable_diffusion_is_trained_further_as_it_is(bars_overrides: list[str],
 def test_our_own_checkpoint_is_trained_further_and_resumes(bars_overrides: list[str], tmp_path: Path):
     grey = [word for word in bars_overrides if not word.startswith("train.max_steps")]
     constant = "train.learning_rate_schedule=constant"
-    first = train(load_config(Config, overrides=[*grey, constant, "train.max_steps=2", f"run_dir={tmp_path / 'a'}"]))
+    (tmp_path / "clip").symlink_to(BUILT_IN_ENCODER)
+    own = ["train.max_steps=2", f"text.encoder={tmp_path / 'clip'}", f"run_dir={tmp_path / 'a'}"]
+    first = train(load_config(Config, overrides=[*grey, constant, *own]))
+    (tmp_path / "clip").unlink()  # as where it was trained on another machine: the checkpoint has its own
     words = [word for word in grey if not word.startswith(("unet.", "text."))]
 
     def further(name: str, *more: str) -> dict[str, torch.Tensor]:
@@ -95,6 +101,17 @@ def test_lora_is_merged_for_us_and_opens_beside_the_original_in_diffusers(
         added = TextToImage.from_pretrained(stable, lora=file).unet.state_dict()
         for name, weight in after.unet.state_dict().items():
             torch.testing.assert_close(added[name], weight, rtol=1e-5, atol=1e-6)
+    for key, message in (("use_rslora", "scales its matrices by use_rslora, which is not supported"), ("r", None)):
+        settings = {"lora_adapter_metadata": json.dumps({f"unet.{key}": 16, "unet.lora_alpha": 2})}
+        save_file(load_file(checkpoint / FILE_NAME), tmp_path / FILE_NAME, metadata=settings)
+        if message is not None:
+            with pytest.raises(UserError, match=message):
+                TextToImage.from_pretrained(stable, lora=tmp_path)
+            continue
+        # It is the matrix's own rank, 2, that counts.
+        added = TextToImage.from_pretrained(stable, lora=tmp_path).unet.state_dict()
+        for name in changed:
+            torch.testing.assert_close(added[name], after.unet.state_dict()[name], rtol=1e-5, atol=1e-6)
     with pytest.raises(UserError, match="lora: .* is for another model: it changes down_blocks.0.attentions"):
         TextToImage.from_pretrained(lora=checkpoint)
     # Resumed it ends with the same.
