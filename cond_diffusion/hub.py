@@ -1,7 +1,7 @@
 """What is fetched from others: safetensors, JSON and text, never a pickle, which can run code when it is loaded."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
@@ -22,7 +22,7 @@ FILES = [
     *("model_index.json", "config.yaml", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"),
     *(f"{part}/{name}" for part, weights in WEIGHTS.items() for name in ("config.json", weights)),
 ]
-CANNOT_REACH = (OSError, ValueError, HTTPError)  # what the hub's client raises
+CANNOT_REACH = (OSError, ValueError, RuntimeError, HTTPError)  # what the hub's client raises
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -31,17 +31,22 @@ def download(repo_id: str, files: Sequence[str] = FILES, **options: Any) -> Path
 
     files: what to fetch of it. options: huggingface_hub's revision, token, cache_dir and local_files_only.
 
+    Of weights that are there in half precision alone that file is fetched.
+
     Raises UserError where it cannot be fetched, or has weights as pickles only.
     """
     try:
         folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=[*files], **options))
-        parts = [part for part, weights in WEIGHTS.items() if f"{part}/{weights}" in files and (folder / part).is_dir()]
-        lacking = [part for part in parts if not (folder / part / WEIGHTS[part]).exists()]
+        lacking = _lacking(folder, files)
         if lacking and not options.get("local_files_only"):
             api = huggingface_hub.HfApi(token=options.get("token"))
             names = api.list_repo_files(repo_id, revision=options.get("revision"))
-            for part in lacking:
-                _refuse(f"{repo_id}/{part}", (name for name in names if name.startswith(f"{part}/")), WEIGHTS[part])
+            halves = [in_half(file) for file in lacking if in_half(file) in names]
+            if halves:
+                folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=halves, **options))
+            for file in map(PurePosixPath, _lacking(folder, files)):
+                beside = [name for name in names if PurePosixPath(name).parent == file.parent]
+                _refuse(str(PurePosixPath(repo_id, file.parent)), beside, file.name)
     except LocalEntryNotFoundError as error:
         why = "local_files_only" if options.get("local_files_only") else first_line(error.__cause__ or error)
         raise UserError(
@@ -75,9 +80,27 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> s
     return str(address)
 
 
+def in_half(name: str) -> str:
+    """Return diffusers' and transformers' name for the same weights in half precision."""
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.fp16.{suffix}"
+
+
+def variant_of(folder: Path, name: str) -> str | None:
+    """Return "fp16", as diffusers and transformers call it, if the weights are there in half precision alone."""
+    return "fp16" if not (folder / name).exists() and (folder / in_half(name)).exists() else None
+
+
+def _lacking(folder: Path, files: Sequence[str]) -> list[str]:
+    """Return the weights among `files` that are in no precision in a folder that has the rest of their part."""
+    weights = [name for name in files if name.endswith(".safetensors")]
+    gone = [name for name in weights if not (folder / name).exists() and not variant_of(folder, name)]
+    return [name for name in gone if gone == weights or ("/" in name and (folder / name).parent.is_dir())]
+
+
 def refuse_pickles(folder: Path, expected: str) -> None:
     """Raise UserError if a folder has pickled weights in the place of the file that is `expected`."""
-    if folder.is_dir() and not (folder / expected).exists():
+    if folder.is_dir() and not (folder / expected).exists() and not variant_of(folder, expected):
         _refuse(str(folder), (file.name for file in sorted(folder.iterdir())), expected)
 
 

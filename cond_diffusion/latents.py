@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from cond_diffusion.checkpoint import add_weights
 from cond_diffusion.data_config import DataConfig
 from cond_diffusion.errors import UserError, first_line
-from cond_diffusion.hub import WEIGHTS, download, refuse_pickles
+from cond_diffusion.hub import WEIGHTS, download, refuse_pickles, variant_of
 from cond_diffusion.pictures import to_model
 
 PIXELS_AT_ONCE = 512 * 512  # what an autoencoder is given at once: each takes some thousand times its size in memory
@@ -119,14 +119,18 @@ class VAE:
             if config.get("shift_factor") is not None:
                 raise UserError(f"latent.vae: {source} shifts its latents, which Stable Diffusion does not")
             loaded: Any = AutoencoderKL.from_pretrained(
-                folder, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+                folder,
+                variant=variant_of(folder, WEIGHTS["vae"]),
+                use_safetensors=True,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
             )
             vae, report = loaded
             if missing := sorted(report["missing_keys"]):
                 raise UserError(f"latent.vae: {source} lacks {len(missing)} of its weights, {missing[0]} among them")
         except UserError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(
                 f"latent.vae: {source} holds no AutoencoderKL ({first_line(error)}); expected one, for example "
                 "stabilityai/sd-vae-ft-mse"

@@ -100,8 +100,11 @@ def write_prediction(folder: Path, prediction: Prediction) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        fields = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{file.parent} is no complete checkpoint: there is no {file.name}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is damaged or was cut short: {first_line(error)}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{file} is damaged: expected names and values")
+    return fields

@@ -83,7 +83,10 @@ _BETA_SCHEDULES = {name: name for name in get_args(BetaSchedule)} | {"cosine": "
 _VARIANCE_TYPES = {"posterior": "fixed_small", "beta": "fixed_large"}
 
 # What diffusers' schedulers can be told, and ours does in one way only.
-_DOES_ONLY = {"clip_sample_range": 1.0, "thresholding": False, "use_flow_sigmas": False, "timestep_type": "discrete"}
+_DOES_ONLY = {
+    **{"clip_sample_range": 1.0, "thresholding": False, "use_flow_sigmas": False, "timestep_type": "discrete"},
+    "predict_epsilon": True,  # of old files
+}
 # Of no consequence beside the values above, or options of one way to draw.
 _IGNORED = {
     *("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "use_dynamic_shifting", "time_shift_type"),

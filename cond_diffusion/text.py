@@ -15,12 +15,12 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.hub import WEIGHTS, variant_of
 
 BUILT_IN_ENCODER = Path(__file__).parent / "assets" / "mnist_clip"
 
@@ -68,6 +68,7 @@ class TextEncoder(nn.Module):
         # diffusers' layout keeps the two halves in folders of their own, transformers' in one.
         in_two = (folder / "text_encoder").is_dir()
         where = {name: str(folder / name if in_two else folder) for name in ("text_encoder", "tokenizer")}
+        variant = variant_of(Path(where["text_encoder"]), WEIGHTS["text_encoder"])
         if not folder.is_dir():
             where = dict.fromkeys(where, str(source))
         try:
@@ -78,15 +79,15 @@ class TextEncoder(nn.Module):
                 tokenizer = CLIPTokenizer.from_pretrained(where["tokenizer"])
                 # fp32, whatever it was stored in: what training reads, and what a CPU is fast at.
                 loaded = CLIPTextModel.from_pretrained(
-                    where["text_encoder"], use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                    where["text_encoder"],
+                    variant=variant,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                    output_loading_info=True,
                 )
                 clip, report = cast(tuple[CLIPTextModel, dict[str, Any]], loaded)
         except UserError:
             raise
-        except (SafetensorError, ValueError, RuntimeError) as error:  # JSON that is cut short is a ValueError, too
-            raise UserError(
-                f"text.encoder: {source}: a file is damaged, was cut short or is no CLIP's: {first_line(error)}"
-            ) from error
         except OSError as error:
             if folder.is_dir():
                 raise UserError(f"text.encoder: {source} holds no whole CLIP: {first_line(error)}") from error
@@ -94,6 +95,10 @@ class TextEncoder(nn.Module):
                 f"text.encoder: cannot load {source}: there is no such folder, and the hub does not give it "
                 f"({first_line(error)}); use text.encoder=builtin, or download it elsewhere and give "
                 "the folder"
+            ) from error
+        except Exception as error:  # transformers, tokenizers and safetensors each raise their own for a bad file
+            raise UserError(
+                f"text.encoder: {source}: a file is damaged, was cut short or is no CLIP's: {first_line(error)}"
             ) from error
         # Transformers would go on with random weights in their place, and with a tokenizer that knows no words.
         if missing := sorted(report["missing_keys"]):

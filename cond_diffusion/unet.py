@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.hub import in_half, variant_of
 from cond_diffusion.layers import (
     Downsample,
     ProjectedContext,
@@ -223,10 +224,11 @@ class UNet(nn.Module):
         folder = Path(folder)
         try:
             config = from_diffusers(json.loads((folder / CONFIG_NAME).read_text()))
-            unet = cls.with_weights(config, load_file(folder / WEIGHTS_NAME))
+            half = variant_of(folder, WEIGHTS_NAME)
+            unet = cls.with_weights(config, load_file(folder / (in_half(WEIGHTS_NAME) if half else WEIGHTS_NAME)))
         except FileNotFoundError as error:
             raise UserError(f"{folder} is no UNet: there is no {Path(error.filename or str(error)).name}") from error
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: a file is damaged or was cut short: {first_line(error)}") from error
         except RuntimeError as error:  # what load_state_dict raises for missing, unknown or misshapen weights
             raise UserError(

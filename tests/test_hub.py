@@ -20,7 +20,7 @@ from PIL import Image
 from cond_diffusion import TextToImage
 from cond_diffusion.card import write_card
 from cond_diffusion.errors import UserError
-from cond_diffusion.latents import Patches
+from cond_diffusion.latents import VAE, Patches
 
 
 class ModelHub(Answering):
@@ -176,10 +176,32 @@ def test_what_the_hub_does_not_have_is_one_line(
     assert "\n" not in str(refusal.value)
 
 
+def test_half_precision_is_fetched_where_there_is_nothing_else(model_hub: type[ModelHub], tmp_path: Path):
+    pipe = TextToImage.from_pretrained()
+    pipe.save_pretrained(tmp_path / "pipe")
+    files = {str(f.relative_to(tmp_path / "pipe")): f.read_bytes() for f in (tmp_path / "pipe").rglob("*.*")}
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    files[weights.replace(".safetensors", ".fp16.safetensors")] = files.pop(weights)
+    model_hub.repositories["someone/half"] = files
+    again = TextToImage.from_pretrained("someone/half", cache_dir=tmp_path / "cache")
+    assert torch.equal(again.unet.conv_in.weight, pipe.unet.conv_in.weight)
+    model_hub.repositories.clear()
+    TextToImage.from_pretrained("someone/half", cache_dir=tmp_path / "cache", local_files_only=True)
+
+
+def test_pickles_that_lie_alone_are_refused(model_hub: type[ModelHub], tmp_path: Path):
+    model_hub.repositories["someone/vae"] = {"config.json": b"{}", "diffusion_pytorch_model.bin": b""}
+    model_hub.repositories["someone/lora"] = {"pytorch_lora_weights.bin": b""}
+    with pytest.raises(UserError, match=r"latent.vae: someone/vae has its weights in .*\.bin, a pickle"):
+        VAE.from_pretrained("someone/vae")
+    with pytest.raises(UserError, match=r"lora: someone/lora has its weights in pytorch_lora_weights.bin, a pickle"):
+        TextToImage.from_pretrained(lora="someone/lora", cache_dir=tmp_path / "cache")
+
+
 def test_what_the_hub_does_not_take_is_one_line(model_hub: type[ModelHub], monkeypatch: pytest.MonkeyPatch):
     pipe = TextToImage.from_pretrained()
     with pytest.raises(UserError, match="someone/digits: the hub does not take it"):
-        pipe.push_to_hub("someone/digits", token="wrong", prompts=["two"])
+        pipe.push_to_hub("someone/digits", token="wrong", prompts="two")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     with pytest.raises(UserError, match="someone/digits: the hub does not take it"):
         pipe.push_to_hub("someone/digits", token="secret", prompts=["two"])

@@ -1,6 +1,7 @@
 """Latent space, and Stable Diffusion's pipelines both ways, against diffusers' own on small random parts."""
 
 import json
+import operator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,19 @@ def test_the_schedule_is_read_from_whatever_scheduler_is_there(tmp_path: Path, n
     assert (pipe.schedule.config.spacing, pipe.schedule.config.clip_x_0) == ("leading", False)
 
 
+def test_half_precision_is_read_where_there_is_nothing_else(tmp_path: Path):
+    whole = TextToImage.from_pretrained(stable_diffusion(tmp_path / "whole", "epsilon"))
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "whole")
+    for part in (theirs.unet, theirs.vae, theirs.text_encoder):
+        part.half()
+    theirs.save_pretrained(tmp_path / "half", variant="fp16")
+    half = TextToImage.from_pretrained(tmp_path / "half")
+    for part in ("unet", "text_encoder.clip", "space.autoencoder"):
+        mine, other = (operator.attrgetter(part)(pipe).state_dict() for pipe in (half, whole))
+        for name, weight in other.items():
+            torch.testing.assert_close(mine[name], weight.half().float(), rtol=0, atol=0)
+
+
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """`key=value` words for a tiny run in the latents of a random autoencoder."""
@@ -261,6 +275,16 @@ def test_pipelines_of_other_kinds_pickles_and_parts_that_do_not_fit_are_refused_
         index.write_text(whole.replace('"StableDiffusionPipeline"', f'"{kind}"'))
         refused(f"holds a {kind}; expected a TextToImage, or a StableDiffusionPipeline of Stable Diffusion 1.x or 2.x")
     index.write_text(whole)
+    for damaged in (b"[]", b"\xff\xfe{\x00}\x00", b"{"):
+        index.write_bytes(damaged)
+        refused("model_index.json is damaged")
+    index.write_text(whole)
+    config = folder / "unet" / "config.json"
+    fields = config.read_text()
+    config.write_text(fields.replace('"norm_num_groups": 8', '"norm_num_groups": "8"'))
+    assert config.read_text() != fields
+    refused("unet: a file is damaged or was cut short")
+    config.write_text(fields)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     text = scheduler.read_text()
     scheduler.write_text(text.replace("DDPMScheduler", "FlowMatchEulerDiscreteScheduler"))
