@@ -111,7 +111,8 @@ def draw_to_folder(
     """Draw, and write a PNG for each picture as soon as its batch is done.
 
     Names begin with the numbers of prompt and picture, so they sort as the pictures are asked for, and more of them may
-    be asked for later. What is there is not drawn again; UserError where it was drawn otherwise, or cannot be written.
+    be asked for later. What is there is not drawn again; UserError where it was drawn otherwise, or cannot be written;
+    Interrupted on Ctrl-C.
     """
     pipe = TextToImage.from_pretrained(checkpoint, ema_width=ema_width, lora=lora).to_accelerator()
     pictures, settings = _pictures(options), _settings(pipe, options, checkpoint, ema_width, lora)
@@ -137,7 +138,14 @@ def draw_to_folder(
         for start in range(0, len(todo), at_once):
             batch = todo[start : start + at_once]
             own = {name: [of_one[name] for _, _, of_one in batch] for name in ("seed", "guidance_scale")}
-            drawn = pipe([prompt for _, prompt, _ in batch], **{**shared, **own}, batch_size=at_once, progress=False)
+            prompts_of_batch = [prompt for _, prompt, _ in batch]
+            try:
+                drawn = pipe(prompts_of_batch, **{**shared, **own}, batch_size=at_once, progress=False)
+            except PartlyDrawn as interruption:
+                message = (
+                    f"interrupted; {folder} has {bar.n} of {total} pictures, and the same command goes on from there"
+                )
+                raise Interrupted(message, SIGINT) from interruption
             for (path, prompt, of_one), image in zip(batch, drawn, strict=True):
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from cond_diffusion.card import GRID_NAME, prompts_of_run, write_card
 from cond_diffusion.cpu import keep_memory
 from cond_diffusion.editing import edit_of
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import Interrupted, UserError
 from cond_diffusion.guidance import GuidanceConfig, guided, scale_of_each, threshold_dynamically
 from cond_diffusion.hub import upload
 from cond_diffusion.latents import VAE, LatentSpace
@@ -93,19 +94,19 @@ class TextToImage:
         ema_width: average the weights over another share of the training than the checkpoint does, as far as the run's
             snapshots reach up to it.
         lora: what is added to the network's weights: a file, a folder with it, or a hub id.
-        revision, token, cache_dir, local_files_only: of a hub id, as huggingface_hub has them.
+        revision: of `source` where it is a hub id. token, cache_dir, local_files_only: of hub ids, as huggingface_hub
+            has them.
 
         Raises UserError where there is none, or where a file of it is missing, damaged or for another kind of pipeline.
         """
-        folder = find_checkpoint(
-            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
+        options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = find_checkpoint(source, revision=revision, **options)
         space = read_latent_space(folder)
         unet = UNet.from_pretrained(folder / "unet")
         if ema_width is not None:
             unet = UNet.with_weights(unet.config, weights_of_width(folder, ema_width))
         if lora is not None:
-            add_lora_file(unet, lora)
+            add_lora_file(unet, lora, **options)
         pipe = cls(unet, TextEncoder.from_pretrained(folder, max_length=None), read_prediction(folder), space)
         pipe.folder = folder
         return pipe
@@ -119,7 +120,7 @@ class TextToImage:
         write_index(folder, self.space)
 
     def push_to_hub(
-        self, repo_id: str, *, prompts: Sequence[str] = (), private: bool = False, token: str | None = None
+        self, repo_id: str, *, prompts: str | Sequence[str] = (), private: bool = False, token: str | None = None
     ) -> str:
         """Put the pipeline on the hub, with a card and a grid of samples; return its address.
 
@@ -127,7 +128,7 @@ class TextToImage:
 
         Raises UserError where there are none, or where the hub does not take it.
         """
-        shown = [*prompts] or prompts_of_run(self.folder)
+        shown = ([prompts] if isinstance(prompts, str) else [*prompts]) or prompts_of_run(self.folder)
         with TemporaryDirectory() as name:
             folder, steps = Path(name), min(20, self.schedule.num_timesteps)
             self.save_pretrained(folder)
@@ -273,6 +274,8 @@ class TextToImage:
                                 total,
                             )
                     images += to_pillow(self._to_pixels(x))
+            except Interrupted:  # of a run that draws while it trains
+                raise
             except KeyboardInterrupt as interruption:
                 raise PartlyDrawn(images) from interruption
         return images

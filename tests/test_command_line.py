@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +80,26 @@ def test_prompts_come_from_a_file_or_standard_input_and_can_go_without_labels(
         assert picture.size == (28, 3 * 30 - 2)
 
 
+def noise_of_batches(batches: int) -> Callable[[TextToImage, list[int]], Noise]:
+    """What draws the noise, for so many batches; then somebody presses Ctrl-C."""
+    noise, left = TextToImage._noise, iter(range(batches))
+
+    def until_interrupted(pipe: TextToImage, seeds: list[int]) -> Noise:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return noise(pipe, seeds)
+
+    return until_interrupted
+
+
 def test_a_folder_of_pictures_goes_on_where_it_was_interrupted(type_in, tmp_path: Path):
     """Each is the picture that is drawn alone, with its own settings; what is there stays."""
     words = ["seven", "a two", "--num-images", "2", "--seed", "3", "--steps", "2", "--guidance-scale", "2,4"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TextToImage, "_noise", noise_of_batches(1))
+        code, _, errors = type_in("sample", *words, "--output-dir", "all", "--batch-size", "3")
+    assert code == 130
+    assert errors.splitlines()[-1] == "interrupted; all has 3 of 4 pictures, and the same command goes on from there"
     assert type_in("sample", *words, "--output-dir", "all", "--batch-size", "3")[:2] == (0, "all\n")
     names = ["0000-0000-seven.png", "0000-0001-seven.png", "0001-0000-a-two.png", "0001-0001-a-two.png"]
     assert sorted(file.name for file in (tmp_path / "all").iterdir()) == names
@@ -109,14 +127,7 @@ def test_an_interrupted_picture_keeps_what_was_drawn(
 ):
     words = ["seven", "two", "--num-images", "3", "--steps", "2", "--batch-size", "2"]
     assert type_in("sample", *words, "--output", "whole.png")[0] == 0
-    noise, left = TextToImage._noise, iter(range(batches))
-
-    def interrupted(pipe: TextToImage, seeds: list[int]) -> Noise:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return noise(pipe, seeds)
-
-    monkeypatch.setattr(TextToImage, "_noise", interrupted)
+    monkeypatch.setattr(TextToImage, "_noise", noise_of_batches(batches))
     code, output, errors = type_in("sample", *words, "--output", "kept.png")
     assert (code, output) == (130, "")
     if not batches:
