@@ -15,7 +15,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from cond_diffusion.shards import computed_once
 
 PROCESSES, COUNT, PER_SHARD = 2, 7, 2
-LIMIT = timedelta(seconds=3)  # of the process group, as NCCL has one of minutes
+LIMIT = timedelta(seconds=6)  # of the process group, as NCCL has one of minutes
 
 
 def as_process(process: int, port: int, folder: Path, all_here: Barrier, told: "Queue[tuple[list[int], list[int]]]"):
@@ -27,7 +27,7 @@ def as_process(process: int, port: int, folder: Path, all_here: Barrier, told: "
     def squares(rows: range) -> dict[str, torch.Tensor]:
         mine.extend(rows)
         if process == 1 and rows.start == PER_SHARD:
-            time.sleep(2 * LIMIT.total_seconds())
+            time.sleep(LIMIT.total_seconds() + 2)
         return {"squares": torch.tensor(rows) ** 2}
 
     all_here.wait()
