@@ -1,7 +1,8 @@
 """Text to image: everything that turns a prompt into a picture, as one object that loads, saves and is called."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,17 @@ class PartlyDrawn(KeyboardInterrupt):
     def __init__(self, images: Pictures) -> None:
         super().__init__(f"interrupted, with {len(images)} pictures drawn")
         self.images = images
+
+
+@contextmanager
+def _carrying(images: Pictures) -> Iterator[None]:
+    """Let an interruption carry the pictures that are done."""
+    try:
+        yield
+    except Interrupted:  # of a run that draws while it trains
+        raise
+    except KeyboardInterrupt as interruption:
+        raise PartlyDrawn(images) from interruption
 
 
 class TextToImage:
@@ -248,36 +260,28 @@ class TextToImage:
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
         total = len(timesteps) * resamplings
         images = Pictures(columns=num_images)
-        with tqdm(total=len(batches) * total, desc="drawing", unit=" steps", disable=not progress) as bar:
-            try:
-                for batch in batches:
-                    contexts = torch.stack([context for context, _, _ in batch])
-                    weights = torch.tensor([w for _, w, _ in batch])
-                    network = guided(
-                        self.unet,
-                        contexts,
-                        null_context.expand_as(contexts),
-                        weights,
-                        guidance,
-                        project=self.unet.project_context,
-                    )
-                    denoise = denoiser(network, self.prediction, self.range_of_pixels(guidance), edit.keep)
-                    noise = self._noise([seed for _, _, seed in batch])
-                    x = edit.begin(noise(), self.schedule, timesteps)
-                    for number, step in enumerate(run(denoise, self.schedule, x, timesteps, noise)):
-                        x = step.x
-                        bar.update()
-                        if watch is not None:
-                            watch(
-                                replace(step, x=self._to_pixels(x), x_0_hat=self._to_pixels(step.x_0_hat)),
-                                number,
-                                total,
-                            )
-                    images += to_pillow(self._to_pixels(x))
-            except Interrupted:  # of a run that draws while it trains
-                raise
-            except KeyboardInterrupt as interruption:
-                raise PartlyDrawn(images) from interruption
+        bar = tqdm(total=len(batches) * total, desc="drawing", unit=" steps", disable=not progress)
+        with bar, _carrying(images):
+            for batch in batches:
+                contexts = torch.stack([context for context, _, _ in batch])
+                weights = torch.tensor([w for _, w, _ in batch])
+                network = guided(
+                    self.unet,
+                    contexts,
+                    null_context.expand_as(contexts),
+                    weights,
+                    guidance,
+                    project=self.unet.project_context,
+                )
+                denoise = denoiser(network, self.prediction, self.range_of_pixels(guidance), edit.keep)
+                noise = self._noise([seed for _, _, seed in batch])
+                x = edit.begin(noise(), self.schedule, timesteps)
+                for number, step in enumerate(run(denoise, self.schedule, x, timesteps, noise)):
+                    x = step.x
+                    bar.update()
+                    if watch is not None:
+                        watch(replace(step, x=self._to_pixels(x), x_0_hat=self._to_pixels(step.x_0_hat)), number, total)
+                images += to_pillow(self._to_pixels(x))
         return images
 
     def _check(self, prompts: list[str], num_images: int, negative_prompt: str, batch_size: int | None) -> None:
