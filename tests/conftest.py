@@ -12,6 +12,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 import datasets
 import pytest
 import torch
+from pyarrow.parquet import ParquetWriter
 from safetensors.torch import load_file
 
 from cond_diffusion.config import Config, load_config
@@ -25,6 +26,12 @@ def bar(label: int, place: int) -> torch.Tensor:
     picture = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
     picture[:, place % SIDE] = 255
     return picture if label == 0 else picture.T.contiguous()
+
+
+def write_empty_parquet(file: Path) -> None:
+    """Write a Parquet file of a data set without examples; `to_parquet` of datasets 4.6 divides by zero there."""
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    ParquetWriter(file, features.arrow_schema).close()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, SIDE, bar, weights
+from conftest import ROOT, SIDE, bar, weights, write_empty_parquet
 from hub import hub
 from PIL import Image
 
@@ -349,8 +349,7 @@ def test_a_broken_or_an_empty_stream_is_one_line(tmp_path: Path):
     config = DataConfig(str(tmp_path / "set"), True, image_column="png", caption_column="txt", resolution=8, channels=3)
     with pytest.raises(UserError, match="data.source: cannot read .*set: "):
         CaptionedStream(config, seed=0).read(0, middle(9))
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    datasets.Dataset.from_dict({"image": [], "text": []}, features=features).to_parquet(tmp_path / "x.parquet")
+    write_empty_parquet(tmp_path / "x.parquet")
     with pytest.raises(UserError, match="holds no examples"):
         CaptionedStream(DataConfig(str(tmp_path / "x.parquet"), streaming=True), seed=0).read(0, middle(1))
 
