@@ -20,7 +20,7 @@ from cond_diffusion.config import Config
 from cond_diffusion.data import CaptionedFiles, Places, open_captioned_files
 from cond_diffusion.errors import UserError
 from cond_diffusion.feed import Feed, ShuffledSet
-from cond_diffusion.fine_tuning import adopted
+from cond_diffusion.fine_tuning import adopted, text_encoder_of
 from cond_diffusion.latents import latent_space
 from cond_diffusion.objective import Objective
 from cond_diffusion.pictures import claimed_path, enlarged, grid, to_model, to_pillow
@@ -46,8 +46,7 @@ def check(config: Config) -> Iterator[str]:
         raise UserError("--check looks at the work of one process; type: python train.py --check")
     _, newest = find_run(config, aloud=True)
     config, weights = adopted(config, newest)
-    encoder = newest or config.init_from or config.text.encoder
-    text_encoder = TextEncoder.from_pretrained(encoder, config.text.max_length).to(accelerator.device)
+    text_encoder = text_encoder_of(config, newest).to(accelerator.device)
     space = latent_space(config.latent, newest).to(accelerator.device)
     unet = new_unet(config, text_encoder.context_dim, space, weights).to(accelerator.device)
     data = config.data

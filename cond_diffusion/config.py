@@ -20,7 +20,7 @@ from cond_diffusion.latents import LatentConfig
 from cond_diffusion.objective import Objective, ObjectiveConfig
 from cond_diffusion.sampler_config import SamplerConfig
 from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.schedule_config import ScheduleConfig
+from cond_diffusion.schedule_config import READING_OFFSET, ScheduleConfig
 from cond_diffusion.text import TextConfig
 from cond_diffusion.unet_config import UNetConfig
 
@@ -138,7 +138,7 @@ class Config:
         # Both raise, before anything is loaded, where the sections do not go together.
         schedule = NoiseSchedule(self.schedule)
         Objective(self.objective, schedule)
-        leading = self.schedule.spacing in ("leading", None)
+        leading = self.schedule.spacing in READING_OFFSET
         if self.latent.vae is not None and leading and self.schedule.steps_offset == 0:
             raise UserError("schedule.steps_offset: 0; with latent.vae and leading it must be 1, as diffusers has it")
         if self.latent.vae is not None and self.schedule.clip_x_0:

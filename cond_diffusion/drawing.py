@@ -70,11 +70,10 @@ def draw_to_file(
                 watcher(step, number, total)
 
         with claimed_path(output, prompts[0], "--output", (".png",)) as path:
-            interrupted = False
             try:
                 images = pipe(prompts, **{**options, **pictures}, watch=tell_all if watchers else None)
             except PartlyDrawn as interruption:
-                images, interrupted = interruption.images, True
+                images = interruption.images
                 if not images:
                     raise
             if (film_path or maps_path) and not moving.frames and not maps.maps:
@@ -83,9 +82,9 @@ def draw_to_file(
             save_png(
                 grid(images, each, shown if labels and len(prompts) > 1 else None), path, _typed(prompts, settings)
             )
-        if interrupted:
+        if len(images) < (total := len(prompts) * each):
             message = (
-                f"interrupted; {path} has the first {len(images)} of {len(prompts) * each} pictures, and --from-image "
+                f"interrupted; {path} has the first {len(images)} of {total} pictures, and --from-image "
                 f"{path} draws them all"
             )
             raise Interrupted(message, SIGINT)

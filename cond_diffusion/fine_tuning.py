@@ -61,6 +61,13 @@ def adopted(config: Config, newest: Path | None) -> tuple[Config, dict[str, Tens
     return replace(config, **changed, init_from=str(source)), weights
 
 
+def text_encoder_of(config: Config, newest: Path | None) -> TextEncoder:
+    """Return who reads a run's captions: the encoder that the checkpoint holds which it goes on from or begins with,
+    whatever has become of the one that this was trained with; where there is none, the config's.
+    """
+    return TextEncoder.from_pretrained(newest or config.init_from or config.text.encoder, config.text.max_length)
+
+
 def _text(source: Path) -> TextConfig:
     """Return who reads the captions of a pipeline, by the name that its run had for it: that may be a whole CLIP's, of
     which the pipeline holds the half that reads.

@@ -88,19 +88,24 @@ def in_half(name: str) -> str:
 
 def variant_of(folder: Path, name: str) -> str | None:
     """Return "fp16", as diffusers and transformers call it, if the weights are there in half precision alone."""
-    return "fp16" if not (folder / name).exists() and (folder / in_half(name)).exists() else None
+    return "fp16" if _has_weights(folder, name) and not (folder / name).exists() else None
+
+
+def _has_weights(folder: Path, name: str) -> bool:
+    """Say whether the weights of this name are in a folder, in whatever precision."""
+    return (folder / name).exists() or (folder / in_half(name)).exists()
 
 
 def _lacking(folder: Path, files: Sequence[str]) -> list[str]:
     """Return the weights among `files` that are in no precision in a folder that has the rest of their part."""
     weights = [name for name in files if name.endswith(".safetensors")]
-    gone = [name for name in weights if not (folder / name).exists() and not variant_of(folder, name)]
+    gone = [name for name in weights if not _has_weights(folder, name)]
     return [name for name in gone if gone == weights or ("/" in name and (folder / name).parent.is_dir())]
 
 
 def refuse_pickles(folder: Path, expected: str) -> None:
     """Raise UserError if a folder has pickled weights in the place of the file that is `expected`."""
-    if folder.is_dir() and not (folder / expected).exists() and not variant_of(folder, expected):
+    if folder.is_dir() and not _has_weights(folder, expected):
         _refuse(str(folder), (file.name for file in sorted(folder.iterdir())), expected)
 
 

@@ -11,6 +11,7 @@ from cond_diffusion.errors import UserError, refuse_other_values
 
 BetaSchedule = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 Spacing = Literal["trailing", "leading", "linspace"]
+READING_OFFSET = ("leading", None)  # the spacings that read steps_offset: None is leading for some samplers
 Variance = Literal["posterior", "beta"]
 
 MOST_TIMESTEPS = 1_000_000
@@ -64,7 +65,7 @@ class ScheduleConfig:
             raise UserError("schedule.zero_terminal_snr: a chain of one step cannot end in pure noise; expected more")
         if self.steps_offset < 0:
             raise UserError(f"schedule.steps_offset: {self.steps_offset} must not be negative")
-        if self.steps_offset and self.spacing not in ("leading", None):
+        if self.steps_offset and self.spacing not in READING_OFFSET:
             raise UserError(
                 f"schedule.steps_offset: {self.steps_offset} means nothing to schedule.spacing={self.spacing}; "
                 "it belongs to leading"
@@ -84,7 +85,10 @@ _VARIANCE_TYPES = {"posterior": "fixed_small", "beta": "fixed_large"}
 
 # What diffusers' schedulers can be told, and ours does in one way only.
 _DOES_ONLY = {
-    **{"clip_sample_range": 1.0, "thresholding": False, "use_flow_sigmas": False, "timestep_type": "discrete"},
+    "clip_sample_range": 1.0,
+    "thresholding": False,
+    "use_flow_sigmas": False,
+    "timestep_type": "discrete",
     "predict_epsilon": True,  # of old files
 }
 # Of no consequence beside the values above, or options of one way to draw.
@@ -96,15 +100,14 @@ _IGNORED = {
     *("euler_at_final", "predict_x0", "disable_corrector"),
 }
 # Those that begin with noise of deviation 1 and know alpha_bar: the others mean something else by their betas, or have
-# none. With their defaults for clip_sample.
-_THEIRS_CLIP = {
-    **dict.fromkeys(("DDPMScheduler", "DDIMScheduler"), True),
-    "PNDMScheduler": False,
-    **{f"{name}DiscreteScheduler": False for name in ("LMS", "Euler", "EulerAncestral", "Heun")},
-    **{f"{name}DiscreteScheduler": False for name in ("KDPM2", "KDPM2Ancestral")},
-    **{f"DPMSolver{name}Scheduler": False for name in ("Multistep", "Singlestep")},
-    **{f"{name}MultistepScheduler": False for name in ("UniPC", "DEIS")},
-}
+# none. The first two clip x_0_hat unless they are told not to.
+_THEY_CLIP = ("DDPMScheduler", "DDIMScheduler")
+_THEIRS = (
+    *(*_THEY_CLIP, "PNDMScheduler"),
+    *(f"{name}DiscreteScheduler" for name in ("LMS", "Euler", "EulerAncestral", "Heun", "KDPM2", "KDPM2Ancestral")),
+    *(f"DPMSolver{name}Scheduler" for name in ("Multistep", "Singlestep")),
+    *(f"{name}MultistepScheduler" for name in ("UniPC", "DEIS")),
+)
 
 
 def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
@@ -117,7 +120,7 @@ def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
         # Without the field each of their schedulers has its own.
         **({} if config.spacing is None else {"timestep_spacing": config.spacing}),
         # StableDiffusionPipeline insists on 1; only leading reads it.
-        "steps_offset": config.steps_offset if config.spacing in ("leading", None) else 1,
+        "steps_offset": config.steps_offset if config.spacing in READING_OFFSET else 1,
         "_class_name": "DDPMScheduler",
         "clip_sample_range": 1.0,
         "thresholding": False,
@@ -127,11 +130,9 @@ def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
 def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
     """Invert `to_diffusers`; raise UserError, naming the field, for what our schedule does not do."""
     kind = fields.get("_class_name", "DDPMScheduler")
-    if kind not in _THEIRS_CLIP:
-        raise UserError(
-            f"scheduler config: _class_name: {kind!r:.60} is not supported; expected {', '.join(_THEIRS_CLIP)}"
-        )
-    fields = {"clip_sample": _THEIRS_CLIP[kind], **fields}
+    if kind not in _THEIRS:
+        raise UserError(f"scheduler config: _class_name: {kind!r:.60} is not supported; expected {', '.join(_THEIRS)}")
+    fields = {"clip_sample": kind in _THEY_CLIP, **fields}
     refuse_other_values(fields, _DOES_ONLY, "scheduler config")
     fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
     ours: dict[str, Any] = {ours: fields.pop(theirs) for theirs, ours in _SAME.items() if theirs in fields}
@@ -140,7 +141,7 @@ def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
         raise UserError(
             f"scheduler config: timestep_spacing: {spacing!r} is not supported; expected {', '.join(get_args(Spacing))}"
         )
-    ours["steps_offset"] = offset if spacing in ("leading", None) else 0
+    ours["steps_offset"] = offset if spacing in READING_OFFSET else 0
     ours["beta_schedule"] = _translate(fields, "beta_schedule", _BETA_SCHEDULES, "linear")
     if fields.get("variance_type") is None:  # as solvers have it that draw no noise
         fields["variance_type"] = "fixed_small"

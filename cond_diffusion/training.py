@@ -20,7 +20,7 @@ from cond_diffusion.data import open_captioned_files
 from cond_diffusion.diagnosis import Diagnosis
 from cond_diffusion.errors import UserError
 from cond_diffusion.feed import Feed, ShuffledSet, open_feed
-from cond_diffusion.fine_tuning import adopted
+from cond_diffusion.fine_tuning import adopted, text_encoder_of
 from cond_diffusion.interruption import Interruption
 from cond_diffusion.latent_set import latent_set
 from cond_diffusion.latents import LatentSpace, Patches, latent_space
@@ -46,9 +46,7 @@ def train(config: Config) -> Path:
     if newest is not None:
         check_config(config, newest, aloud=accelerator.is_main_process)
     space = latent_space(config.latent, newest).to(accelerator.device)
-    # The encoder that a checkpoint holds, whatever has become of the one that its run began with.
-    encoder = newest or config.init_from or config.text.encoder
-    text_encoder = TextEncoder.from_pretrained(encoder, config.text.max_length).to(accelerator.device)
+    text_encoder = text_encoder_of(config, newest).to(accelerator.device)
     complete_unet_config(config, text_encoder.context_dim, space)  # refuses before hours of encoding pictures
     feed = _feed(config, space, accelerator)
     contexts = contexts_of(feed, text_encoder, accelerator)

@@ -1,8 +1,12 @@
 """What the tests share: small captioned pictures, and a config that trains on them in seconds."""
 
 import json
+import multiprocessing
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Processes that test side by side take a core each: torch's threads of several would wait for one another.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
@@ -32,6 +36,30 @@ def write_empty_parquet(file: Path) -> None:
     """Write a Parquet file of a data set without examples; `to_parquet` of datasets 4.6 divides by zero there."""
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     ParquetWriter(file, features.arrow_schema).close()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_in_processes(count: int, target: Callable[..., None], *arguments: Any) -> None:
+    """Call `target` with its process's number and the arguments in processes that find each other as torchrun's do."""
+    port, context = free_port(), multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_as_process, args=(i, count, port, target, arguments)) for i in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0
+
+
+def _as_process(process: int, count: int, port: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    for kind in ("", "LOCAL_"):
+        os.environ.update({f"{kind}RANK": str(process), f"{kind}WORLD_SIZE": str(count)})
+    target(process, *arguments)
 
 
 @pytest.fixture(scope="session")

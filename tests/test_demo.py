@@ -1,7 +1,6 @@
 """The page, in a real browser."""
 
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from conftest import free_port
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -31,9 +31,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("needs a browser: apt-get install chromium")
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(BUILT_IN_MODEL, folder / "runs" / "digits" / "checkpoints" / "step-00000001")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # Behind the browser where they share a core, which would else be shown the last picture only.
     words = ["nice", "-n", "19", sys.executable, "-m", "cond_diffusion.demo", "--port", str(port), "--no-browser"]
     with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:

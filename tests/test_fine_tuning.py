@@ -101,17 +101,17 @@ def test_lora_is_merged_for_us_and_opens_beside_the_original_in_diffusers(
         added = TextToImage.from_pretrained(stable, lora=file).unet.state_dict()
         for name, weight in after.unet.state_dict().items():
             torch.testing.assert_close(added[name], weight, rtol=1e-5, atol=1e-6)
-    for key, message in (("use_rslora", "scales its matrices by use_rslora, which is not supported"), ("r", None)):
-        settings = {"lora_adapter_metadata": json.dumps({f"unet.{key}": 16, "unet.lora_alpha": 2})}
-        save_file(load_file(checkpoint / FILE_NAME), tmp_path / FILE_NAME, metadata=settings)
-        if message is not None:
-            with pytest.raises(UserError, match=message):
-                TextToImage.from_pretrained(stable, lora=tmp_path)
-            continue
-        # It is the matrix's own rank, 2, that counts.
-        added = TextToImage.from_pretrained(stable, lora=tmp_path).unet.state_dict()
-        for name in changed:
-            torch.testing.assert_close(added[name], after.unet.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+    def with_settings(**settings: int) -> dict[str, torch.Tensor]:
+        told = json.dumps({f"unet.{name}": value for name, value in settings.items()})
+        save_file(load_file(checkpoint / FILE_NAME), tmp_path / FILE_NAME, metadata={"lora_adapter_metadata": told})
+        return TextToImage.from_pretrained(stable, lora=tmp_path).unet.state_dict()
+
+    added = with_settings(r=16, lora_alpha=2)  # it is the matrix's own rank, 2, that counts
+    for name in changed:
+        torch.testing.assert_close(added[name], after.unet.state_dict()[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="scales its matrices by use_rslora, which is not supported"):
+        with_settings(use_rslora=16, lora_alpha=2)
     with pytest.raises(UserError, match="lora: .* is for another model: it changes down_blocks.0.attentions"):
         TextToImage.from_pretrained(lora=checkpoint)
     # Resumed it ends with the same.

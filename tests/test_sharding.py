@@ -3,16 +3,13 @@
 Accelerate shards on GPUs alone, so here torch's own `fully_shard` does, on two processes without one.
 """
 
-import multiprocessing
-import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import weights
+from conftest import run_in_processes, weights
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -71,24 +68,13 @@ def run(config: Config, process: int, processes: int, start: int, steps: int) ->
         saver.finish(must=True)
 
 
-def as_process(config: Config, process: int, port: int, start: int, steps: int) -> None:
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(PROCESSES)}
-    os.environ.update({**where, "RANK": str(process), "LOCAL_RANK": str(process)})
+def as_process(process: int, config: Config, start: int, steps: int) -> None:
     torch.set_num_threads(1)
     run(config, process, PROCESSES, start, steps)
 
 
 def run_sharded(config: Config, start: int, steps: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=as_process, args=(config, i, port, start, steps)) for i in range(PROCESSES)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        assert process.exitcode == 0
+    run_in_processes(PROCESSES, as_process, config, start, steps)
 
 
 def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -1,8 +1,6 @@
 """What is computed once is shared out among processes, which wait for each other as long as that takes."""
 
 import multiprocessing
-import os
-import socket
 import time
 from datetime import timedelta
 from multiprocessing.queues import Queue
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from conftest import run_in_processes
 
 from cond_diffusion.shards import computed_once
 
@@ -18,10 +17,7 @@ PROCESSES, COUNT, PER_SHARD = 2, 7, 2
 LIMIT = timedelta(seconds=6)  # of the process group, as NCCL has one of minutes
 
 
-def as_process(process: int, port: int, folder: Path, all_here: Barrier, told: "Queue[tuple[list[int], list[int]]]"):
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(PROCESSES)}
-    local = {"LOCAL_RANK": str(process), "LOCAL_WORLD_SIZE": str(PROCESSES)}
-    os.environ.update({**where, **local, "RANK": str(process)})
+def as_process(process: int, folder: Path, all_here: Barrier, told: "Queue[tuple[list[int], list[int]]]"):
     mine: list[int] = []
 
     def squares(rows: range) -> dict[str, torch.Tensor]:
@@ -37,18 +33,10 @@ def as_process(process: int, port: int, folder: Path, all_here: Barrier, told: "
 
 
 def test_two_processes_share_the_work_and_the_faster_waits_longer_than_their_group_would(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     all_here, told = context.Barrier(PROCESSES), context.Queue()
-    processes = [context.Process(target=as_process, args=(i, port, tmp_path, all_here, told)) for i in range(PROCESSES)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    (first, found), (second, same) = (told.get() for _ in processes)
+    run_in_processes(PROCESSES, as_process, tmp_path, all_here, told)
+    (first, found), (second, same) = (told.get() for _ in range(PROCESSES))
     assert sorted([first, second]) == [[0, 1, 4, 5], [2, 3, 6]]
     assert found == same == [i**2 for i in range(COUNT)]
     assert len(list(tmp_path.iterdir())) == 4
