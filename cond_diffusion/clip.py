@@ -6,14 +6,12 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.pictures import to_model
-from cond_diffusion.text import BUILT_IN_ENCODER, quiet_transformers
+from cond_diffusion.text import clip_errors, clip_kind, find_clip, load_clip, load_tokenizer
 
 AT_ONCE = 250
 
@@ -51,26 +49,17 @@ class ClipJudge(nn.Module):
 
         Raises UserError where there is no CLIP at all.
         """
-        folder = str(BUILT_IN_ENCODER if source == "builtin" else source)
-        try:
-            if AutoConfig.from_pretrained(folder).model_type != "clip":
+        with clip_errors("CLIP", source):
+            folder = find_clip(source)
+            if (folder / "text_encoder").is_dir() or clip_kind(folder) != "clip":
                 return None
-            with quiet_transformers():
-                loaded = CLIPModel.from_pretrained(
-                    folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-                )
-                clip, report = cast(tuple[CLIPModel, dict[str, Any]], loaded)
-                tokenizer = CLIPTokenizer.from_pretrained(folder)
-            if missing := sorted(report["missing_keys"]):
-                raise UserError(f"{source} lacks {len(missing)} of CLIP's weights, {missing[0]} among them")
+            clip, tokenizer = load_clip(CLIPModel, folder), load_tokenizer(folder)
             # What `clip_pretraining` trains reads pictures in [-1, 1] as they are, and comes without a processor.
             names = ("preprocessor_config.json", "processor_config.json")
-            has_processor = not Path(folder).is_dir() or any((Path(folder) / name).is_file() for name in names)
-            processor = CLIPImageProcessorPil.from_pretrained(folder) if has_processor else None
-        except UserError:
-            raise
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-            raise UserError(f"{source} holds no CLIP that can be read ({first_line(error)})") from error
+            has_processor = any((folder / name).is_file() for name in names)
+            processor = (
+                CLIPImageProcessorPil.from_pretrained(folder, trust_remote_code=False) if has_processor else None
+            )
         return cls(clip, tokenizer, processor, max_length)
 
     def reads(self, channels: int, side: int) -> bool:

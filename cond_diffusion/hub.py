@@ -26,6 +26,11 @@ CANNOT_REACH = (OSError, ValueError, RuntimeError, HTTPError)  # what the hub's 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
+def is_hub_id(source: str | Path) -> bool:
+    """Say whether a source that is no folder here can name a repository: owner/name."""
+    return str(source).count("/") == 1 and not str(source).startswith((".", "/", "~"))
+
+
 def download(repo_id: str, files: Sequence[str] = FILES, **options: Any) -> Path:
     """Fetch a pipeline from the hub, or find it where it was fetched before; return its folder.
 
@@ -93,7 +98,7 @@ def variant_of(folder: Path, name: str) -> str | None:
 
 def _has_weights(folder: Path, name: str) -> bool:
     """Say whether the weights of this name are in a folder, in whatever precision."""
-    return (folder / name).exists() or (folder / in_half(name)).exists()
+    return any((folder / found).exists() for found in (name, in_half(name), f"{name}.index.json"))
 
 
 def _lacking(folder: Path, files: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ makes small latents of large pictures. It is frozen, and what it cannot tell apa
 
 import hashlib
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class VAE:
         folder = folder / "vae" if (folder / "vae").is_dir() else folder
         refuse_pickles(folder, WEIGHTS["vae"])
         try:
-            config: Any = AutoencoderKL.load_config(folder)
+            config: Any = json.loads((folder / "config.json").read_text())
             if (kind := config.get("_class_name")) != "AutoencoderKL":
                 raise UserError(f"latent.vae: {source} is a {kind}; expected an AutoencoderKL")
             if config.get("shift_factor") is not None:
@@ -130,7 +131,7 @@ class VAE:
                 raise UserError(f"latent.vae: {source} lacks {len(missing)} of its weights, {missing[0]} among them")
         except UserError:
             raise
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
                 f"latent.vae: {source} holds no AutoencoderKL ({first_line(error)}); expected one, for example "
                 "stabilityai/sd-vae-ft-mse"

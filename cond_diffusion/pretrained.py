@@ -11,7 +11,7 @@ from typing import Any, get_args
 from cond_diffusion import schedule_config
 from cond_diffusion.checkpoint import damage, newest_checkpoint
 from cond_diffusion.errors import UserError, first_line
-from cond_diffusion.hub import WEIGHTS, download, refuse_pickles
+from cond_diffusion.hub import WEIGHTS, download, is_hub_id, refuse_pickles
 from cond_diffusion.latents import VAE, LatentSpace, Patches
 from cond_diffusion.prediction import Prediction, PredictionKind
 from cond_diffusion.schedule import NoiseSchedule
@@ -37,7 +37,7 @@ def find_checkpoint(source: str | Path, **options: Any) -> Path:
         if newest is None:
             raise UserError(f"{folder} holds no complete checkpoint: neither {INDEX_NAME} nor checkpoints/step-*")
         return newest
-    if str(source).count("/") != 1 or folder.is_absolute() or str(source).startswith("."):
+    if not is_hub_id(source):
         raise UserError(f"there is no checkpoint {source}; expected a run folder, a checkpoint folder or a hub id")
     folder = download(str(source), [INDEX_NAME], **options)  # before gigabytes of something else
     _check_kind(folder, str(source))

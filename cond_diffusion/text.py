@@ -6,23 +6,32 @@ tokens of it, without a mask. The context of the empty caption is the *null cont
 CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cond_diffusion.errors import UserError, first_line
-from cond_diffusion.hub import WEIGHTS, variant_of
+from cond_diffusion.hub import WEIGHTS, download, is_hub_id, variant_of
 
 BUILT_IN_ENCODER = Path(__file__).parent / "assets" / "mnist_clip"
+# A whole CLIP in transformers' layout, or the two folders of it in diffusers'.
+CLIP_FILES = [
+    *("config.json", WEIGHTS["text_encoder"], "tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+    *("text_encoder/config.json", f"text_encoder/{WEIGHTS['text_encoder']}", "tokenizer/*.json", "tokenizer/*.txt"),
+]
+
+Clip = TypeVar("Clip", CLIPTextModel, CLIPModel)
 
 
 @dataclass(frozen=True)
@@ -64,49 +73,17 @@ class TextEncoder(nn.Module):
 
         max_length: None takes the length that the tokenizer was saved with.
         """
-        folder = BUILT_IN_ENCODER if source == "builtin" else Path(source)
-        # diffusers' layout keeps the two halves in folders of their own, transformers' in one.
-        in_two = (folder / "text_encoder").is_dir()
-        where = {name: str(folder / name if in_two else folder) for name in ("text_encoder", "tokenizer")}
-        variant = variant_of(Path(where["text_encoder"]), WEIGHTS["text_encoder"])
-        if not folder.is_dir():
-            where = dict.fromkeys(where, str(source))
-        try:
-            kind = AutoConfig.from_pretrained(where["text_encoder"]).model_type
-            if kind not in ("clip", "clip_text_model"):
-                raise UserError(f"text.encoder: {source} is a {kind!r} model; expected a CLIP")
-            with quiet_transformers():
-                tokenizer = CLIPTokenizer.from_pretrained(where["tokenizer"])
-                # fp32, whatever it was stored in: what training reads, and what a CPU is fast at.
-                loaded = CLIPTextModel.from_pretrained(
-                    where["text_encoder"],
-                    variant=variant,
-                    use_safetensors=True,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                )
-                clip, report = cast(tuple[CLIPTextModel, dict[str, Any]], loaded)
-        except UserError:
-            raise
-        except OSError as error:
-            if folder.is_dir():
-                raise UserError(f"text.encoder: {source} holds no whole CLIP: {first_line(error)}") from error
-            raise UserError(
-                f"text.encoder: cannot load {source}: there is no such folder, and the hub does not give it "
-                f"({first_line(error)}); use text.encoder=builtin, or download it elsewhere and give "
-                "the folder"
-            ) from error
-        except Exception as error:  # transformers, tokenizers and safetensors each raise their own for a bad file
-            raise UserError(
-                f"text.encoder: {source}: a file is damaged, was cut short or is no CLIP's: {first_line(error)}"
-            ) from error
-        # Transformers would go on with random weights in their place, and with a tokenizer that knows no words.
-        if missing := sorted(report["missing_keys"]):
-            raise UserError(f"text.encoder: {source} lacks {len(missing)} of CLIP's weights, {missing[0]} among them")
-        if len(tokenizer) != clip.config.vocab_size:
-            raise UserError(
-                f"text.encoder: {source}: the tokenizer has {len(tokenizer)} tokens, the CLIP {clip.config.vocab_size}"
-            )
+        with clip_errors("text.encoder", source):
+            folder = find_clip(source)
+            # diffusers' layout keeps the two halves in folders of their own, transformers' in one.
+            in_two = (folder / "text_encoder").is_dir()
+            where = folder / "text_encoder" if in_two else folder
+            if (kind := clip_kind(where)) not in ("clip", "clip_text_model"):
+                raise UserError(f"it is a {kind!r} model; expected a CLIP")
+            clip = load_clip(CLIPTextModel, where)
+            tokenizer = load_tokenizer(folder / "tokenizer" if in_two else folder)
+            if len(tokenizer) != clip.config.vocab_size:
+                raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the CLIP {clip.config.vocab_size}")
         return cls(tokenizer, clip, max_length)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -163,6 +140,66 @@ class TextEncoder(nn.Module):
             if tokens:
                 found.append((word.group(), tokens))
         return found
+
+
+def find_clip(source: str | Path) -> Path:
+    """Return the folder of "builtin", of a folder, or of a hub id, which is downloaded."""
+    folder = BUILT_IN_ENCODER if source == "builtin" else Path(source)
+    if not folder.is_dir() and not is_hub_id(source):
+        raise UserError("there is no such folder")
+    return folder if folder.is_dir() else download(str(source), CLIP_FILES)
+
+
+def clip_kind(folder: Path) -> str:
+    """Return the model type that `config.json` names.
+
+    The JSON is read here, not by transformers' Auto classes: those run code of the repository if a user agrees.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise UserError("it has an adapter beside its weights (adapter_config.json); merge it into them first")
+    config = json.loads((folder / "config.json").read_text())
+    return str(config.get("model_type")) if isinstance(config, dict) else "damaged"
+
+
+def load_clip(kind: type[Clip], folder: Path) -> Clip:
+    """Load weights in fp32, whatever they are stored in; raise UserError where some are missing."""
+    with quiet_transformers():
+        loaded = kind.from_pretrained(
+            folder,
+            variant=variant_of(folder, WEIGHTS["text_encoder"]),
+            use_safetensors=True,
+            dtype=torch.float32,
+            # Given, so that a config cannot name an attention kernel on the hub, which is code.
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    clip, report = cast(tuple[Clip, dict[str, Any]], loaded)
+    # Transformers would go on with random weights in their place.
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"it lacks {len(missing)} of CLIP's weights, {missing[0]} among them")
+    return clip
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    with quiet_transformers():
+        return CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextmanager
+def clip_errors(key: str, source: str | Path) -> Iterator[None]:
+    """Turn what transformers, tokenizers and safetensors raise for a file into a UserError that names key and source."""
+    try:
+        yield
+    except UserError as error:
+        hint = "" if Path(source).is_dir() else "; or use text.encoder=builtin"
+        raise UserError(f"{key}: {source}: {error}{hint}") from error
+    except OSError as error:
+        raise UserError(f"{key}: {source} is not a complete CLIP: {first_line(error)}") from error
+    except Exception as error:  # each of these libraries raises exceptions of its own for a bad file
+        raise UserError(
+            f"{key}: {source}: a file is damaged, was cut short or is no CLIP's: {first_line(error)}"
+        ) from error
 
 
 @contextmanager

@@ -4,8 +4,10 @@ import json
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 # Processes that test side by side take a core each: torch's threads of several would wait for one another.
@@ -14,8 +16,11 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import datasets
+import huggingface_hub.constants
 import pytest
 import torch
+from hub import ModelHub
+from huggingface_hub.utils import close_session
 from pyarrow.parquet import ParquetWriter
 from safetensors.torch import load_file
 
@@ -99,6 +104,22 @@ def bars_overrides(bars_parquet: Path) -> list[str]:
 @pytest.fixture
 def bars_config(bars_overrides: list[str], tmp_path: Path) -> Config:
     return load_config(Config, overrides=[*bars_overrides, f"run_dir={tmp_path / 'run'}"])
+
+
+@pytest.fixture
+def model_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[ModelHub]]:
+    ModelHub.repositories, ModelHub.asked = {}, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), ModelHub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        close_session()
+        yield ModelHub
+        server.shutdown()
+    close_session()
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -1,7 +1,9 @@
 """Stand-ins for the hub on this machine; the one here serves a folder as the data set someone/pictures."""
 
+import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +38,57 @@ class Answering(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+
+class ModelHub(Answering):
+    """Takes and gives models, in memory: repository -> path -> content; takes with the token "secret" only."""
+
+    repositories: dict[str, dict[str, bytes]] = {}  # noqa: RUF012
+    asked: list[str] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        path = unquote(urlparse(self.path).path)
+        self.asked.append(path)
+        if of_api := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(\w+))?", path):
+            if (repository := self.repositories.get(of_api[1])) is None or of_api[2] == "nowhere":
+                code = "RepoNotFound" if repository is None else "RevisionNotFound"
+                return self._answer(404, b"{}", {"X-Error-Code": code})
+            siblings = [{"rfilename": name} for name in repository]
+            return self._json({"_id": "1", "id": of_api[1], "sha": COMMIT, "tags": [], "siblings": siblings})
+        if of_tree := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/\w+", path):
+            sizes = {name: len(content) for name, content in self.repositories[of_tree[1]].items()}
+            return self._json([{"type": "file", "path": name, "size": n, "oid": name} for name, n in sizes.items()])
+        of_file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/\w+/(.+)", path)
+        content = self.repositories.get(of_file[1], {}).get(of_file[2]) if of_file else None
+        if content is not None:
+            return self._answer(200, content, {"ETag": f'"{abs(hash(content)):x}"'})
+        return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = unquote(urlparse(self.path).path)
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if self.headers.get("Authorization") != "Bearer secret":
+            return self._answer(401, b"{}", {})
+        if path == "/api/repos/create":
+            name = "/".join(filter(None, (json.loads(body).get("organization"), json.loads(body)["name"])))
+            self.repositories.setdefault(name, {})
+            return self._json({"url": f"http://{self.headers['Host']}/{name}"})
+        repository = path.removeprefix("/api/models/").split("/")
+        name, what = "/".join(repository[:2]), repository[2]
+        if what == "preupload":
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            return self._json({"files": files})
+        assert what == "commit"
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                self.repositories[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+        return self._json({"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
 
 
 class Hub(Answering):

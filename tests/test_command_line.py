@@ -280,7 +280,7 @@ def test_bad_input_to_sample_is_one_line_and_exit_code_2(type_in, tmp_path: Path
         ("unet/config.json", "delete", "there is no config.json"),
         ("unet/diffusion_pytorch_model.safetensors", "delete", "there is no diffusion_pytorch_model.safetensors"),
         ("scheduler/scheduler_config.json", "delete", "there is no scheduler_config.json"),
-        ("text_encoder/model.safetensors", "delete", "holds no whole CLIP"),
+        ("text_encoder/model.safetensors", "delete", "is not a complete CLIP"),
         ("tokenizer", "delete", "tokenizer"),
         ("model_index.json", "delete", "holds no complete checkpoint"),
         ("unet/config.json", {"act_fn": "gelu"}, "UNet config: act_fn: 'gelu' is not supported"),
@@ -317,7 +317,7 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(
             "run_dir=taken",
             "run_dir: taken exists and is not overwritten; name another, run_dir=taken-2, or go on with it by resume",
         ),
-        ("text.encoder=no/such/clip", "text.encoder: cannot load no/such/clip"),
+        ("text.encoder=no/such/clip", "text.encoder: no/such/clip: there is no such folder"),
         ("latent.patch_size=3", "latent.patch_size: 3 does not divide data.resolution (8)"),
         ("schedule.betas=[a]", "schedule.betas=[a]: an item of a list has the wrong type"),
         (

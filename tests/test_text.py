@@ -90,7 +90,7 @@ def test_a_length_beyond_the_encoder_s_positions_is_refused():
 
 
 def test_what_is_no_clip_is_refused_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="cannot load .*no-such-folder"):
+    with pytest.raises(UserError, match="no-such-folder: there is no such folder"):
         TextEncoder.from_pretrained(tmp_path / "no-such-folder", max_length=16)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="is a 'bert' model; expected a CLIP"):

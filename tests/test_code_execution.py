@@ -1,0 +1,159 @@
+"""Nothing that is loaded can run code: not a checkpoint, a text encoder, an autoencoder, a LoRA, or a repository."""
+
+import ast
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from hub import ModelHub
+from safetensors.torch import load_file, save_file
+from test_latents import stable_diffusion
+
+from cond_diffusion import TextToImage
+from cond_diffusion.clip import ClipJudge
+from cond_diffusion.config import Config, load_config
+from cond_diffusion.errors import UserError
+from cond_diffusion.latents import VAE
+from cond_diffusion.pretrained import BUILT_IN_MODEL
+from cond_diffusion.text import BUILT_IN_ENCODER, TextEncoder
+from cond_diffusion.training import train
+
+LIBRARIES = {"transformers", "diffusers", "peft"}
+AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "DiffusionPipeline")
+# diffusers' class does not know trust_remote_code; `latents.py` reads its config.json before.
+CONCRETE = {"AutoencoderKL"}
+
+CODE = """
+from pathlib import Path
+Path({marker!r}).touch()
+from transformers import *
+class EvilConfig(CLIPTextConfig): model_type = "evil"
+class Evil: pass
+"""
+AUTO_MAP = {name: "evil.Evil" for name in AUTO_CLASSES} | {"AutoConfig": "evil.EvilConfig"}
+POISONS: dict[str, dict[str, dict[str, Any]]] = {
+    "an unknown model type": {"config.json": {"model_type": "evil", "auto_map": AUTO_MAP}},
+    "a known model type": {"config.json": {"auto_map": AUTO_MAP, "architectures": ["Evil"]}},
+    "a kernel": {"config.json": {"attn_implementation": "someone/evil", "_attn_implementation": "someone/evil"}},
+    "an adapter": {
+        "adapter_config.json": {
+            "peft_type": "LORA",
+            "base_model_name_or_path": "someone/evil",
+            "auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"},
+            "megatron_config": {"a": 1},
+            "megatron_core": "evil",
+        }
+    },
+    "a tokenizer": {
+        "tokenizer_config.json": {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    },
+    "an image processor": {
+        "preprocessor_config.json": {"image_processor_type": "Evil", "auto_map": AUTO_MAP, "size": 28}
+    },
+    "a class of another module": {"config.json": {"_class_name": ["evil", "Evil"], "auto_map": AUTO_MAP}},
+}
+
+
+@pytest.fixture
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that the code of `poison` makes; whoever is asked whether to run it says yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "ran"
+
+
+def poison(folder: Path, marker: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Put code beside every file of a folder and its sub-folders, and point the JSON there to it."""
+    for part in {folder, *(path for path in folder.rglob("*") if path.is_dir())}:
+        (part / "evil.py").write_text(CODE.format(marker=str(marker)))
+        for name, fields in files.items():
+            before = json.loads((part / name).read_text()) if (part / name).exists() else {}
+            (part / name).write_text(json.dumps(before | fields))
+
+
+def load(marker: Path, way_in: Callable[[], object]) -> None:
+    """Load what is poisoned: a UserError or not, its code does not run."""
+    try:
+        way_in()
+    except UserError as error:
+        assert "\n" not in str(error)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", POISONS)
+def test_a_poisoned_folder_runs_no_code(
+    name: str, marker: Path, tmp_path: Path, bars_overrides: list[str], model_hub: type[ModelHub]
+):
+    checkpoint, clip = tmp_path / "checkpoint", tmp_path / "clip"
+    shutil.copytree(BUILT_IN_MODEL, checkpoint)
+    shutil.copytree(BUILT_IN_ENCODER, clip)
+    for folder in (checkpoint, clip):
+        poison(folder, marker, POISONS[name])
+    for repository, folder in (("someone/pipeline", checkpoint), ("someone/clip", clip)):
+        files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        model_hub.repositories[repository] = files
+    load(marker, lambda: TextToImage.from_pretrained(checkpoint))
+    load(marker, lambda: TextToImage.from_pretrained("someone/pipeline"))
+    for source in (clip, "someone/clip", checkpoint, checkpoint / "text_encoder", "someone/pipeline"):
+        load(marker, lambda source=source: TextEncoder.from_pretrained(source, 16))
+        load(marker, lambda source=source: ClipJudge.from_pretrained(source))
+    for key in ("text.encoder", "init_from"):
+        own = [f"{key}={checkpoint}", "train.max_steps=1", f"run_dir={tmp_path / key}"]
+        load(marker, lambda own=own: train(load_config(Config, overrides=[*bars_overrides, *own])))
+
+
+@pytest.mark.parametrize("name", POISONS)
+def test_a_poisoned_autoencoder_runs_no_code(name: str, marker: Path, tmp_path: Path, model_hub: type[ModelHub]):
+    folder = stable_diffusion(tmp_path / "stable", "epsilon")
+    poison(folder, marker, POISONS[name])
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["evil", "Evil"], "unet": ["evil", "Evil"]}))
+    files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    model_hub.repositories["someone/stable"] = files
+    for source in (folder, "someone/stable"):
+        load(marker, lambda source=source: TextToImage.from_pretrained(source))
+        load(marker, lambda source=source: VAE.from_pretrained(source))
+
+
+def test_a_poisoned_lora_runs_no_code(marker: Path, tmp_path: Path, model_hub: type[ModelHub]):
+    matrix = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    unet = load_file(BUILT_IN_MODEL / "unet" / "diffusion_pytorch_model.safetensors")
+    weight = unet[f"{matrix.removeprefix('unet.')}.weight"]
+    lora = {f"{matrix}.lora_A.weight": weight[:2].clone(), f"{matrix}.lora_B.weight": weight[:, :2].clone()}
+    evil = POISONS["an adapter"]["adapter_config.json"]
+    told = json.dumps({f"unet.{key}": value for key, value in evil.items()})
+    save_file(lora, tmp_path / "pytorch_lora_weights.safetensors", metadata={"lora_adapter_metadata": told})
+    poison(tmp_path, marker, POISONS["an adapter"])
+    model_hub.repositories["someone/lora"] = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for source in (tmp_path, "someone/lora"):
+        load(marker, lambda source=source: TextToImage.from_pretrained(lora=source))
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    """Return the names that a module imports from one of the libraries."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {name.name for node in imports if (node.module or "").split(".")[0] in LIBRARIES for name in node.names}
+
+
+def _is_safe(call: ast.Call) -> bool:
+    said = {keyword.arg: keyword.value for keyword in call.keywords}.get("trust_remote_code")
+    return isinstance(said, ast.Constant) and said.value is False
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "cond_diffusion").rglob("*.py")), ids=lambda file: file.name)
+def test_every_call_that_loads_says_that_no_code_is_to_be_run(file: Path):
+    tree = ast.parse(file.read_text())
+    imported = _imported(tree)
+    assert not imported & set(AUTO_CLASSES)
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        match call.func:
+            case ast.Attribute(value=ast.Name(id=owner), attr="from_pretrained" | "from_config" | "load_config"):
+                # A class in a variable (`kind`, `cls`) counts as one of theirs, unless it is a method's own.
+                ours = owner not in imported and owner[0].isupper()
+                assert ours or owner in (*CONCRETE, "cls") or _is_safe(call), f"{file.name}:{call.lineno}"
+            case ast.Attribute(attr="load" | "loads", value=ast.Name(id="torch" | "pickle" | "dill")):
+                pytest.fail(f"{file.name}:{call.lineno} loads a pickle")
