@@ -1,5 +1,6 @@
 """A run's folder and its checkpoints: whole or not there at all.
 
+    runs/mnist/.lock                   held by the process that trains here
     runs/mnist/config.yaml             every key of the run
     runs/mnist/metrics.jsonl           one line of JSON every `train.log_every` steps
     runs/mnist/samples/step-00001000.png
@@ -7,9 +8,10 @@
     runs/mnist/checkpoints/step-00001000/   a pipeline in diffusers' layout, and beside it
                                        state/  what training needs to go on: raw weights, optimizer, progress
 
-A checkpoint is written into a hidden sibling, flushed to the disk and then renamed, so a folder named step-* is
-complete whenever the process or the machine stopped. What happens to it later is seen by the sizes and checksums of its
-files. Nothing in it can run code: safetensors, JSON and YAML only.
+A run keeps its newest checkpoints and the one with the lowest held-out loss. A checkpoint is written into a hidden
+sibling, flushed to the disk and then renamed, so a folder named step-* is complete whenever the process or the machine
+stopped. What happens to it later is seen by the sizes and checksums of its files. Nothing in it can run code:
+safetensors, JSON and YAML only.
 """
 
 import hashlib
@@ -20,16 +22,20 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.errors import UserError, did_you_mean, first_line
 
 CHECKSUMS_NAME = "checksums.json"
+PROGRESS_NAME = "progress.json"  # in state/: the step, the held-out loss, where the data stand
+LOCK_NAME = ".lock"
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +46,7 @@ def new_run_dir(path: str, or_else: str = "") -> Path:
     or_else: what the message offers beside another name.
     """
     run_dir = Path(path)
-    if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
+    if run_dir.exists() and not (run_dir.is_dir() and all(path.name == LOCK_NAME for path in run_dir.iterdir())):
         raise UserError(f"run_dir: {run_dir} exists and is not overwritten; name another, run_dir={run_dir}-2{or_else}")
     return run_dir
 
@@ -51,6 +57,33 @@ def make_run_dir(run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run_dir: {run_dir} cannot be made: {error.strerror}") from error
+
+
+class RunLock:
+    """Held by the one process that writes into a run's folder; the system releases it when that process dies."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.lock = FileLock(run_dir / LOCK_NAME)
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+    def acquire(self) -> None:
+        """Take the lock, unless it is held here already; raise UserError where another process holds it."""
+        if self.lock.is_locked:
+            return
+        try:
+            self.lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UserError(
+                f"run_dir: another process is training into {self.run_dir}; wait until it ends, or name another folder"
+            ) from error
+        except OSError as error:
+            raise UserError(f"run_dir: {self.run_dir} cannot be written to: {error.strerror}") from error
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Path:
@@ -68,15 +101,43 @@ def newest_checkpoint(run_dir: Path, *, with_state: bool) -> Path | None:
 
     Raises UserError where none of them is.
     """
-    problem = None
-    for checkpoint in reversed(checkpoints(run_dir)):
-        problem = damage(checkpoint, with_state=with_state)
-        if problem is None:
-            return checkpoint
-        logger.warning("%s: %s; going back to the checkpoint before it", checkpoint, problem)
-    if problem is not None:
-        raise UserError(f"{run_dir}: none of its checkpoints is whole: {problem}")
-    return None
+    while True:
+        problem = None
+        for checkpoint in reversed(checkpoints(run_dir)):
+            problem = damage(checkpoint, with_state=with_state)
+            if not checkpoint.exists():
+                break  # training deleted it meanwhile, and has written a newer one: list them again
+            if problem is None:
+                return checkpoint
+            logger.warning("%s: %s; going back to the checkpoint before it", checkpoint, problem)
+        else:
+            if problem is not None:
+                raise UserError(f"{run_dir}: none of its checkpoints is whole: {problem}")
+            return None
+
+
+def named_checkpoint(run_dir: Path, name: str) -> Path:
+    """Return the checkpoint of a run that `resume` names; raise UserError where it is not there or not whole."""
+    checkpoint = run_dir / "checkpoints" / name
+    there = [path.name for path in checkpoints(run_dir)]
+    if name not in there:
+        has = f"it has {', '.join(there)}" if there else "it has none"
+        raise UserError(f"resume: {run_dir} has no checkpoint {name}{did_you_mean(name, there)}; {has}")
+    if problem := damage(checkpoint, with_state=True):
+        raise UserError(f"resume: {checkpoint}: {problem}")
+    return checkpoint
+
+
+def supersede_after(run_dir: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps, which a run that goes back to `step` leaves behind; return their new
+    paths. They stay on the disk and are not rotated.
+    """
+    renamed = []
+    for checkpoint in checkpoints(run_dir):
+        if checkpoint.name > checkpoint_of(run_dir, step).name:
+            names = (checkpoint.with_name(f"{checkpoint.name}.superseded-{number}") for number in count(1))
+            renamed.append(checkpoint.rename(next(name for name in names if not name.exists())))
+    return renamed
 
 
 def damage(checkpoint: Path, *, with_state: bool) -> str | None:
@@ -94,17 +155,20 @@ def damage(checkpoint: Path, *, with_state: bool) -> str | None:
         if name.startswith("state/") and not with_state:
             continue
         file = checkpoint / name
-        if not file.is_file():
+        try:
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} was cut short: {size} of {expected['bytes']} bytes"
+            if _checksum(file) != expected["blake2b"]:
+                return f"{name} is not what was written: its checksum differs"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} was cut short: {file.stat().st_size} of {expected['bytes']} bytes"
-        if _checksum(file) != expected["blake2b"]:
-            return f"{name} is not what was written: its checksum differs"
     return None
 
 
 def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
-    """Let `write` fill a folder and make it the checkpoint of `step`; then delete all but the newest `keep`.
+    """Let `write` fill a folder and make it the checkpoint of `step`; then delete all but the newest `keep` and
+    the one with the lowest held-out loss.
 
     Raises UserError where it cannot be written, a full disk for example; the ones before it are then untouched.
     """
@@ -132,10 +196,22 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
     unfinished.rename(final)
     flush(final.parent)
     # Later ones are damaged, or the run would not have come back to this step; they do not count.
-    earlier = [path for path in checkpoints(run_dir) if path.name < final.name]
-    for old in earlier[: len(earlier) - (keep - 1)]:
-        _remove(old)
+    until_here = [path for path in checkpoints(run_dir) if path.name <= final.name]
+    losses = {path: loss for path in until_here if (loss := _held_out_loss(path)) is not None}
+    best = min(losses, key=losses.__getitem__, default=None)  # of equals the first
+    for old in until_here[:-keep]:
+        if old != best:
+            _remove(old)
     return final
+
+
+def _held_out_loss(checkpoint: Path) -> float | None:
+    """Return the last held-out loss that was measured up to a checkpoint; None where there is none."""
+    try:
+        loss = json.loads((checkpoint / "state" / PROGRESS_NAME).read_text()).get("held_out_loss")
+    except (OSError, ValueError, AttributeError):  # damaged, or of another make
+        return None
+    return loss if isinstance(loss, float) else None
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:

@@ -12,6 +12,7 @@ push equals apart.
 import json
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from cond_diffusion.checkpoint import new_run_dir
+from cond_diffusion.checkpoint import RunLock, make_run_dir, new_run_dir
 from cond_diffusion.clip import embed_images, embed_texts
 from cond_diffusion.config import config_parser, load_config
 from cond_diffusion.data import CaptionedImages, load_captioned_images
@@ -144,6 +145,14 @@ def zero_shot_accuracy(
 def pretrain(config: ClipPretrainingConfig) -> dict[str, float]:
     """Train, save into `config.run_dir`, and return what `zero_shot_accuracy` does on the test split."""
     run_dir = new_run_dir(config.run_dir)
+    make_run_dir(run_dir)
+    with RunLock(run_dir) as lock:
+        lock.acquire()
+        new_run_dir(config.run_dir)  # still: it could not be locked before it was there
+        return _pretrain(run_dir, config)
+
+
+def _pretrain(run_dir: Path, config: ClipPretrainingConfig) -> dict[str, float]:
     data, test = load_captioned_images(config.data), load_captioned_images(config.data, config.test_split)
     tokenizer = train_tokenizer(
         [c for group in data.caption_groups for c in group], config.vocab_size, config.max_length

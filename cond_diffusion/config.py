@@ -5,6 +5,8 @@ value that cannot be is a `UserError` whose one line names the full key.
 """
 
 import argparse
+import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -84,6 +86,9 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"train.{name}: {getattr(self, name)} must be above 0")
+        for name in ("learning_rate", "weight_decay"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"train.{name}: {getattr(self, name)} must be a finite number")
         never_at_0 = ("snapshots", "checkpoint_every", "sample_every", "evaluate_every")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "lora_rank", *never_at_0):
             if getattr(self, name) < 0:
@@ -115,14 +120,14 @@ class SampleConfig:
 class Config:
     """A whole run.
 
-    resume: go on from the newest checkpoint in `run_dir`.
+    resume: true goes on from the newest checkpoint in `run_dir`; step-00001000 from that one.
     init_from: a run, a checkpoint or a hub id to begin with. It decides all that its weights depend on.
     track: one of Accelerate's trackers, such as tensorboard, which is then told what `metrics.jsonl` is told.
     """
 
     run_dir: str = "runs/new"
     seed: int = 0
-    resume: bool = False
+    resume: bool | str = False
     init_from: str | None = None
     track: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -135,6 +140,8 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.resume, str) and not re.fullmatch(r"step-\d{8,}", self.resume):
+            raise UserError(f"resume: {self.resume!r}; expected true, false or a checkpoint such as step-00001000")
         # Both raise, before anything is loaded, where the sections do not go together.
         schedule = NoiseSchedule(self.schedule)
         Objective(self.objective, schedule)

@@ -25,6 +25,7 @@ from cond_diffusion.judging import Judging, Sampling, spread
 from cond_diffusion.pictures import grid, to_model, to_pillow
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.plots import plot_guidance_scales, plot_steps
+from cond_diffusion.pretrained import read_checkpoint
 from cond_diffusion.sampler_config import SamplerConfig, SamplerName
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -157,7 +158,10 @@ def main() -> None:
         if importlib.util.find_spec(package) is None:
             raise UserError(f'evaluation needs {package}; install it: pip install "cond_diffusion[eval]"')
     sampling = Sampling(arguments.sampler, arguments.steps, arguments.guidance_scale, arguments.seed)
-    pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
+    pipe, config = read_checkpoint(
+        arguments.checkpoint, lambda folder: (TextToImage.from_pretrained(folder), checkpoint_config(folder))
+    )
+    pipe.to_accelerator()
     SamplerConfig(arguments.sampler).timesteps(pipe.schedule, arguments.steps)
     scale_of_each(arguments.guidance_scale, 1)
     settings = {
@@ -166,7 +170,6 @@ def main() -> None:
         **{name: getattr(arguments, name) for name in ("samples", "paraphrases", "features")},
         **asdict(sampling),
     }
-    config = checkpoint_config(pipe.folder)
     features = None if arguments.features is None else whole_clip(arguments.features, config.data)
     results = Results(arguments.output, settings)
     judging = Judging(pipe, config, features)

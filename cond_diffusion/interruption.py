@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -46,10 +47,14 @@ class Interruption:
         self.signal = self.signal or noted or None
         return self.signal is not None
 
-    def leave(self, done: int) -> None:
-        """Raise what ends the command."""
+    def leave(self, done: int, saved: Path | None) -> None:
+        """Raise what ends the command.
+
+        saved: the newest checkpoint.
+        """
         assert self.signal is not None
+        is_here = saved is not None and int(saved.name.removeprefix("step-")) == done
+        where = "which is saved" if is_here else f"which is not saved; the newest checkpoint is {saved and saved.name}"
         raise Interrupted(
-            f"interrupted at step {done}, which is saved; the same command with resume=true goes on from there",
-            self.signal,
+            f"interrupted at step {done}, {where}; the same command with resume=true goes on from there", self.signal
         )

@@ -30,6 +30,7 @@ from cond_diffusion.latents import VAE
 from cond_diffusion.pictures import to_model
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.prediction import Denoiser, denoiser
+from cond_diffusion.pretrained import read_checkpoint
 from cond_diffusion.randomness import generator
 from cond_diffusion.samplers import Noise
 from cond_diffusion.schedule import NoiseSchedule
@@ -110,11 +111,14 @@ def main() -> None:
         if (value := getattr(arguments, option)) is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')}: {value} must be at least 1")
 
-    pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
+    pipe, config = read_checkpoint(
+        arguments.checkpoint, lambda folder: (TextToImage.from_pretrained(folder), checkpoint_config(folder))
+    )
+    pipe.to_accelerator()
     if isinstance(pipe.space, VAE):
         raise UserError(f"--checkpoint: {arguments.checkpoint} draws latents; bits per dimension are those of pixels")
     schedule = pipe.schedule
-    data = load_captioned_images(checkpoint_config(pipe.folder).data, arguments.split)
+    data = load_captioned_images(config.data, arguments.split)
     count = min(len(data), arguments.samples or len(data))
     contexts = embed(pipe.text_encoder, [captions[0] for captions in data.caption_groups])
 

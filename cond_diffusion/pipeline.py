@@ -28,7 +28,7 @@ from cond_diffusion.pictures import PILLOW_MODES, Pictures, fit, from_pillow, gr
 from cond_diffusion.posthoc_ema import weights_of_width
 from cond_diffusion.prediction import Prediction, denoiser
 from cond_diffusion.pretrained import (
-    find_checkpoint,
+    read_checkpoint,
     read_latent_space,
     read_prediction,
     write_index,
@@ -112,15 +112,19 @@ class TextToImage:
         Raises UserError where there is none, or where a file of it is missing, damaged or for another kind of pipeline.
         """
         options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = find_checkpoint(source, revision=revision, **options)
-        space = read_latent_space(folder)
-        unet = UNet.from_pretrained(folder / "unet")
-        if ema_width is not None:
-            unet = UNet.with_weights(unet.config, weights_of_width(folder, ema_width))
+
+        def read(folder: Path) -> TextToImage:
+            space = read_latent_space(folder)
+            unet = UNet.from_pretrained(folder / "unet")
+            if ema_width is not None:
+                unet = UNet.with_weights(unet.config, weights_of_width(folder, ema_width))
+            pipe = cls(unet, TextEncoder.from_pretrained(folder, max_length=None), read_prediction(folder), space)
+            pipe.folder = folder
+            return pipe
+
+        pipe = read_checkpoint(source, read, revision=revision, **options)
         if lora is not None:
-            add_lora_file(unet, lora, **options)
-        pipe = cls(unet, TextEncoder.from_pretrained(folder, max_length=None), read_prediction(folder), space)
-        pipe.folder = folder
+            add_lora_file(pipe.unet, lora, **options)
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -5,8 +5,9 @@ no pipeline for, says TextToImage.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from cond_diffusion import schedule_config
 from cond_diffusion.checkpoint import damage, newest_checkpoint
@@ -18,6 +19,8 @@ from cond_diffusion.schedule import NoiseSchedule
 
 BUILT_IN_MODEL = Path(__file__).parent / "assets" / "mnist_model"
 INDEX_NAME = "model_index.json"
+Result = TypeVar("Result")
+
 IN_PIXELS, IN_LATENTS = "TextToImage", "StableDiffusionPipeline"
 
 
@@ -42,6 +45,20 @@ def find_checkpoint(source: str | Path, **options: Any) -> Path:
     folder = download(str(source), [INDEX_NAME], **options)  # before gigabytes of something else
     _check_kind(folder, str(source))
     return download(str(source), **options)
+
+
+def read_checkpoint(source: str | Path, read: Callable[[Path], Result], **options: Any) -> Result:
+    """Return what `read` makes of the folder that `find_checkpoint` finds.
+
+    A run that is being trained deletes old checkpoints. Where it deletes this one meanwhile, the newest is read.
+    """
+    while True:
+        folder = find_checkpoint(source, **options)
+        try:
+            return read(folder)
+        except (UserError, OSError):
+            if folder.exists():
+                raise
 
 
 def read_latent_space(folder: Path) -> LatentSpace:

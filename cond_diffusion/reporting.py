@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.checkpoint import checkpoint_of
 from cond_diffusion.config import Config
 from cond_diffusion.diagnosis import Findings
 from cond_diffusion.errors import UserError, did_you_mean
@@ -121,15 +120,19 @@ class Reporter:
             except OSError as error:
                 logger.warning("%s cannot be written (%s); training goes on", file, error.strerror)
 
-    def last_words(self, done: int) -> Path:
-        """Say where the result is, the checkpoint of the last step, and what to type next; return it."""
-        newest = checkpoint_of(self.run_dir, done)
+    def last_words(self, saved: Path | None) -> Path:
+        """Say where the result is, the newest checkpoint, and what to type next; return it.
+
+        Raises UserError where there is none.
+        """
+        if saved is None:
+            raise UserError(f"train: {self.run_dir} has no checkpoint: no step had finite gradients; try a lower rate")
         if self.accelerator.is_main_process:
             prompt = self.config.sample.prompts[0] if self.config.sample.prompts else "a prompt"
             # In a clone beside the other script; a wheel has no scripts.
             sample = "python sample.py" if Path(sys.argv[0]).name == "train.py" else "cond-diffusion-sample"
-            logger.info('wrote %s; next: %s "%s" --checkpoint %s', newest, sample, prompt, self.run_dir)
-        return newest
+            logger.info('wrote %s; next: %s "%s" --checkpoint %s', saved, sample, prompt, self.run_dir)
+        return saved
 
     def _write(self, done: int, values: dict[str, Any]) -> None:
         """Add a line to `metrics.jsonl`, and tell the tracker."""

@@ -12,14 +12,14 @@ import torch.distributed
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from cond_diffusion.checkpoint import save_checkpoint
+from cond_diffusion.checkpoint import PROGRESS_NAME, save_checkpoint
 from cond_diffusion.config import Config, save_config
 from cond_diffusion.ema import Weights
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.lora import save_lora
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.posthoc_ema import save_snapshot
-from cond_diffusion.training_state import PROGRESS_NAME, TrainingState
+from cond_diffusion.training_state import TrainingState
 from cond_diffusion.unet import UNet
 
 logger = logging.getLogger(__name__)

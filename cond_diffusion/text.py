@@ -188,7 +188,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 @contextmanager
 def clip_errors(key: str, source: str | Path) -> Iterator[None]:
-    """Turn what transformers, tokenizers and safetensors raise for a file into a UserError that names key and source."""
+    """Turn what transformers, tokenizers and safetensors raise into a UserError that names key and source."""
     try:
         yield
     except UserError as error:

@@ -4,15 +4,16 @@ import logging
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
 from jaxtyping import Float
 from torch import Tensor
 
-from cond_diffusion.batches import Batches, samples_per_step
+from cond_diffusion.batches import Batches, MicroBatch, samples_per_step
 from cond_diffusion.building import complete_unet_config, in_words, new_optimizer, new_unet
+from cond_diffusion.checkpoint import RunLock, checkpoint_of, checkpoints
 from cond_diffusion.config import Config, TrainConfig
 from cond_diffusion.contexts import Contexts, context_table
 from cond_diffusion.cpu import has_bf16, keep_memory, share_cores
@@ -27,7 +28,7 @@ from cond_diffusion.latents import LatentSpace, Patches, latent_space
 from cond_diffusion.objective import Objective
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.reporting import Reporter, check_tracker
-from cond_diffusion.resuming import check_config, find_run, go_on, make_run
+from cond_diffusion.resuming import acquire, check_config, find_run, go_on, make_run
 from cond_diffusion.saving import Saver
 from cond_diffusion.schedule import NoiseSchedule
 from cond_diffusion.stream import CaptionedStream
@@ -39,8 +40,18 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config) -> Path:
-    """Train as `config` says, or go on with a run; return the newest checkpoint's folder."""
+    """Train as `config` says, or go on with a run; return the newest checkpoint's folder.
+
+    Raises UserError where that cannot be, or where another process is training into the run's folder.
+    """
     accelerator = make_accelerator(config)
+    with RunLock(Path(config.run_dir)) as lock:
+        if config.resume and lock.run_dir.is_dir():
+            acquire(lock, accelerator)  # before the checkpoint is read: nobody rotates it away
+        return _train(config, lock, accelerator)
+
+
+def _train(config: Config, lock: RunLock, accelerator: Accelerator) -> Path:
     run_dir, newest = find_run(config, aloud=accelerator.is_main_process)
     config, weights = adopted(config, newest)
     if newest is not None:
@@ -58,18 +69,21 @@ def train(config: Config) -> Path:
     per_step = samples_per_step(config, accelerator)
     if accelerator.is_main_process and weights is not None:
         logger.info("%s", in_words(unet))
-    start = 0 if newest is None else go_on(newest, state, feed, per_step, aloud=accelerator.is_main_process)
+    start, held_out_loss = 0, None
+    if newest is not None:
+        start, held_out_loss = go_on(newest, state, feed, per_step, aloud=accelerator.is_main_process)
     with torch.device("meta"):  # without weights, but for the moments when it draws
         pipe = TextToImage(UNet(unet.config), text_encoder, objective.prediction, space)
-    make_run(run_dir, config, start, accelerator)
+    make_run(lock, config, newest, start, accelerator)
 
     diagnosis = Diagnosis(config, feed, contexts, objective, space)
     batches = Batches(config, feed, contexts, objective, accelerator, start, space)
     reporter = Reporter(config, run_dir, start, per_step, accelerator)
     done, bad = start, 0
+    good: MicroBatch | None = None  # of the last step since the newest checkpoint that changed the weights
     with Interruption(accelerator) as interruption, Saver(run_dir, config, pipe, state, accelerator) as saver:
         for step in reporter.steps():
-            loss = accumulate_gradients(network, batches, accelerator)
+            loss, batch = accumulate_gradients(network, batches, accelerator)
             gradient_norm: Any = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
             rate = learning_rate(config.train, step)
             for group in optimizer.param_groups:
@@ -81,6 +95,7 @@ def train(config: Config) -> Path:
             else:
                 optimizer.step()
                 state.update_averages(step + 1)
+                good = batch
             optimizer.zero_grad()
 
             done = step + 1
@@ -88,19 +103,25 @@ def train(config: Config) -> Path:
             interrupted = interruption.noted() and done < config.train.max_steps
             leaving = interrupted or done == config.train.max_steps
             if not interrupted:  # before the checkpoint, behind which a resumed run goes on
-                _look(done, config, diagnosis, reporter, state, pipe, accelerator)
-            progress = None
-            if leaving or _is_due(done, config.train.checkpoint_every):
-                progress = {"step": done, "samples_per_step": per_step, **feed.progress(), **state.progress()}
-            saver.save(done, progress, snapshot=is_snapshot_due(config.train, done, leaving))
+                found = _look(done, config, diagnosis, reporter, state, pipe, accelerator)
+                held_out_loss = held_out_loss if found is None else found
+            checkpoint_due = leaving or _is_due(done, config.train.checkpoint_every)
+            snapshot_due = is_snapshot_due(config.train, done, leaving)
+            if (checkpoint_due or snapshot_due) and _worth_saving(done, good, state, batches, accelerator):
+                progress = {"step": done, "samples_per_step": per_step, "held_out_loss": held_out_loss}
+                progress |= {**feed.progress(), **state.progress()}
+                saver.save(done, progress if checkpoint_due else None, snapshot=snapshot_due)
+                good = None if checkpoint_due else good
             if leaving:
                 break
         saver.finish(must=True)
     accelerator.wait_for_everyone()
     end_training(accelerator)
+    until_here = [path for path in checkpoints(run_dir) if path.name <= checkpoint_of(run_dir, done).name]
+    saved = until_here[-1] if until_here else None
     if interruption.signal is not None and done < config.train.max_steps:
-        interruption.leave(done)
-    return reporter.last_words(done)
+        interruption.leave(done, saved)
+    return reporter.last_words(saved)
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -187,16 +208,19 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * warmup * decay
 
 
-def accumulate_gradients(network: Any, batches: Batches, accelerator: Accelerator) -> Float[Tensor, ""]:
-    """Add up the gradients of the next step's micro-batches; return their mean loss on this process."""
-    total = torch.zeros((), device=accelerator.device)
+def accumulate_gradients(
+    network: Any, batches: Batches, accelerator: Accelerator
+) -> tuple[Float[Tensor, ""], MicroBatch]:
+    """Add up the gradients of the next step's micro-batches; return their mean loss on this process, and the last."""
+    total, batch = torch.zeros((), device=accelerator.device), None
     for i, batch in enumerate(batches.next_step()):
         # Processes exchange gradients once a step, with the last micro-batch.
         with nullcontext() if i == batches.rounds - 1 else accelerator.no_sync(network):
             loss = batches.objective.loss(network, batch.x_0, batch.t, batch.eps, batch.context)
             accelerator.backward(loss / batches.rounds)
         total += loss.detach() / batches.rounds
-    return total
+    assert batch is not None  # a step has at least one
+    return total, batch
 
 
 def is_snapshot_due(config: TrainConfig, done: int, leaving: bool) -> bool:
@@ -216,17 +240,45 @@ def _look(
     state: TrainingState,
     pipe: TextToImage,
     accelerator: Accelerator,
-) -> None:
-    """Measure and draw what is due; the processes share the work."""
+) -> float | None:
+    """Measure and draw what is due; the processes share the work. Return the held-out loss, where it was measured and
+    is finite.
+    """
     evaluating = _is_due(done, config.train.evaluate_every)
     drawing = bool(config.sample.prompts) and _is_due(done, config.train.sample_every)
     if not (evaluating or drawing):
-        return
+        return None
+    loss = math.nan
     with state.average_in(pipe):
         if evaluating and (findings := diagnosis.measure(pipe.unet, accelerator)):
             reporter.tell(done, findings)
+            loss = findings.true_caption
         if drawing:
             reporter.draw(done, pipe)
+    return loss if math.isfinite(loss) else None
+
+
+def _worth_saving(
+    done: int,
+    good: MicroBatch | None,
+    state: TrainingState,
+    batches: Batches,
+    accelerator: Accelerator,
+) -> bool:
+    """Say whether training can go on from the weights: whether a step has changed them since the newest checkpoint, and
+    whether they, their averages, and their loss on that step's batch (`good`) are finite. All processes must call this.
+
+    A single step at too high a learning rate leaves weights that are finite, and a loss that is not.
+    """
+    if good is None:
+        problem = "no step since the last one had finite gradients"
+    else:
+        loss = batches.objective.loss(state.unet, good.x_0, good.t, good.eps, good.context)
+        finite = torch.tensor([bool(loss.isfinite()) and state.is_finite()], device=accelerator.device)
+        problem = None if cast(Tensor, accelerator.gather(finite)).all() else "weights or loss are not finite"
+    if problem and accelerator.is_main_process:
+        logger.warning("step %d: no checkpoint is written: %s", done, problem)
+    return problem is None
 
 
 def _skip(step: int, bad: int, batches: Batches, optimizer: Any, accelerator: Accelerator) -> None:
@@ -239,7 +291,7 @@ def _skip(step: int, bad: int, batches: Batches, optimizer: Any, accelerator: Ac
     if bad >= batches.config.train.max_bad_steps:
         raise UserError(
             f"train.max_bad_steps: {bad} steps in a row, up to step {step + 1}, had gradients that are not finite; the "
-            "newest checkpoint is from before them or among them; try a lower train.learning_rate"
+            "newest checkpoint is from before them; try a lower train.learning_rate"
         )
 
 

@@ -18,13 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from cond_diffusion.checkpoint import PROGRESS_NAME
 from cond_diffusion.ema import EMA, Weights
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.lora import digest_of_base, has_lora, load_lora, merged
 from cond_diffusion.pipeline import TextToImage
 from cond_diffusion.unet import UNet
-
-PROGRESS_NAME = "progress.json"
 
 
 class TrainingState:
@@ -48,6 +47,11 @@ class TrainingState:
         """Take in the weights after `step` steps."""
         for average in self.averages:
             average.update(self.parameters, step)
+
+    def is_finite(self) -> bool:
+        """Say whether the weights and both averages are finite, as far as this process holds them."""
+        parts = (self.parameters, *(average.weights for average in self.averages))
+        return all(bool(_piece(weight.detach()).isfinite().all()) for part in parts for weight in part.values())
 
     @contextmanager
     def average_in(self, pipe: TextToImage) -> Iterator[None]:

@@ -5,6 +5,7 @@ import torch
 from conftest import ROOT, SIDE
 from transformers import CLIPModel, CLIPTokenizer
 
+from cond_diffusion.checkpoint import RunLock
 from cond_diffusion.clip_pretraining import (
     ClipPretrainingConfig,
     contrastive_loss,
@@ -84,6 +85,11 @@ def test_a_small_clip_learns_to_tell_pictures_by_their_captions(bars_parquet: Pa
         learning_rate=2e-3,
     )
     folder = tmp_path / "clip"
+    folder.mkdir()
+    with RunLock(folder) as other:
+        other.acquire()
+        with pytest.raises(UserError, match="another process is training into"):
+            pretrain(config)
     assert pretrain(config) == {"a bar that is upright": 1.0, "upright": 1.0}
     # Transformers' own classes open the result, and so does our text encoder.
     clip, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)

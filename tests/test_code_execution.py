@@ -4,6 +4,7 @@ import ast
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from transformers import *
 class EvilConfig(CLIPTextConfig): model_type = "evil"
 class Evil: pass
 """
-AUTO_MAP = {name: "evil.Evil" for name in AUTO_CLASSES} | {"AutoConfig": "evil.EvilConfig"}
+AUTO_MAP = dict.fromkeys(AUTO_CLASSES, "evil.Evil") | {"AutoConfig": "evil.EvilConfig"}
 POISONS: dict[str, dict[str, dict[str, Any]]] = {
     "an unknown model type": {"config.json": {"model_type": "evil", "auto_map": AUTO_MAP}},
     "a known model type": {"config.json": {"auto_map": AUTO_MAP, "architectures": ["Evil"]}},
@@ -77,10 +78,8 @@ def poison(folder: Path, marker: Path, files: dict[str, dict[str, Any]]) -> None
 
 def load(marker: Path, way_in: Callable[[], object]) -> None:
     """Load what is poisoned: a UserError or not, its code does not run."""
-    try:
+    with suppress(UserError):
         way_in()
-    except UserError as error:
-        assert "\n" not in str(error)
     assert not marker.exists()
 
 

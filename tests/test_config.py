@@ -41,7 +41,7 @@ def test_every_config_that_comes_with_the_project_loads(file: Path):
         ("unet.channels=32", "unet.channels: "),
         ("unet.channels=[a]", r"unet.channels=\[a\]: an item of a list has the wrong type"),
         ("train.mixed_precision=fp8", "train.mixed_precision: Invalid value 'fp8', expected one of"),
-        ("resume=perhaps", "resume: Value 'perhaps' is not a valid bool"),
+        ("resume=perhaps", "resume: 'perhaps'; expected true, false or a checkpoint"),
         ("data.channels=2", r"data.channels: 2 must be 1 \(grey\) or 3 \(RGB\)"),
         ("train.batch_size=0", "train.batch_size: 0 must be at least 1"),
         ("train.learning_rate=-1", "train.learning_rate: -1.0 must be above 0"),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -18,11 +19,12 @@ import pytest
 import torch
 from accelerate import DistributedType
 from conftest import ROOT, SIDE, bar, metrics, weights
+from safetensors.torch import load_file
 
-from cond_diffusion import TextToImage, batches, reporting, saving, training, training_state
+from cond_diffusion import TextToImage, batches, checkpoint, pipeline, reporting, saving, training, training_state
 from cond_diffusion.building import complete_unet_config, new_unet
 from cond_diffusion.check import bytes_kept
-from cond_diffusion.checkpoint import checkpoints, damage, save_checkpoint
+from cond_diffusion.checkpoint import RunLock, checkpoints, damage, save_checkpoint
 from cond_diffusion.config import Config, TrainConfig, load_config
 from cond_diffusion.data import load_captioned_images
 from cond_diffusion.errors import UserError
@@ -215,6 +217,182 @@ def test_too_many_such_steps_end_the_run_and_leave_the_last_good_checkpoint(bars
     assert all(value.isfinite().all() for value in weights(newest).values())
 
 
+def test_divergence_leaves_the_good_checkpoints_and_the_run_goes_on_from_them(
+    bars_config: Config, caplog: pytest.LogCaptureFixture
+):
+    """Steps at a rate that is far too high leave weights that are finite, and useless."""
+    run_dir = Path(bars_config.run_dir)
+    straight = replace(changed(bars_config, max_steps=12, checkpoint_every=1), run_dir=f"{run_dir}-straight")
+    good = changed(bars_config, max_steps=9, checkpoint_every=1, learning_rate_schedule="constant")
+    newest = train(good)
+    before = weights(newest)
+    exploding = {"max_steps": 40, "learning_rate": 1e30, "max_bad_steps": 5, "keep_checkpoints": 1}
+    with pytest.raises(UserError, match="train.max_bad_steps: 5 steps in a row"):
+        train(replace(changed(good, **exploding), resume=True))
+    assert "no checkpoint is written: weights or loss are not finite" in caplog.text
+    assert [path.name for path in checkpoints(run_dir)] == [f"step-0000000{step}" for step in (7, 8, 9)]
+    after = weights(newest)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    sane = weights(train(replace(changed(good, max_steps=12), resume=True)))
+    expected = weights(train(changed(straight, learning_rate_schedule="constant")))
+    assert all(torch.equal(expected[name], sane[name]) for name in expected)
+
+
+def test_a_run_whose_weights_are_never_finite_ends_without_a_checkpoint(
+    bars_config: Config, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(training, "learning_rate", lambda config, step: float("inf"))
+    with pytest.raises(UserError, match="has no checkpoint: no step had finite gradients"):
+        train(changed(bars_config, max_steps=3))
+    assert not list(Path(bars_config.run_dir).rglob("*.safetensors"))
+    for key in ("learning_rate", "weight_decay"):
+        with pytest.raises(UserError, match=f"train.{key}: .* must be a finite number"):
+            changed(bars_config, **{key: float("inf")})
+
+
+def test_steps_that_are_all_skipped_write_no_checkpoint(bars_config: Config, poisoned: list[int]):
+    poisoned += [2, 3, 4]
+    assert train(changed(bars_config, max_steps=5, checkpoint_every=1)).name == "step-00000002"
+
+
+def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_until_there_is_a_better_one(tmp_path: Path):
+    def save(step: int, loss: float | None) -> list[int]:
+        def write(folder: Path) -> None:
+            (folder / "state").mkdir()
+            (folder / "state" / "progress.json").write_text(json.dumps({"step": step, "held_out_loss": loss}))
+
+        save_checkpoint(tmp_path, step, write, keep=2)
+        return [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)]
+
+    assert save(1, None) == [1]
+    assert save(2, 0.5) == [1, 2]
+    assert save(3, 0.7) == [2, 3]
+    assert save(4, 0.6) == [2, 3, 4]
+    assert save(5, 0.5) == [2, 4, 5]
+    assert save(6, 0.4) == [5, 6]
+    assert save(7, 0.9) == [6, 7]
+
+
+def test_the_held_out_loss_is_kept_with_the_checkpoint(bars_config: Config):
+    config = changed(bars_config, evaluate_every=2, checkpoint_every=1, keep_checkpoints=9)
+    train(changed(config, max_steps=3))
+    train(replace(changed(config, max_steps=5), resume=True))
+    told = {line["step"]: line["held_out_loss"] for line in metrics(Path(config.run_dir)) if "held_out_loss" in line}
+    files = [path / "state" / "progress.json" for path in checkpoints(Path(config.run_dir))]
+    kept = [json.loads(file.read_text())["held_out_loss"] for file in files]
+    assert kept == [None, told[2], told[2], told[4], told[4]]
+
+
+def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_put_aside(
+    bars_config: Config, caplog: pytest.LogCaptureFixture
+):
+    run_dir = Path(bars_config.run_dir)
+    config = changed(bars_config, checkpoint_every=1, max_steps=4, learning_rate_schedule="constant")
+    expected = weights(train(config))
+    for number in (1, 2):
+        found = weights(train(replace(config, resume="step-00000002")))
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        aside = {f"step-0000000{step}.superseded-{i + 1}" for i in range(number) for step in (3, 4)}
+        assert {path.name for path in run_dir.glob("checkpoints/*.superseded-*")} == aside
+    assert "renamed later checkpoints to step-00000003.superseded-1, step-00000004.superseded-1" in caplog.text
+    for name, message in (
+        ("step-00000009", "has no checkpoint step-00000009 .*; it has step-00000002, "),
+        ("step-9", "resume: 'step-9'; expected true, false or a checkpoint such as step-00001000"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(replace(config, resume=name))
+    with pytest.raises(UserError, match="there is no run in .*nowhere, and so no checkpoint step-00000002"):
+        train(replace(config, run_dir=str(run_dir / "nowhere"), resume="step-00000002"))
+
+
+def train_slowly(config: Config, started: Any, may_end: Any) -> None:
+    """Train, and wait after the first step; in a process of its own."""
+    log = reporting.Reporter.log
+
+    def waiting(self: Any, done: int, *arguments: Any) -> None:
+        log(self, done, *arguments)
+        started.set()
+        may_end.wait()
+
+    reporting.Reporter.log = waiting  # type: ignore[method-assign]
+    train(config)
+
+
+@pytest.mark.slow
+def test_two_trainers_in_one_folder_are_one_too_many(bars_config: Config):
+    """The second is refused until the first has ended, or has been killed."""
+    context = multiprocessing.get_context("spawn")
+    started, may_end = context.Event(), context.Event()
+    config = changed(bars_config, max_steps=2, checkpoint_every=1)
+    first = context.Process(target=train_slowly, args=(config, started, may_end))
+    first.start()
+    assert started.wait(120)
+    before = {file: file.read_bytes() for file in Path(config.run_dir).rglob("*.yaml")}
+    for second in (replace(config, seed=1), replace(config, resume=True)):
+        with pytest.raises(UserError, match="run_dir: "):
+            train(second)
+    with pytest.raises(UserError, match="another process is training into"):
+        train(replace(config, resume=True))
+    assert before == {file: file.read_bytes() for file in Path(config.run_dir).rglob("*.yaml")}
+    first.kill()
+    first.join()
+    assert train(replace(config, resume=True)).name == "step-00000002"
+
+
+def test_a_trainer_that_comes_second_to_a_new_folder_is_refused(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
+    """Both have seen that nothing is there; one makes the folder while the other still reads its data."""
+    make_run = training.make_run
+
+    def too_late(lock: Any, *arguments: Any) -> None:
+        with RunLock(lock.run_dir) as other:
+            lock.run_dir.mkdir()
+            other.acquire()
+            make_run(lock, *arguments)
+
+    monkeypatch.setattr(training, "make_run", too_late)
+    with pytest.raises(UserError, match="another process is training into"):
+        train(bars_config)
+    assert [path.name for path in Path(bars_config.run_dir).iterdir()] == [".lock"]
+
+
+def test_reading_goes_on_where_training_deletes_the_checkpoint_that_is_read(
+    bars_config: Config, monkeypatch: pytest.MonkeyPatch
+):
+    """Between finding it and reading it, between any two of its files, and while its checksums are computed."""
+    checkpoints_dir = train(bars_config).parent
+    newest = checkpoints_dir / "step-00000004"
+    wanted = load_file(newest / "unet" / "diffusion_pytorch_model.safetensors")
+    step = 4
+
+    def rotate() -> None:
+        nonlocal step
+        (checkpoints_dir / f"step-{step:08d}").rename(checkpoints_dir / f"step-{step + 1:08d}")
+        step += 1
+
+    for module, name in (
+        (checkpoint, "_checksum"),
+        (pipeline, "read_latent_space"),
+        (pipeline, "read_prediction"),
+        (pipeline.UNet, "from_pretrained"),
+    ):
+        original, rotated = getattr(module, name), []
+
+        def first_rotating(*arguments: Any, original: Any = original, rotated: list[bool] = rotated) -> Any:
+            if not rotated:
+                rotated.append(True)
+                rotate()
+            return original(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, first_rotating)
+            pipe = TextToImage.from_pretrained(bars_config.run_dir)
+        assert rotated
+        assert pipe.folder == checkpoints_dir / f"step-{step:08d}"
+        assert all(torch.equal(wanted[key], value) for key, value in pipe.unet.state_dict().items())
+    with pytest.raises(UserError):
+        TextToImage.from_pretrained(newest)  # which is gone
+
+
 def test_a_full_disk_costs_the_new_checkpoint_and_never_the_old_one(
     bars_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -356,14 +534,15 @@ def test_with_fp16_a_step_that_overflows_lowers_the_factor_of_the_loss_and_no_we
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         return accelerator
 
-    before = weights(train(changed(bars_config, max_steps=2)))
+    train(changed(bars_config, max_steps=2))
     monkeypatch.setattr(training, "make_accelerator", with_scaler)
     poisoned += [2]
-    newest = train(replace(changed(bars_config, max_steps=3), resume=True))
-    after = weights(newest)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    newest = train(replace(changed(bars_config, max_steps=4), resume=True))
+    assert newest.name == "step-00000004"
     assert json.loads((newest / "state" / "progress.json").read_text())["scaler"]["scale"] == 512
-    train(replace(bars_config, resume=True))  # goes on with what was saved
+    poisoned.clear()
+    after = weights(newest)
+    train(replace(changed(bars_config, max_steps=6), resume=True))  # goes on with what was saved
     newest = checkpoints(Path(bars_config.run_dir))[-1]
     assert json.loads((newest / "state" / "progress.json").read_text())["scaler"]["scale"] == 512
     assert not all(torch.equal(value, after[name]) for name, value in weights(newest).items())
