@@ -83,6 +83,7 @@ def evaluate(judging: Judging, results: Results, samples: int, sampling: Samplin
         shares = judging.recognised(drawn).reshape(len(prompts), -1).float().mean(1).tolist()
         return {
             "count": len(drawn),
+            "judge": judging.judge,
             "seconds per picture": seconds / len(drawn),
             "measures": judging.measure(drawn),
             "prompt accuracy by prompt": dict(zip([prompt for prompt, _ in prompts], shares, strict=True)),
@@ -91,7 +92,8 @@ def evaluate(judging: Judging, results: Results, samples: int, sampling: Samplin
     found = results.part("samples", everything)
     held_out = results.part("held-out loss", judging.held_out_loss)
     lines = [f"{prompt:60}{share:10.1%}" for prompt, share in list(found["prompt accuracy by prompt"].items())[:100]]
-    lines += ["", f"{'{} samples'.format(found['count']):60}{'samples':>10}{'real':>10}"]
+    title = f"{found['count']} samples, by {found['judge']}"
+    lines += ["", f"{title:60}{'samples':>10}{'real':>10}"]
     for name, values in found["measures"].items():
         shape = "10.2%" if "accuracy" in name else "10.3f"
         lines.append(f"{name:60}{values['samples']:{shape}}{values['real']:{shape}}")

@@ -92,6 +92,11 @@ class Judging:
     def features_of_training(self) -> Float[Tensor, "n d"]:
         return self.features(self.train.images)
 
+    @property
+    def judge(self) -> str:
+        """What accuracies are those of, with a hash of its weights: figures compare only where it is the same."""
+        return "the checkpoint's CLIP" if self.classifier is None else f"classifier {self.classifier.digest()}"
+
     def prompts(self, samples: int, *, paraphrases: bool = False) -> list[tuple[str, int]]:
         """Return prompts with their caption groups: each group's first caption, or with `paraphrases` all the others.
 

@@ -27,7 +27,7 @@ def main() -> None:
     judging = Judging(pipe, checkpoint_config(pipe.folder))
     prompts = judging.prompts(arguments.samples)
     floor = judging.floor(arguments.samples)
-    print(f"On {hardware()}; {arguments.samples} samples at scale {arguments.guidance_scale}.")
+    print(f"On {hardware()}; {arguments.samples} samples at scale {arguments.guidance_scale}, by {judging.judge}.")
     print(f"As many real pictures have a Fréchet distance of {floor:.2f}.\n")
     print("| sampler | steps | seconds | faster | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|---|")
     whole = 0.0

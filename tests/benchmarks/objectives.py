@@ -66,6 +66,7 @@ def main() -> None:
             for prediction in predictions
             for loss in losses
         }
+        print(f"Recognised by {judging.judge}.\n")
         print(f"| prediction / loss | {' | '.join(losses)} |")
         print(f"|---|{'---|' * len(losses)}")
         for prediction in predictions:

@@ -186,7 +186,8 @@ def main() -> None:
     referee = Referee(load_config(Config, arguments.config), arguments.samples)
     floor = referee.judging.floor(arguments.samples)
     print(
-        f"On {hardware()}; {arguments.samples} samples. As many real pictures have a Fréchet distance of {floor:.1f}.\n"
+        f"On {hardware()}; {arguments.samples} samples, by {referee.judging.judge}. "
+        f"As many real pictures have a Fréchet distance of {floor:.1f}.\n"
     )
     print("| who | time | pictures seen | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
