@@ -1,14 +1,26 @@
 """What the tests share: small captioned pictures, and a config that trains on them in seconds."""
 
+# ruff: noqa: E402 - the environment is set before the libraries are imported that read it.
+
+import atexit
 import json
 import multiprocessing
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+
+# A cache of the tests' own, removed at the end: nothing depends on what an earlier run or a user left in ~/.cache.
+# Set before the libraries are imported that ask where it is.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cond-diffusion-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+    os.environ.pop(name, None)
 
 # Processes that test side by side take a core each: torch's threads of several would wait for one another.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):

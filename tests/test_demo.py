@@ -1,5 +1,6 @@
 """The page, in a real browser."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,8 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A running page, with a run beside it."""
     if shutil.which("chromium") is None:
-        pytest.skip("needs a browser: apt-get install chromium")
+        needed = "the page's tests need Chromium; install it: apt-get install chromium"
+        pytest.fail(needed) if os.environ.get("CI") else pytest.skip(needed)
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(BUILT_IN_MODEL, folder / "runs" / "digits" / "checkpoints" / "step-00000001")
     port = free_port()

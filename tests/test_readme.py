@@ -12,6 +12,7 @@ from typing import Any
 
 import colours
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, bar
 from PIL import Image
@@ -24,7 +25,7 @@ README = (ROOT / "README.md").read_text()
 # What is added to each command to make it short; None where continuous integration runs it before the tests.
 COMMANDS = {
     'pip install -e . && python sample.py "a digit seven"': "--steps 10",
-    'pip install -e ".[test]" && pytest': None,
+    'pip install -c tests/constraints.txt -e ".[test]" && pytest': None,
     'python sample.py "a digit seven" "the number 2" --num-images 4 --output digits.png': "--steps 10",
     'python sample.py "a handwritten nine" --sampler dpm_solver --steps 20 --guidance-scale 2 --seed 7': "",
     "python sample.py --from-image digits.png --seed 8 --output more.png": "",
@@ -168,6 +169,7 @@ def test_every_python_block_runs(clone: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(clone)
     checkpoint = clone / "runs" / "mnist" / "checkpoints" / "step-00001000"
     shutil.copytree(BUILT_IN_MODEL, checkpoint)
+    torch.manual_seed(0)
     names: dict[str, Any] = {}
     for block in blocks("python"):
         exec(block.replace("steps=None", "steps=5"), names)
