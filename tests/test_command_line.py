@@ -352,6 +352,7 @@ def test_training_leaves_what_the_readme_promises(type_in, tmp_path: Path, bars_
     assert "images/s=" in errors
     run = tmp_path / "runs" / "bars"
     assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
