@@ -2,7 +2,7 @@
 
 import sys
 
-from cond_diffusion.commands import train as main
+from cond_diffusion.cli.main import train as main
 from cond_diffusion.errors import command_line
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from huggingface_hub.utils import close_session
 from pyarrow.parquet import ParquetWriter
 from safetensors.torch import load_file
 
-from cond_diffusion.config import Config, load_config
+from cond_diffusion.config.run import Config, load_config
 
 ROOT = Path(__file__).parent.parent
 SIDE = 8

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from cond_diffusion.classifier import TRAINED_ON, accuracy, fingerprint, train_classifier
-from cond_diffusion.config import Config, load_config
-from cond_diffusion.data import load_captioned_images
-from cond_diffusion.pretrained import BUILT_IN_MODEL
+from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.data.dataset import load_captioned_images
+from cond_diffusion.evaluation.judges import TRAINED_ON, accuracy, fingerprint, train_classifier
+from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
 
 
 def main() -> None:

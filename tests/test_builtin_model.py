@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from cond_diffusion import TextToImage
-from cond_diffusion.classifier import accuracy, kept_classifier
-from cond_diffusion.config import Config, load_config
-from cond_diffusion.data import CaptionedImages, load_captioned_images
+from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
+from cond_diffusion.diffusion.prediction import Prediction, PredictionKind
+from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError
-from cond_diffusion.pictures import from_pillow, to_bytes
-from cond_diffusion.prediction import Prediction, PredictionKind
-from cond_diffusion.pretrained import BUILT_IN_MODEL
-from cond_diffusion.samplers import Step
+from cond_diffusion.evaluation.judges import accuracy, kept_classifier
+from cond_diffusion.images import from_pillow, to_bytes
+from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_a_notebook_shows_the_pipeline_in_words_and_its_pictures_as_a_grid(pipe:
 def test_as_many_pictures_are_in_work_as_half_of_the_free_memory_holds(pipe: TextToImage, monkeypatch: Any):
     def with_free(gigabytes: float) -> int:
         free = SimpleNamespace(available=int(gigabytes * 1e9))
-        monkeypatch.setattr("cond_diffusion.pipeline.virtual_memory", lambda: free)
+        monkeypatch.setattr("cond_diffusion.pipeline.text_to_image.virtual_memory", lambda: free)
         return pipe.fitting_batch_size()
 
     a_picture = 120 * 4 * 32 * 14 * 14 / 1e9

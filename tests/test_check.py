@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-from cond_diffusion import check as check_module
-from cond_diffusion.check import bytes_kept, check, verdict
-from cond_diffusion.config import Config, load_config
+from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.errors import UserError
+from cond_diffusion.training import preflight as check_module
+from cond_diffusion.training.preflight import bytes_kept, check, verdict
 
 
 @pytest.fixture(autouse=True)

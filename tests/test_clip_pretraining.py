@@ -5,19 +5,19 @@ import torch
 from conftest import ROOT, SIDE
 from transformers import CLIPModel, CLIPTokenizer
 
-from cond_diffusion.checkpoint import RunLock
-from cond_diffusion.clip_pretraining import (
+from cond_diffusion.config.data import DataConfig
+from cond_diffusion.config.run import load_config
+from cond_diffusion.data.dataset import load_captioned_images
+from cond_diffusion.errors import UserError
+from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder
+from cond_diffusion.pipeline.checkpoint import RunLock
+from cond_diffusion.training.clip_pretraining import (
     ClipPretrainingConfig,
     contrastive_loss,
     pretrain,
     train_tokenizer,
     zero_shot_accuracy,
 )
-from cond_diffusion.config import load_config
-from cond_diffusion.data import load_captioned_images
-from cond_diffusion.data_config import DataConfig
-from cond_diffusion.errors import UserError
-from cond_diffusion.text import BUILT_IN_ENCODER, TextEncoder
 
 
 def test_the_loss_is_clip_s_where_every_caption_means_something_else():

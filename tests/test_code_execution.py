@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from test_latents import stable_diffusion
 
 from cond_diffusion import TextToImage
-from cond_diffusion.clip import ClipJudge
-from cond_diffusion.config import Config, load_config
+from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.errors import UserError
-from cond_diffusion.latents import VAE
-from cond_diffusion.pretrained import BUILT_IN_MODEL
-from cond_diffusion.text import BUILT_IN_ENCODER, TextEncoder
-from cond_diffusion.training import train
+from cond_diffusion.models.clip import ClipJudge
+from cond_diffusion.models.latents import VAE
+from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder
+from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
+from cond_diffusion.training.trainer import train
 
 LIBRARIES = {"transformers", "diffusers", "peft"}
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "DiffusionPipeline")

@@ -15,10 +15,10 @@ from conftest import ROOT
 from PIL import Image
 
 from cond_diffusion import TextToImage
+from cond_diffusion.diffusion.samplers import Noise
 from cond_diffusion.errors import UserError, command_line
-from cond_diffusion.pictures import settings_of
-from cond_diffusion.pretrained import BUILT_IN_MODEL
-from cond_diffusion.samplers import Noise
+from cond_diffusion.images import settings_of
+from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from cond_diffusion.clip_pretraining import ClipPretrainingConfig
-from cond_diffusion.config import Config, TrainConfig, load_config, save_config
+from cond_diffusion.config.run import Config, TrainConfig, load_config, save_config
 from cond_diffusion.errors import UserError
+from cond_diffusion.training.clip_pretraining import ClipPretrainingConfig
 
 
 def test_words_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path):

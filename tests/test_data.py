@@ -9,10 +9,10 @@ import torch
 from conftest import SIDE, bar, write_empty_parquet
 from PIL import Image
 
-from cond_diffusion.data import CaptionedImages, load_captioned_images
-from cond_diffusion.data_config import DataConfig
+from cond_diffusion.config.data import DataConfig
+from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
 from cond_diffusion.errors import UserError
-from cond_diffusion.pictures import to_bytes, to_model, upright
+from cond_diffusion.images import to_bytes, to_model, upright
 
 LABELS = ["a bar that is upright", "a bar that is level"]
 BARS = DataConfig(resolution=SIDE, caption_column="text")

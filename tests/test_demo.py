@@ -17,10 +17,10 @@ from conftest import free_port
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
-from cond_diffusion.demo import choices, drawn
+from cond_diffusion.cli.demo import choices, drawn
 from cond_diffusion.errors import UserError
-from cond_diffusion.pictures import settings_of
-from cond_diffusion.pretrained import BUILT_IN_MODEL
+from cond_diffusion.images import settings_of
+from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
 
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 
@@ -35,7 +35,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     shutil.copytree(BUILT_IN_MODEL, folder / "runs" / "digits" / "checkpoints" / "step-00000001")
     port = free_port()
     # Behind the browser where they share a core, which would else be shown the last picture only.
-    words = ["nice", "-n", "19", sys.executable, "-m", "cond_diffusion.demo", "--port", str(port), "--no-browser"]
+    words = ["nice", "-n", "19", sys.executable, "-m", "cond_diffusion.cli.demo", "--port", str(port), "--no-browser"]
     with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         url = f"http://127.0.0.1:{port}"
         while True:

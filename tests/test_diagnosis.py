@@ -10,17 +10,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cond_diffusion.config import Config
-from cond_diffusion.contexts import context_table
-from cond_diffusion.data import CaptionedBatch
-from cond_diffusion.diagnosis import BUCKETS, EXAMPLES, Diagnosis, findings, others
+from cond_diffusion.config.run import Config
+from cond_diffusion.data.contexts import context_table
+from cond_diffusion.data.dataset import CaptionedBatch
+from cond_diffusion.data.loader import open_feed
+from cond_diffusion.diffusion.objective import Objective
+from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
-from cond_diffusion.feed import open_feed
-from cond_diffusion.latents import Patches
-from cond_diffusion.objective import Objective
-from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.text import TextEncoder
-from cond_diffusion.training import train
+from cond_diffusion.models.latents import Patches
+from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.training.trainer import train
+from cond_diffusion.training.validation import BUCKETS, EXAMPLES, Diagnosis, findings, others
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cond_diffusion import TextToImage, __version__
-from cond_diffusion.attention_maps import AttentionMaps, attention_weights, maps_of_words, sheet
-from cond_diffusion.drawing import draw_to_file, recorded_words
+from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError
-from cond_diffusion.film import FRAMES, Film
-from cond_diffusion.layers import Attention
-from cond_diffusion.pictures import settings_of, to_pillow
-from cond_diffusion.samplers import Step
+from cond_diffusion.images import settings_of, to_pillow
+from cond_diffusion.models.layers import Attention
+from cond_diffusion.pipeline.attention_maps import AttentionMaps, attention_weights, maps_of_words, sheet
+from cond_diffusion.pipeline.film import FRAMES, Film
+from cond_diffusion.pipeline.generate import draw_to_file, recorded_words
 
 
 @pytest.fixture(scope="module")

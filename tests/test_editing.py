@@ -7,12 +7,12 @@ import torch
 from test_samplers import SAMPLERS, mixture_denoiser
 from torch import Tensor
 
-from cond_diffusion.editing import Edit, resampled
+from cond_diffusion.config.schedule import ScheduleConfig
+from cond_diffusion.diffusion.editing import Edit, resampled
+from cond_diffusion.diffusion.prediction import Denoised, Denoiser, Prediction, denoiser
+from cond_diffusion.diffusion.samplers import ddpm
+from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
-from cond_diffusion.prediction import Denoised, Denoiser, Prediction, denoiser
-from cond_diffusion.samplers import ddpm
-from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.schedule_config import ScheduleConfig
 
 SCHEDULE = NoiseSchedule(ScheduleConfig(200, 1e-4, 0.1))
 

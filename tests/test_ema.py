@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from cond_diffusion import TextToImage
-from cond_diffusion.ema import EMA, power_of_width
 from cond_diffusion.errors import UserError
-from cond_diffusion.posthoc_ema import combination, reconstruct, save_snapshot, snapshots_until, weights_of_width
+from cond_diffusion.models.ema import EMA, power_of_width
+from cond_diffusion.models.posthoc_ema import combination, reconstruct, save_snapshot, snapshots_until, weights_of_width
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.25])

@@ -14,17 +14,20 @@ from torch import nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from cond_diffusion import TextToImage, classifier, evaluation, judging
-from cond_diffusion.clip import ClipJudge
-from cond_diffusion.config import Config, load_config
-from cond_diffusion.data import CaptionedImages, load_captioned_images
+from cond_diffusion import TextToImage
+from cond_diffusion.cli import evaluate as evaluation
+from cond_diffusion.cli.evaluate import Results
+from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
 from cond_diffusion.errors import UserError, command_line
-from cond_diffusion.evaluation import Results
-from cond_diffusion.judging import Judging, Sampling, real_pictures
-from cond_diffusion.metrics import frechet_distance, manifolds, nearest
-from cond_diffusion.pictures import to_model
-from cond_diffusion.pretrained import BUILT_IN_MODEL
-from cond_diffusion.text import BUILT_IN_ENCODER
+from cond_diffusion.evaluation import evaluator as judging
+from cond_diffusion.evaluation import judges as classifier
+from cond_diffusion.evaluation.evaluator import Judging, Sampling, real_pictures
+from cond_diffusion.evaluation.metrics import frechet_distance, manifolds, nearest
+from cond_diffusion.images import to_model
+from cond_diffusion.models.clip import ClipJudge
+from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER
+from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
 
 
 def with_moments(mean: torch.Tensor, deviation: torch.Tensor, count: int) -> torch.Tensor:

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from test_latents import stable_diffusion
 
 from cond_diffusion import TextToImage
-from cond_diffusion.config import Config, load_config
+from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.errors import UserError
-from cond_diffusion.lora import FILE_NAME
-from cond_diffusion.text import BUILT_IN_ENCODER
-from cond_diffusion.training import train
+from cond_diffusion.models.lora import FILE_NAME
+from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER
+from cond_diffusion.training.trainer import train
 
 WHOLE = "unet/diffusion_pytorch_model.safetensors:"
 

@@ -3,8 +3,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
-from cond_diffusion.errors import UserError
-from cond_diffusion.guidance import (
+from cond_diffusion.diffusion.guidance import (
     GuidanceConfig,
     drop_captions,
     guided,
@@ -12,6 +11,7 @@ from cond_diffusion.guidance import (
     scale_of_each,
     threshold_dynamically,
 )
+from cond_diffusion.errors import UserError
 
 X_T = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 CONTEXT = torch.full((3, 2, 5), 7.0)

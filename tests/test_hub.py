@@ -11,9 +11,9 @@ from hub import ModelHub
 from PIL import Image
 
 from cond_diffusion import TextToImage
-from cond_diffusion.card import write_card
 from cond_diffusion.errors import UserError
-from cond_diffusion.latents import VAE, Patches
+from cond_diffusion.models.latents import VAE, Patches
+from cond_diffusion.pipeline.model_card import write_card
 
 
 def test_a_model_goes_to_the_hub_and_comes_back_the_same(model_hub: type[ModelHub], tmp_path: Path):

@@ -18,14 +18,14 @@ from conftest import ROOT, metrics, weights
 from PIL import Image
 from safetensors.torch import load_file
 
-from cond_diffusion.checkpoint import checkpoints
-from cond_diffusion.config import Config, load_config
-from cond_diffusion.training import train
+from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.pipeline.checkpoint import checkpoints
+from cond_diffusion.training.trainer import train
 
 # A server that has imported everything, and of which each run is a copy: what is killed is a process of its own, but it
 # is there in a moment.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["cond_diffusion.training"])
+PROCESSES.set_forkserver_preload(["cond_diffusion.training.trainer"])
 KILLS = 10  # of each of two runs
 
 

@@ -17,14 +17,14 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 
 from cond_diffusion import TextToImage
-from cond_diffusion.config import Config, load_config
-from cond_diffusion.data import open_captioned_files
+from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.data.dataset import open_captioned_files
+from cond_diffusion.data.latent_set import latent_set
 from cond_diffusion.errors import UserError
-from cond_diffusion.latent_set import latent_set
-from cond_diffusion.latents import VAE
-from cond_diffusion.pictures import from_pillow
-from cond_diffusion.text import BUILT_IN_ENCODER, TextEncoder
-from cond_diffusion.training import train
+from cond_diffusion.images import from_pillow
+from cond_diffusion.models.latents import VAE
+from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder
+from cond_diffusion.training.trainer import train
 
 SIDE = 32
 
@@ -204,7 +204,7 @@ def test_latents_are_kept_without_pictures_that_cannot_be_read(
         (tmp_path / f"{i}.txt").write_text(f"picture {i}")
     for i in (2, 4):  # one of them alone in its shard
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
-    monkeypatch.setattr("cond_diffusion.latent_set.PER_SHARD", 2)
+    monkeypatch.setattr("cond_diffusion.data.latent_set.PER_SHARD", 2)
     (tmp_path / "cache").mkdir()
     words = [f"data.source={tmp_path}", "data.resolution=24", "data.channels=3", "data.max_bad_fraction=0.5"]
     data = load_config(Config, overrides=words).data

@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_samplers import mixture_denoiser
 
-from cond_diffusion.likelihood import VARIANCES, decoder_bits, prior_bits, step_bits, variational_bound
-from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.schedule_config import ScheduleConfig, Variance
+from cond_diffusion.config.schedule import ScheduleConfig, Variance
+from cond_diffusion.diffusion.schedule import NoiseSchedule
+from cond_diffusion.evaluation.likelihood import VARIANCES, decoder_bits, prior_bits, step_bits, variational_bound
 
 MEAN, DEVIATION = 0.1, 0.3
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import weights
 
-from cond_diffusion.config import Config
+from cond_diffusion.config.run import Config
 from cond_diffusion.errors import UserError
-from cond_diffusion.muon import Muon, orthogonal
-from cond_diffusion.training import train
+from cond_diffusion.training.optimizer import Muon, orthogonal
+from cond_diffusion.training.trainer import train
 
 
 @pytest.mark.parametrize("shapes", [[(64, 64), (64, 200), (300, 64)], [(16, 16)], [(1, 5), (5, 1)]])

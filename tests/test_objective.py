@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cond_diffusion.config.schedule import ScheduleConfig
+from cond_diffusion.diffusion.objective import Loss, Objective, ObjectiveConfig
+from cond_diffusion.diffusion.prediction import Prediction, PredictionKind
+from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
-from cond_diffusion.likelihood import step_bits
-from cond_diffusion.objective import Loss, Objective, ObjectiveConfig
-from cond_diffusion.prediction import Prediction, PredictionKind
-from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.schedule_config import ScheduleConfig
+from cond_diffusion.evaluation.likelihood import step_bits
 
 SCHEDULE = NoiseSchedule(ScheduleConfig(200, 1e-4, 0.08))
 EVERY_T = torch.arange(200)

@@ -8,10 +8,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from cond_diffusion.config.schedule import ScheduleConfig
+from cond_diffusion.diffusion.prediction import Prediction, PredictionKind, denoiser
+from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
-from cond_diffusion.prediction import Prediction, PredictionKind, denoiser
-from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.schedule_config import ScheduleConfig
 
 KINDS: tuple[PredictionKind, ...] = get_args(PredictionKind)
 SCHEDULE = NoiseSchedule(ScheduleConfig())

@@ -17,8 +17,8 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, bar
 from PIL import Image
 
-from cond_diffusion.config import Config, load_config
-from cond_diffusion.pretrained import BUILT_IN_MODEL
+from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
 
 README = (ROOT / "README.md").read_text()
 

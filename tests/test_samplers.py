@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cond_diffusion import samplers
+from cond_diffusion.config.schedule import ScheduleConfig, to_diffusers
+from cond_diffusion.diffusion import samplers
+from cond_diffusion.diffusion.prediction import Denoised, Denoiser, Prediction, PredictionKind, denoiser
+from cond_diffusion.diffusion.sampler_config import SamplerConfig
+from cond_diffusion.diffusion.samplers import Sampler, ddim, ddpm, dpm_solver, euler, heun, unipc
+from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
-from cond_diffusion.prediction import Denoised, Denoiser, Prediction, PredictionKind, denoiser
-from cond_diffusion.sampler_config import SamplerConfig
-from cond_diffusion.samplers import Sampler, ddim, ddpm, dpm_solver, euler, heun, unipc
-from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.schedule_config import ScheduleConfig, to_diffusers
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": partial(ddpm, variance="posterior"),

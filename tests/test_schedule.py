@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from cond_diffusion.config.schedule import ScheduleConfig, from_diffusers, to_diffusers
+from cond_diffusion.diffusion.schedule import NoiseSchedule, per_example
 from cond_diffusion.errors import UserError
-from cond_diffusion.schedule import NoiseSchedule, per_example
-from cond_diffusion.schedule_config import ScheduleConfig, from_diffusers, to_diffusers
 
 EVERY_KIND = [
     ScheduleConfig(),

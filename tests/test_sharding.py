@@ -16,19 +16,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from cond_diffusion import TextToImage
-from cond_diffusion.checkpoint import checkpoints
-from cond_diffusion.config import Config
-from cond_diffusion.latents import Patches
-from cond_diffusion.layers import ResidualBlock
-from cond_diffusion.posthoc_ema import snapshots_until
-from cond_diffusion.prediction import Prediction
-from cond_diffusion.saving import Saver
-from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.schedule_config import ScheduleConfig
-from cond_diffusion.text import TextEncoder
-from cond_diffusion.training_state import TrainingState
-from cond_diffusion.unet import UNet
-from cond_diffusion.unet_config import UNetConfig
+from cond_diffusion.config.run import Config
+from cond_diffusion.config.schedule import ScheduleConfig
+from cond_diffusion.config.unet import UNetConfig
+from cond_diffusion.diffusion.prediction import Prediction
+from cond_diffusion.diffusion.schedule import NoiseSchedule
+from cond_diffusion.models.latents import Patches
+from cond_diffusion.models.layers import ResidualBlock
+from cond_diffusion.models.posthoc_ema import snapshots_until
+from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.models.unet import UNet
+from cond_diffusion.pipeline.checkpoint import checkpoints
+from cond_diffusion.training.saving import Saver
+from cond_diffusion.training.state import TrainingState
 
 UNET = UNetConfig(
     channels=(32, 32), attention=(False, True), num_groups=8, in_channels=1, sample_size=8, context_dim=64

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from conftest import run_in_processes
 
-from cond_diffusion.shards import computed_once
+from cond_diffusion.data.cache import computed_once
 
 PROCESSES, COUNT, PER_SHARD = 2, 7, 2
 LIMIT = timedelta(seconds=6)  # of the process group, as NCCL has one of minutes

@@ -20,20 +20,20 @@ from conftest import ROOT, SIDE, bar, weights, write_empty_parquet
 from hub import hub
 from PIL import Image
 
-from cond_diffusion.batches import Batches
-from cond_diffusion.checkpoint import checkpoints
-from cond_diffusion.config import Config, load_config
-from cond_diffusion.data import CaptionedBatch, Places, load_captioned_images, open_captioned_files
-from cond_diffusion.data_config import DataConfig
+from cond_diffusion.config.data import DataConfig
+from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.data.dataset import CaptionedBatch, Places, load_captioned_images, open_captioned_files
+from cond_diffusion.data.loader import ShuffledSet, ahead, open_feed
+from cond_diffusion.data.sources import open_source
+from cond_diffusion.data.stream import CaptionedStream
+from cond_diffusion.diffusion.objective import Objective
+from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
-from cond_diffusion.feed import ShuffledSet, ahead, open_feed
-from cond_diffusion.latents import Patches
-from cond_diffusion.objective import Objective
-from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.sources import open_source
-from cond_diffusion.stream import CaptionedStream
-from cond_diffusion.text import TextEncoder
-from cond_diffusion.training import train
+from cond_diffusion.models.latents import Patches
+from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.pipeline.checkpoint import checkpoints
+from cond_diffusion.training.batches import Batches
+from cond_diffusion.training.trainer import train
 
 COUNT = 90
 TINY = [

@@ -3,10 +3,10 @@ import torch
 from accelerate import Accelerator
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from cond_diffusion import contexts
-from cond_diffusion.contexts import context_table
+from cond_diffusion.data import contexts
+from cond_diffusion.data.contexts import context_table
 from cond_diffusion.errors import UserError
-from cond_diffusion.text import TextEncoder
+from cond_diffusion.models.text_encoder import TextEncoder
 
 
 @pytest.fixture(scope="module")

@@ -21,18 +21,23 @@ from accelerate import DistributedType
 from conftest import ROOT, SIDE, bar, metrics, weights
 from safetensors.torch import load_file
 
-from cond_diffusion import TextToImage, batches, checkpoint, pipeline, reporting, saving, training, training_state
-from cond_diffusion.building import complete_unet_config, new_unet
-from cond_diffusion.check import bytes_kept
-from cond_diffusion.checkpoint import RunLock, checkpoints, damage, save_checkpoint
-from cond_diffusion.config import Config, TrainConfig, load_config
-from cond_diffusion.data import load_captioned_images
+from cond_diffusion import TextToImage
+from cond_diffusion.config.run import Config, TrainConfig, load_config
+from cond_diffusion.config.schedule import ScheduleConfig
+from cond_diffusion.data.dataset import load_captioned_images
+from cond_diffusion.data.loader import ShuffledSet
+from cond_diffusion.diffusion.objective import ObjectiveConfig
 from cond_diffusion.errors import UserError
-from cond_diffusion.feed import ShuffledSet
-from cond_diffusion.latents import Patches
-from cond_diffusion.objective import ObjectiveConfig
-from cond_diffusion.schedule_config import ScheduleConfig
-from cond_diffusion.training import learning_rate, make_accelerator, train
+from cond_diffusion.models.latents import Patches
+from cond_diffusion.pipeline import checkpoint
+from cond_diffusion.pipeline import text_to_image as pipeline
+from cond_diffusion.pipeline.checkpoint import RunLock, checkpoints, damage, save_checkpoint
+from cond_diffusion.training import batches, reporting, saving
+from cond_diffusion.training import state as training_state
+from cond_diffusion.training import trainer as training
+from cond_diffusion.training.building import complete_unet_config, new_unet
+from cond_diffusion.training.preflight import bytes_kept
+from cond_diffusion.training.trainer import learning_rate, make_accelerator, train
 
 
 def changed(config: Config, **train_changes: object) -> Config:

@@ -9,8 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from cond_diffusion import UNet, UNetConfig
+from cond_diffusion.config.unet import from_diffusers, to_diffusers
 from cond_diffusion.errors import UserError
-from cond_diffusion.unet_config import from_diffusers, to_diffusers
 
 SMALL = UNetConfig(channels=(16, 32), num_groups=8, num_heads=2, in_channels=1, sample_size=8, context_dim=12)
 CONFIGS = {

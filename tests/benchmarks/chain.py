@@ -8,9 +8,9 @@ import time
 
 from measuring import hardware
 
-from cond_diffusion.config import checkpoint_config
-from cond_diffusion.judging import Judging, Sampling
-from cond_diffusion.pipeline import TextToImage
+from cond_diffusion.config.run import checkpoint_config
+from cond_diffusion.evaluation.evaluator import Judging, Sampling
+from cond_diffusion.pipeline.text_to_image import TextToImage
 
 
 def main() -> None:

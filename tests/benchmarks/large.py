@@ -17,10 +17,10 @@ from measuring import free_gb, hardware, peak_memory_gb
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cond_diffusion.check import check
-from cond_diffusion.commands import CONFIGS
-from cond_diffusion.config import Config, load_config
-from cond_diffusion.text import BUILT_IN_ENCODER
+from cond_diffusion.cli.main import CONFIGS
+from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER
+from cond_diffusion.training.preflight import check
 
 PICTURES = 16
 # What is trained: key=value words beside the config's own, and the GB of memory that it needs at least.

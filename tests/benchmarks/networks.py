@@ -17,14 +17,14 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from measuring import flop, hardware, memory_gb, peak_flop_per_second, peak_memory_gb, seconds
 from torch.nn import functional as F
 
-from cond_diffusion.guidance import GuidanceConfig, guided
-from cond_diffusion.objective import Objective, ObjectiveConfig
-from cond_diffusion.prediction import denoiser
-from cond_diffusion.sampler_config import SamplerConfig
-from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.schedule_config import ScheduleConfig
-from cond_diffusion.unet import UNet
-from cond_diffusion.unet_config import UNetConfig, to_diffusers
+from cond_diffusion.config.schedule import ScheduleConfig
+from cond_diffusion.config.unet import UNetConfig, to_diffusers
+from cond_diffusion.diffusion.guidance import GuidanceConfig, guided
+from cond_diffusion.diffusion.objective import Objective, ObjectiveConfig
+from cond_diffusion.diffusion.prediction import denoiser
+from cond_diffusion.diffusion.sampler_config import SamplerConfig
+from cond_diffusion.diffusion.schedule import NoiseSchedule
+from cond_diffusion.models.unet import UNet
 
 SIZES = {
     # name: (the network, batch of a training step, pictures that are drawn at once, tokens)

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
-from cond_diffusion.config import checkpoint_config
-from cond_diffusion.judging import Judging, Sampling
-from cond_diffusion.objective import Loss, TimestepDensity
-from cond_diffusion.pipeline import TextToImage
-from cond_diffusion.prediction import PredictionKind
+from cond_diffusion.config.run import checkpoint_config
+from cond_diffusion.diffusion.objective import Loss, TimestepDensity
+from cond_diffusion.diffusion.prediction import PredictionKind
+from cond_diffusion.evaluation.evaluator import Judging, Sampling
+from cond_diffusion.pipeline.text_to_image import TextToImage
 
 ROOT = Path(__file__).parent.parent.parent
 

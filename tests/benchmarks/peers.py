@@ -27,11 +27,11 @@ from measuring import hardware
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from cond_diffusion.config import Config, load_config
-from cond_diffusion.data import CaptionedImages
-from cond_diffusion.judging import Judging, Sampling
-from cond_diffusion.pictures import to_bytes, to_model
-from cond_diffusion.pipeline import TextToImage
+from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.data.dataset import CaptionedImages
+from cond_diffusion.evaluation.evaluator import Judging, Sampling
+from cond_diffusion.images import to_bytes, to_model
+from cond_diffusion.pipeline.text_to_image import TextToImage
 
 ROOT = Path(__file__).parent.parent.parent
 FAST = ROOT / "configs" / "mnist_fast.yaml"

@@ -13,17 +13,17 @@ from pathlib import Path
 
 from measuring import finished, hardware
 
-from cond_diffusion.batches import Batches
-from cond_diffusion.building import new_optimizer, new_unet
-from cond_diffusion.config import Config, load_config
-from cond_diffusion.contexts import context_table
-from cond_diffusion.feed import open_feed
-from cond_diffusion.latents import latent_space
-from cond_diffusion.objective import Objective
-from cond_diffusion.schedule import NoiseSchedule
-from cond_diffusion.text import TextEncoder
-from cond_diffusion.training import make_accelerator
-from cond_diffusion.training_state import TrainingState
+from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.data.contexts import context_table
+from cond_diffusion.data.loader import open_feed
+from cond_diffusion.diffusion.objective import Objective
+from cond_diffusion.diffusion.schedule import NoiseSchedule
+from cond_diffusion.models.latents import latent_space
+from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.training.batches import Batches
+from cond_diffusion.training.building import new_optimizer, new_unet
+from cond_diffusion.training.state import TrainingState
+from cond_diffusion.training.trainer import make_accelerator
 
 
 class Clock:

@@ -1,0 +1,1 @@
+"""Captioned images in a fixed order."""

@@ -1,0 +1,1 @@
+"""The mathematics: schedule, prediction, loss, samplers, guidance."""

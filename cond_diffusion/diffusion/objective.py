@@ -1,0 +1,140 @@
+"""What training minimises. Three choices, kept apart: what the network predicts, how the loss weighs the timesteps, and
+how often each of them is drawn.
+
+Whatever the network predicts, its loss is the squared error of x_0_hat times a weight of the timestep, a function of
+the signal-to-noise ratio. What is called "the epsilon loss" is one of those weights:
+
+    name               weight                       source
+    epsilon            snr                          Ho et al. 2020, eq. 14
+    sample             1                            the picture's own squared error
+    v_prediction       snr + 1                      Salimans and Ho 2022, section 4
+    min_snr            min(snr, min_snr_gamma)      Hang et al. 2023, section 3.4
+    variational_bound  (snr_{t-1} - snr_t) / 2      Kingma et al. 2021, eq. 14: the likelihood's own
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from cond_diffusion.diffusion.prediction import Prediction, PredictionKind
+from cond_diffusion.diffusion.schedule import NoiseSchedule
+from cond_diffusion.errors import UserError
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t, t, context) -> what the network predicts, for a batch with a timestep each."""
+
+Loss = Literal["epsilon", "sample", "v_prediction", "min_snr", "variational_bound"]
+TimestepDensity = Literal["uniform", "logit_normal", "loss_weight"]
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """prediction, loss: see `prediction.py` and above.
+
+    min_snr_gamma: gamma of the loss min_snr.
+    timesteps: which t training draws more often, the loss being divided by the density, so that its mean over t stays
+        what it is and only its variance changes: "uniform"; "logit_normal", those in the middle (Esser et al. 2024, eq.
+        19, with m = 0 and s = 1); "loss_weight", those that the loss weighs most.
+    """
+
+    prediction: PredictionKind = "epsilon"
+    loss: Loss = "epsilon"
+    min_snr_gamma: float = 5.0
+    timesteps: TimestepDensity = "uniform"
+
+    def __post_init__(self) -> None:
+        if not self.min_snr_gamma > 0:
+            raise UserError(f"objective.min_snr_gamma: {self.min_snr_gamma} must be above 0")
+
+
+class Objective:
+    """The loss of one config under one schedule, as a table of weights and a density of timesteps, in float64.
+
+    Raises UserError for a loss that gives the last timestep no weight, where no signal is left there: sampling begins
+    with an answer that was never trained.
+    """
+
+    def __init__(self, config: ObjectiveConfig, schedule: NoiseSchedule) -> None:
+        self.schedule = schedule
+        self.prediction = Prediction(config.prediction, schedule)
+        every_t = torch.arange(schedule.num_timesteps)
+        # The error of x_0_hat, seen from the output: there nothing cancels, however little signal x_t holds.
+        weight = _weight(config, schedule) * self.prediction.x_0_error(every_t) ** 2
+        if weight[-1] == 0:
+            raise UserError(
+                f"objective.loss: {config.loss} gives the last timestep no weight where the schedule leaves no signal "
+                "there (schedule.zero_terminal_snr, or a last beta of 1); expected v_prediction or sample"
+            )
+        # One factor for all t changes what `train.max_grad_norm` means, and nothing else; a mean of 1 keeps the losses
+        # of all objectives near each other.
+        self.weight = weight / weight.mean()
+        self.density = _density(config.timesteps, self.weight)
+        self.importance = 1 / (self.density * schedule.num_timesteps)  # of one draw, so that the mean stays what it is
+
+    def timesteps_at(self, places: Float[Tensor, " b"]) -> Int64[Tensor, " b"]:
+        """Turn numbers drawn uniformly from 0 to 1 into timesteps drawn from the density.
+
+        On the CPU, where the tables are: looking them up then waits for no accelerator.
+        """
+        return torch.searchsorted(self.density.cumsum(0), places).clamp(max=self.schedule.num_timesteps - 1)
+
+    def loss(
+        self,
+        network: Network,
+        x_0: Float[Tensor, "b *chw"],
+        t: Int64[Tensor, " b"],
+        eps: Float[Tensor, "b *chw"],
+        context: Float[Tensor, "b l d"],
+    ) -> Float[Tensor, ""]:
+        """Return the mean of the examples' losses, each divided by how likely its t is drawn."""
+        losses = self.losses(network, x_0, t, eps, context)
+        return (self.importance[t.cpu()].to(losses) * losses).mean()
+
+    def losses(
+        self,
+        network: Network,
+        x_0: Float[Tensor, "b *chw"],
+        t: Int64[Tensor, " b"],
+        eps: Float[Tensor, "b *chw"],
+        context: Float[Tensor, "b l d"],
+    ) -> Float[Tensor, " b"]:
+        """Return weight_t (target - output(x_t, t, context))^2 for each example, x_t being x_0 with eps."""
+        output = network(self.schedule.q_sample(x_0, t, eps), t.to(x_0.device), context)
+        error = (output - self.prediction.of(x_0, eps, t)).square().flatten(1).mean(1)
+        return self.weight[t.cpu()].to(error) * error
+
+
+def _weight(config: ObjectiveConfig, schedule: NoiseSchedule) -> Float[Tensor, " T"]:
+    """Return the weight of the squared error of x_0_hat at every t, up to one factor for all."""
+    snr = schedule.snr
+    match config.loss:
+        case "epsilon":
+            return snr
+        case "sample":
+            return torch.ones_like(snr)
+        case "v_prediction":
+            return snr + 1
+        case "min_snr":
+            return snr.clamp(max=config.min_snr_gamma)
+        case "variational_bound":
+            # Behind t = 0 stands the decoder, a Gaussian around x_0_hat (`NoiseSchedule.decoder_variance`).
+            decoder = torch.tensor([1 / schedule.decoder_variance], dtype=snr.dtype)
+            return torch.cat([decoder, snr[:-1] - snr[1:]]) / 2
+
+
+def _density(kind: TimestepDensity, weight: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """Return how likely each t is drawn. Half of every density is uniform, so no loss is multiplied by more than 2."""
+    match kind:
+        case "uniform":
+            density = torch.ones_like(weight)
+        case "logit_normal":
+            share = (torch.arange(len(weight), dtype=weight.dtype) + 0.5) / len(weight)
+            density = torch.exp(-(share.logit() ** 2) / 2) / (share * (1 - share))
+        case "loss_weight":
+            density = weight
+    uniform = torch.full_like(weight, 1 / len(weight))
+    return (density / density.sum() + uniform) / 2

@@ -1,0 +1,1 @@
+"""Prompt in, images out; and the folders on disk."""

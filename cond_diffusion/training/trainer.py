@@ -1,0 +1,308 @@
+"""Training: the loop, and what begins and ends it."""
+
+import logging
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator, DistributedType
+from jaxtyping import Float
+from torch import Tensor
+
+from cond_diffusion.config.run import Config, TrainConfig
+from cond_diffusion.data.contexts import Contexts, context_table
+from cond_diffusion.data.dataset import open_captioned_files
+from cond_diffusion.data.latent_set import latent_set
+from cond_diffusion.data.loader import Feed, ShuffledSet, open_feed
+from cond_diffusion.data.stream import CaptionedStream
+from cond_diffusion.device import has_bf16, keep_memory, share_cores
+from cond_diffusion.diffusion.objective import Objective
+from cond_diffusion.diffusion.schedule import NoiseSchedule
+from cond_diffusion.errors import UserError
+from cond_diffusion.models.latents import LatentSpace, Patches, latent_space
+from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.models.unet import UNet
+from cond_diffusion.pipeline.checkpoint import RunLock, checkpoint_of, checkpoints
+from cond_diffusion.pipeline.text_to_image import TextToImage
+from cond_diffusion.training.batches import Batches, MicroBatch, samples_per_step
+from cond_diffusion.training.building import complete_unet_config, in_words, new_optimizer, new_unet
+from cond_diffusion.training.fine_tuning import adopted, text_encoder_of
+from cond_diffusion.training.interruption import Interruption
+from cond_diffusion.training.reporting import Reporter, check_tracker
+from cond_diffusion.training.resuming import acquire, check_config, find_run, go_on, make_run
+from cond_diffusion.training.saving import Saver
+from cond_diffusion.training.state import TrainingState
+from cond_diffusion.training.validation import Diagnosis
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config) -> Path:
+    """Train as `config` says, or go on with a run; return the newest checkpoint's folder.
+
+    Raises UserError where that cannot be, or where another process is training into the run's folder.
+    """
+    accelerator = make_accelerator(config)
+    with RunLock(Path(config.run_dir)) as lock:
+        if config.resume and lock.run_dir.is_dir():
+            acquire(lock, accelerator)  # before the checkpoint is read: nobody rotates it away
+        return _train(config, lock, accelerator)
+
+
+def _train(config: Config, lock: RunLock, accelerator: Accelerator) -> Path:
+    run_dir, newest = find_run(config, aloud=accelerator.is_main_process)
+    config, weights = adopted(config, newest)
+    if newest is not None:
+        check_config(config, newest, aloud=accelerator.is_main_process)
+    space = latent_space(config.latent, newest).to(accelerator.device)
+    text_encoder = text_encoder_of(config, newest).to(accelerator.device)
+    complete_unet_config(config, text_encoder.context_dim, space)  # refuses before hours of encoding pictures
+    feed = _feed(config, space, accelerator)
+    contexts = contexts_of(feed, text_encoder, accelerator)
+    objective = Objective(config.objective, NoiseSchedule(config.schedule))
+
+    unet = new_unet(config, text_encoder.context_dim, space, weights).to(accelerator.device)
+    network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
+    state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train.ema_width, accelerator)
+    per_step = samples_per_step(config, accelerator)
+    if accelerator.is_main_process and weights is not None:
+        logger.info("%s", in_words(unet))
+    start, held_out_loss = 0, None
+    if newest is not None:
+        start, held_out_loss = go_on(newest, state, feed, per_step, aloud=accelerator.is_main_process)
+    with torch.device("meta"):  # without weights, but for the moments when it draws
+        pipe = TextToImage(UNet(unet.config), text_encoder, objective.prediction, space)
+    make_run(lock, config, newest, start, accelerator)
+
+    diagnosis = Diagnosis(config, feed, contexts, objective, space)
+    batches = Batches(config, feed, contexts, objective, accelerator, start, space)
+    reporter = Reporter(config, run_dir, start, per_step, accelerator)
+    done, bad = start, 0
+    good: MicroBatch | None = None  # of the last step since the newest checkpoint that changed the weights
+    with Interruption(accelerator) as interruption, Saver(run_dir, config, pipe, state, accelerator) as saver:
+        for step in reporter.steps():
+            loss, batch = accumulate_gradients(network, batches, accelerator)
+            gradient_norm: Any = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
+            rate = learning_rate(config.train, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            # The same on all processes, which have exchanged their gradients.
+            bad = 0 if torch.isfinite(gradient_norm) else bad + 1
+            if bad:
+                _skip(step, bad, batches, optimizer, accelerator)
+            else:
+                optimizer.step()
+                state.update_averages(step + 1)
+                good = batch
+            optimizer.zero_grad()
+
+            done = step + 1
+            reporter.log(done, loss, gradient_norm, rate)
+            interrupted = interruption.noted() and done < config.train.max_steps
+            leaving = interrupted or done == config.train.max_steps
+            if not interrupted:  # before the checkpoint, behind which a resumed run goes on
+                found = _look(done, config, diagnosis, reporter, state, pipe, accelerator)
+                held_out_loss = held_out_loss if found is None else found
+            checkpoint_due = leaving or _is_due(done, config.train.checkpoint_every)
+            snapshot_due = is_snapshot_due(config.train, done, leaving)
+            if (checkpoint_due or snapshot_due) and _worth_saving(done, good, state, batches, accelerator):
+                progress = {"step": done, "samples_per_step": per_step, "held_out_loss": held_out_loss}
+                progress |= {**feed.progress(), **state.progress()}
+                saver.save(done, progress if checkpoint_due else None, snapshot=snapshot_due)
+                good = None if checkpoint_due else good
+            if leaving:
+                break
+        saver.finish(must=True)
+    accelerator.wait_for_everyone()
+    end_training(accelerator)
+    until_here = [path for path in checkpoints(run_dir) if path.name <= checkpoint_of(run_dir, done).name]
+    saved = until_here[-1] if until_here else None
+    if interruption.signal is not None and done < config.train.max_steps:
+        interruption.leave(done, saved)
+    return reporter.last_words(saved)
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Find out what there is to compute on, and set it up as the config says."""
+    check_tracker(config.track)
+    on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
+    if on_cpu:
+        share_cores()
+        keep_memory()
+    else:
+        torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.train.tf32
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=_precision(config.train, on_cpu),
+        log_with=config.track,
+        project_dir=config.run_dir,
+    )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("accelerate launch --use_fsdp: expected --fsdp_version 2 beside it")
+    if accelerator.distributed_type == DistributedType.FSDP and config.train.lora_rank:
+        raise UserError("train.lora_rank: LoRA leaves little to share out; expected no --use_fsdp")
+    if accelerator.distributed_type == DistributedType.FSDP and config.train.optimizer == "muon":
+        raise UserError("train.optimizer: muon needs whole matrices, which FSDP cuts up; expected adamw")
+    return accelerator
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Close the trackers, and on GPUs the connections between processes."""
+    if accelerator.device.type != "cpu":
+        accelerator.end_training()
+        return
+    # Gloo's connections close with the process. Closed here they can wait for ever: whoever closes them holds Python's
+    # lock and waits for gloo's threads, one of which may be waiting for the lock, to let go of the last tensor.
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def contexts_of(feed: Feed, text_encoder: TextEncoder, accelerator: Accelerator) -> Contexts:
+    """Return captions -> contexts: a table of all that a set has, or the encoder itself for a stream, whose captions
+    nobody knows in advance. Say how many captions are longer than the encoder reads.
+    """
+    if isinstance(feed, CaptionedStream):
+        return text_encoder
+    captions = feed.captions()
+    if accelerator.is_main_process and (cut := text_encoder.cut(captions)):
+        logger.warning(
+            "%d of %d captions are longer than text.max_length (%d tokens) and are cut, for example %r",
+            len(cut),
+            len(captions),
+            text_encoder.max_length,
+            cut[0],
+        )
+    return context_table(text_encoder, captions, accelerator)
+
+
+def _feed(config: Config, space: LatentSpace, accelerator: Accelerator) -> Feed:
+    """Return what training reads: the pictures, or their latents where a picture always has the same."""
+    if isinstance(space, Patches) or config.data.streaming:
+        return open_feed(config.data, config.seed, aloud=accelerator.is_main_process)
+    if config.data.flip or config.data.crop == "random":
+        if accelerator.is_main_process:
+            logger.warning("data.flip or data.crop=random: latents cannot be kept, and are computed for each batch")
+        return open_feed(config.data, config.seed, aloud=accelerator.is_main_process)
+    files = open_captioned_files(config.data, aloud=accelerator.is_main_process)
+    return ShuffledSet(latent_set(files, space, accelerator), config.seed, config.data.held_out)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rise linearly over `warmup_steps`, then stay, or fall to 0 at `max_steps`: all the way along half a cosine, or in
+    a straight line over the last `decay_steps` (Hu et al. 2024, "MiniCPM", section 4).
+
+    A function of the step alone: no scheduler's state can be lost, or be stepped once for each process.
+    """
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    match config.learning_rate_schedule:
+        case "constant":
+            decay = 1.0
+        case "cosine":
+            left = max(1, config.max_steps - config.warmup_steps)
+            decay = (1 + math.cos(math.pi * max(0, step - config.warmup_steps) / left)) / 2
+        case "warmup_stable_decay":
+            decay = min(1.0, (config.max_steps - step) / (config.decay_steps + 1))
+    return config.learning_rate * warmup * decay
+
+
+def accumulate_gradients(
+    network: Any, batches: Batches, accelerator: Accelerator
+) -> tuple[Float[Tensor, ""], MicroBatch]:
+    """Add up the gradients of the next step's micro-batches; return their mean loss on this process, and the last."""
+    total, batch = torch.zeros((), device=accelerator.device), None
+    for i, batch in enumerate(batches.next_step()):
+        # Processes exchange gradients once a step, with the last micro-batch.
+        with nullcontext() if i == batches.rounds - 1 else accelerator.no_sync(network):
+            loss = batches.objective.loss(network, batch.x_0, batch.t, batch.eps, batch.context)
+            accelerator.backward(loss / batches.rounds)
+        total += loss.detach() / batches.rounds
+    assert batch is not None  # a step has at least one
+    return total, batch
+
+
+def is_snapshot_due(config: TrainConfig, done: int, leaving: bool) -> bool:
+    """Say whether `done` is one of the `snapshots` steps that lie evenly over the run, or the last that there is."""
+    return (
+        config.snapshots > 0
+        and not config.lora_rank
+        and (leaving or _is_due(done, math.ceil(config.max_steps / config.snapshots)))
+    )
+
+
+def _look(
+    done: int,
+    config: Config,
+    diagnosis: Diagnosis,
+    reporter: Reporter,
+    state: TrainingState,
+    pipe: TextToImage,
+    accelerator: Accelerator,
+) -> float | None:
+    """Measure and draw what is due; the processes share the work. Return the held-out loss, where it was measured and
+    is finite.
+    """
+    evaluating = _is_due(done, config.train.evaluate_every)
+    drawing = bool(config.sample.prompts) and _is_due(done, config.train.sample_every)
+    if not (evaluating or drawing):
+        return None
+    loss = math.nan
+    with state.average_in(pipe):
+        if evaluating and (findings := diagnosis.measure(pipe.unet, accelerator)):
+            reporter.tell(done, findings)
+            loss = findings.true_caption
+        if drawing:
+            reporter.draw(done, pipe)
+    return loss if math.isfinite(loss) else None
+
+
+def _worth_saving(
+    done: int,
+    good: MicroBatch | None,
+    state: TrainingState,
+    batches: Batches,
+    accelerator: Accelerator,
+) -> bool:
+    """Say whether training can go on from the weights: whether a step has changed them since the newest checkpoint, and
+    whether they, their averages, and their loss on that step's batch (`good`) are finite. All processes must call this.
+
+    A single step at too high a learning rate leaves weights that are finite, and a loss that is not.
+    """
+    if good is None:
+        problem = "no step since the last one had finite gradients"
+    else:
+        loss = batches.objective.loss(state.unet, good.x_0, good.t, good.eps, good.context)
+        finite = torch.tensor([bool(loss.isfinite()) and state.is_finite()], device=accelerator.device)
+        problem = None if cast(Tensor, accelerator.gather(finite)).all() else "weights or loss are not finite"
+    if problem and accelerator.is_main_process:
+        logger.warning("step %d: no checkpoint is written: %s", done, problem)
+    return problem is None
+
+
+def _skip(step: int, bad: int, batches: Batches, optimizer: Any, accelerator: Accelerator) -> None:
+    """Say which samples gave gradients that are not finite; raise UserError when there were too many such steps."""
+    if accelerator.scaler is not None:
+        optimizer.step()  # changes no weights, but lowers the factor of the loss, which is what fp16 mostly wants
+    if accelerator.is_main_process:
+        names = batches.names_of_step(step)
+        logger.warning("step %d has gradients that are not finite and is skipped; its samples: %s", step + 1, names)
+    if bad >= batches.config.train.max_bad_steps:
+        raise UserError(
+            f"train.max_bad_steps: {bad} steps in a row, up to step {step + 1}, had gradients that are not finite; the "
+            "newest checkpoint is from before them; try a lower train.learning_rate"
+        )
+
+
+def _is_due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def _precision(config: TrainConfig, on_cpu: bool) -> str:
+    """Return the mixed precision to use: without instructions for it a CPU is many times slower than in fp32."""
+    wanted = config.mixed_precision
+    if not on_cpu or wanted == "no" or (wanted == "bf16" and has_bf16()):
+        return wanted
+    logger.warning("train.mixed_precision=%s: this CPU has no instructions for it; training in fp32", wanted)
+    return "no"
