@@ -1,67 +1,86 @@
-"""The config of the data: which pictures, what they are called, and what is done to them on the way in."""
+"""Which images a run is trained on, their captions, and how they are preprocessed. Imports no torch."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from PIL import ImageColor
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
+from cond_diffusion.config.schema import section
 from cond_diffusion.errors import UserError
-from cond_diffusion.images import PILLOW_MODES
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# The captions that a built-in source brings along: column, templates, names of its labels.
+BUILT_IN_CAPTIONS: dict[str, dict[str, Any]] = {
+    "mnist": {
+        "caption_column": "label",
+        "caption_templates": (
+            *("a digit {word}", "the digit {word}", "the number {word}", "the number {digit}", "a digit {digit}"),
+            *("a handwritten {word}", "a handwritten {digit}", "a handwritten digit {word}", "a picture of a {word}"),
+            *("a drawing of the number {word}", "{word}", "{digit}"),
+        ),
+        "label_names": {"word": [*DIGITS], "digit": [*map(str, range(10))]},
+    }
+}
 
 
+@section("data")
 @dataclass(frozen=True)
 class DataConfig:
-    """Which pictures, and what they are called.
-
-    source: a built-in name ("mnist"), a folder (pictures with metadata, pictures with name.txt beside name.png, Parquet
-        files, or WebDataset tars), a Parquet file, a tar, or a hub id.
-    streaming: read the source from front to back, as it comes, without a copy on this disk; samples are shuffled among
-        `shuffle_buffer` that lie next to each other, and the files among themselves.
-    image_column, caption_column: the columns that hold the pictures and their captions (text, a list of texts, or a
-    label). In a tar a column is a file's ending: png, txt.
-    resolution, channels: the pictures' side in pixels; 1 for grey or 3 for RGB.
-    crop: of what is longer than wide, or wider than long: its centre, or another place each time.
-    flip: mirror half of the pictures, left to right, others each time.
-    caption_templates: where the caption column is a label, the captions made of it: "a digit {word}" names a list of
-        `label_names`; "{label}" is the name that the data set itself gives the label.
-    label_names: for each word in braces, the label's name by its number.
-    background: the colour, a name or #rrggbb, that transparent pictures are laid on.
-    max_bad_fraction: the share of pictures that may be unreadable; they are left out, another taking their place.
-    memory_gb: up to which size the decoded pictures are held in memory by each process; larger sets, and those that are
-        cropped at random, are decoded again for each batch.
-    held_out: how many pictures are not trained on, but measured on; at most one in twenty.
-    """
-
-    source: str = "mnist"
-    streaming: bool = False
-    shuffle_buffer: int = 1000
-    image_column: str = "image"
-    caption_column: str = "text"
-    resolution: int = 28
-    channels: int = 1
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False
-    caption_templates: tuple[str, ...] = ()
-    label_names: dict[str, list[str]] = field(default_factory=dict)
-    background: str = "black"
-    max_bad_fraction: float = 0.01
-    memory_gb: float = 4.0
-    held_out: int = 512
+    source: str = Field(
+        default="mnist",
+        description="`mnist`, a folder (images with metadata, `a.txt` beside `a.png`, Parquet files, WebDataset tars), "
+        "a `.parquet` or `.tar` file, or a hub id",
+    )
+    streaming: bool = Field(default=False, description="read the source sequentially, without a copy on this disk")
+    shuffle_buffer: Annotated[int, Field(ge=1)] = Field(
+        default=1000, description="rows of a stream that are shuffled among each other"
+    )
+    image_column: str = Field(default="image", description="column with the images; in a tar the file's ending: `png`")
+    caption_column: str = Field(
+        default="text", description="column with the captions: texts, lists of texts, or labels"
+    )
+    resolution: Annotated[int, Field(ge=1)] = Field(
+        default=28, description="side in pixels; the short side is resized to it, the rest cropped"
+    )
+    channels: int = Field(default=1, description="1 for grey, 3 for RGB")
+    crop: Literal["center", "random"] = Field(
+        default="center", description="where to crop: `center`, or `random` each time"
+    )
+    flip: bool = Field(default=False, description="mirror half of the images at random")
+    caption_templates: tuple[str, ...] = Field(
+        default=(), description="for labels: captions such as `a digit {word}`; one is picked at random each time"
+    )
+    label_names: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="for each word in braces, the labels' names by number; `{label}` is the data set's own name",
+    )
+    background: str = Field(default="black", description="color that transparent images are composited on")
+    max_bad_fraction: float = Field(
+        default=0.01, ge=0, le=1, description="share of images that may be unreadable; skipped"
+    )
+    memory_gb: float = Field(
+        default=4.0,
+        ge=0,
+        description="decoded images up to this size are held in memory by each process; not with random crops",
+    )
+    held_out: Annotated[int, Field(ge=0)] = Field(
+        default=512, description="images that are held out for validation; at most one in twenty, of a stream 64"
+    )
 
     def __post_init__(self) -> None:
-        if self.channels not in PILLOW_MODES:
-            raise UserError(f"data.channels: {self.channels} must be 1 (grey) or 3 (RGB)")
-        for name in ("resolution", "shuffle_buffer"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name}: {getattr(self, name)} must be at least 1")
-        for name in ("memory_gb", "held_out"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"data.{name}: {getattr(self, name)} must not be negative")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(f"data.max_bad_fraction: {self.max_bad_fraction} is a share: expected 0 to 1")
+        if self.channels not in (1, 3):
+            raise UserError(f"data.channels: {self.channels}; expected 1 (grey) or 3 (RGB)")
         try:
             ImageColor.getrgb(self.background)
         except ValueError as error:
             raise UserError(
-                f"data.background: {self.background!r} is no colour; expected a name such as white, or #rrggbb"
+                f"data.background: {self.background!r} is not a color; expected a name such as white, or #rrggbb"
             ) from error
+
+    def with_captions(self) -> "DataConfig":
+        """Return the config with the captions of a built-in source, unless it gives captions of its own."""
+        if (self.caption_column, self.caption_templates, self.label_names) == ("text", (), {}):
+            return replace(self, **BUILT_IN_CAPTIONS.get(self.source, {}))
+        return self

@@ -4,9 +4,12 @@ What other schedulers of diffusers keep of a schedule is read as well: which of 
 and that is chosen anew for each picture here.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from cond_diffusion.config.schema import from_json, section
 from cond_diffusion.errors import UserError, refuse_other_values
 
 BetaSchedule = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
@@ -17,36 +20,32 @@ Variance = Literal["posterior", "beta"]
 MOST_TIMESTEPS = 1_000_000
 
 
+@section("schedule")
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The variances that the steps add, and how sampling goes back over them.
-
-    beta_schedule: how beta rises from beta_start to beta_end over num_timesteps: "linear" (Ho et al. 2020, section 4),
-        "scaled_linear" (the square root of beta does, as in Stable Diffusion), "sigmoid"; or "cosine", where alpha_bar
-        itself falls along a squared cosine and the two ends do not count (Nichol and Dhariwal 2021, eq. 17).
-    betas: a list of them, in the place of all that.
-    zero_terminal_snr: bend the schedule so that no signal is left at T - 1 (Lin et al. 2023, algorithm 1).
-    spacing, steps_offset: which timesteps a shorter chain visits, see `NoiseSchedule.shorter_chain`; None leaves the
-        spacing to the sampler, see `SamplerConfig.timesteps`.
-    variance: of a step of ancestral sampling, the posterior's or beta itself, its lower and its upper bound (Ho et al.
-        2020, section 3.2).
-    clip_x_0: whether sampling keeps x_0_hat in [-1, 1], the range of pixels.
-    """
-
-    num_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    beta_schedule: BetaSchedule = "linear"
-    betas: tuple[float, ...] = ()
-    zero_terminal_snr: bool = False
-    spacing: Spacing | None = "trailing"
-    steps_offset: int = 0
-    variance: Variance = "posterior"
-    clip_x_0: bool = True
+    num_timesteps: int = Field(default=1000, ge=1, le=MOST_TIMESTEPS, description="T, the number of timesteps")
+    beta_start: float = Field(default=1e-4, description="beta of the first step")
+    beta_end: float = Field(default=0.02, description="beta of the last step")
+    beta_schedule: BetaSchedule = Field(
+        default="linear",
+        description="how beta rises: `linear` (Ho et al. 2020), `scaled_linear` (Stable Diffusion's), `sigmoid`; or "
+        "`cosine` (Nichol and Dhariwal 2021, eq. 17)",
+    )
+    betas: tuple[float, ...] = Field(default=(), description="a list of them, in place of the above")
+    zero_terminal_snr: bool = Field(
+        default=False,
+        description="leave no signal at the last timestep (Lin et al. 2023); for `v_prediction` and `sample`",
+    )
+    spacing: Spacing | None = Field(
+        default="trailing",
+        description="which timesteps fewer steps visit: `trailing`, `leading`, `linspace`; `null`: as diffusers' "
+        "scheduler of the sampler does by default",
+    )
+    steps_offset: int = Field(default=0, ge=0, description="offset of `leading`")
+    variance: Variance = Field(default="posterior", description="variance of a DDPM step: `posterior` or `beta`")
+    clip_x_0: bool = Field(default=True, description="clip x_0_hat to [-1, 1] while sampling")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_timesteps <= MOST_TIMESTEPS:
-            raise UserError(f"schedule.num_timesteps: {self.num_timesteps} must lie between 1 and {MOST_TIMESTEPS}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(
                 f"schedule.beta_start, schedule.beta_end: {self.beta_start} and {self.beta_end}; "
@@ -62,13 +61,11 @@ class ScheduleConfig:
             if not (0 < beta < 1 or (beta == 1 and at_the_end)):
                 raise UserError(f"schedule.betas: number {t} is {beta}; expected above 0 and below 1, or 1 at the end")
         if self.zero_terminal_snr and self.num_timesteps < 2:
-            raise UserError("schedule.zero_terminal_snr: a chain of one step cannot end in pure noise; expected more")
-        if self.steps_offset < 0:
-            raise UserError(f"schedule.steps_offset: {self.steps_offset} must not be negative")
+            raise UserError("schedule.zero_terminal_snr: needs at least 2 timesteps, got 1")
         if self.steps_offset and self.spacing not in READING_OFFSET:
             raise UserError(
-                f"schedule.steps_offset: {self.steps_offset} means nothing to schedule.spacing={self.spacing}; "
-                "it belongs to leading"
+                f"schedule.steps_offset: {self.steps_offset} applies only to schedule.spacing=leading, "
+                f"not to {self.spacing}"
             )
 
 
@@ -154,11 +151,7 @@ def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
         ours["num_timesteps"] = len(ours["betas"])
     if fields:
         raise UserError(f"scheduler config: {min(fields)} is not a field that this schedule knows")
-    for name, value in ours.items():
-        expected = type(getattr(ScheduleConfig, name))
-        if not isinstance(value, (int, float) if expected is float else expected):
-            raise UserError(f"scheduler config: {name}: {value!r} is no {expected.__name__}")
-    return ScheduleConfig(**ours, spacing=spacing)
+    return from_json(ScheduleConfig, {**ours, "spacing": spacing}, "scheduler config")
 
 
 def _translate(fields: dict[str, Any], key: str, names: dict[str, str], default: str) -> str:

@@ -3,57 +3,52 @@
 `to_diffusers` and `from_diffusers` are the only place that knows both.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from cond_diffusion.config.schema import from_json, section
 from cond_diffusion.errors import UserError, refuse_other_values
 
 
+@section("unet")
 @dataclass(frozen=True)
 class UNetConfig:
-    """The network's shape. Levels are counted from the highest resolution; each halves height and width.
+    """The network's shape. Levels are counted from the highest resolution; each halves height and width."""
 
-    channels: the width of each level; their number is the number of levels.
-    attention: whether each level attends to itself and to the text; the middle always does.
-    num_heads: of attention, one number for all levels or one for each.
-    blocks_per_level: residual blocks of each level on the way down; there is one more on the way up.
-    num_groups, norm_eps: of the group norms.
-    linear_projection: whether the layers around a transformer block are stored as linear or as 1 x 1 convolutions.
-    in_channels, sample_size, context_dim: what comes in: channels and side of x_t, width of the context. Training
-        fills them in from the data and the text encoder.
-    """
-
-    channels: tuple[int, ...] = (32, 64)
-    attention: tuple[bool, ...] = (False, True)
-    num_heads: int | tuple[int, ...] = 4
-    blocks_per_level: int = 1
-    num_groups: int = 32
-    norm_eps: float = 1e-5
-    linear_projection: bool = False
-    in_channels: int | None = None
-    sample_size: int | None = None
-    context_dim: int | None = None
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(32, 64), min_length=1, description="width of each level, the highest resolution first"
+    )
+    attention: tuple[bool, ...] = Field(
+        default=(False, True), description="whether each level has self- and cross-attention; the middle always has"
+    )
+    num_heads: int | tuple[int, ...] = Field(
+        default=4, description="attention heads: one number, or one for each level"
+    )
+    blocks_per_level: int = Field(
+        default=1, ge=1, description="residual blocks on the way down; one more on the way up"
+    )
+    num_groups: int = Field(default=32, ge=1, description="groups of the group norms")
+    norm_eps: float = Field(default=1e-5, gt=0, description="epsilon of the group norms")
+    linear_projection: bool = Field(
+        default=False, description="store the projections around attention as linear layers, as Stable Diffusion 2 does"
+    )
+    in_channels: int | None = Field(default=None, description="channels of x_t; default: from the data")
+    sample_size: int | None = Field(default=None, description="side of x_t; default: from the data")
+    context_dim: int | None = Field(default=None, description="width of the text embeddings; default: from the encoder")
 
     def __post_init__(self) -> None:
-        if not self.channels or min(self.channels) < 1:
-            raise UserError(f"unet.channels: {list(self.channels)}; expected the width of each level, at least one")
-        if len(self.attention) != len(self.channels):
-            raise UserError(
-                f"unet.attention: {len(self.attention)} entries for the {len(self.channels)} of unet.channels"
-            )
-        if len(self.heads) != len(self.channels):
-            raise UserError(f"unet.num_heads: {len(self.heads)} entries for the {len(self.channels)} of unet.channels")
+        for name, values in (("attention", self.attention), ("num_heads", self.heads)):
+            if len(values) != len(self.channels):
+                raise UserError(f"unet.{name}: {len(values)} entries for the {len(self.channels)} of unet.channels")
         for width, heads in zip(self.channels, self.heads, strict=True):
-            if self.num_groups < 1 or width % self.num_groups:
+            if width % self.num_groups:
                 raise UserError(f"unet.channels: {width} must be divisible by unet.num_groups ({self.num_groups})")
             if heads < 1 or width % heads:
                 raise UserError(f"unet.channels: {width} must be divisible by its unet.num_heads ({heads})")
         if self.channels[0] % 2:
             raise UserError(f"unet.channels: {self.channels[0]} must be even: half of it are cosines of t, half sines")
-        if not self.norm_eps > 0:
-            raise UserError(f"unet.norm_eps: {self.norm_eps} must be above 0")
-        if self.blocks_per_level < 1:
-            raise UserError(f"unet.blocks_per_level: {self.blocks_per_level} must be at least 1")
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -154,18 +149,18 @@ def from_diffusers(fields: dict[str, Any]) -> UNetConfig:
     in_channels = take("in_channels", 4)
     if (out_channels := take("out_channels", 4)) != in_channels:
         raise refuse("out_channels", out_channels, in_channels)
-    config = UNetConfig(
-        channels=channels,
-        attention=attention,
-        num_heads=take("attention_head_dim", 8),
-        blocks_per_level=take_one("layers_per_block", 2),
-        num_groups=take("norm_num_groups", 32),
-        norm_eps=take("norm_eps", 1e-5),
-        linear_projection=take("use_linear_projection", False),
-        in_channels=in_channels,
-        sample_size=take_one("sample_size", None),
-        context_dim=take_one("cross_attention_dim", 1280),
-    )
+    ours = {
+        "channels": channels,
+        "attention": attention,
+        "num_heads": take("attention_head_dim", 8),
+        "blocks_per_level": take_one("layers_per_block", 2),
+        "num_groups": take("norm_num_groups", 32),
+        "norm_eps": take("norm_eps", 1e-5),
+        "linear_projection": take("use_linear_projection", False),
+        "in_channels": in_channels,
+        "sample_size": take_one("sample_size", None),
+        "context_dim": take_one("cross_attention_dim", 1280),
+    }
     if fields:
         raise UserError(f"UNet config: {min(fields)} is not a field that this UNet knows")
-    return config
+    return from_json(UNetConfig, ours, "UNet config")
