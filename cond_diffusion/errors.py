@@ -1,14 +1,8 @@
 """What a user can cause and mend: one clear line, and exit code 2 instead of a traceback."""
 
 import difflib
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterable
-from signal import SIGINT
+from collections.abc import Iterable
 from typing import Any
-
-from tqdm.auto import tqdm
 
 
 class UserError(ValueError):
@@ -46,34 +40,3 @@ def refuse_other_values(fields: dict[str, Any], only: dict[str, Any], where: str
     for key, expected in only.items():
         if (value := fields.pop(key, expected)) != expected:
             raise UserError(f"{where}: {key}: {value!r} is not supported; expected {expected!r}")
-
-
-class _BesideBars(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to standard error, above the progress bars that are there."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def command_line(main: Callable[[], None]) -> int:
-    """Run `main` as a command: bad input becomes one line and exit code 2, a signal 128 and its number (Ctrl-C 130)."""
-    # The hub's client announces each of its retries; that it cannot be reached is one line, and ours to say.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    ours = logging.getLogger("cond_diffusion")
-    ours.setLevel(logging.INFO)
-    on_screen = _BesideBars()
-    ours.addHandler(on_screen)
-    try:
-        main()
-    except UserError as error:
-        # Of several processes that all have the same to say, one says it.
-        if error.of_this_process or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interruption:
-        if os.environ.get("RANK", "0") == "0":
-            print(str(interruption) or "interrupted", file=sys.stderr)
-        return 128 + (interruption.signal if isinstance(interruption, Interrupted) else SIGINT)
-    finally:
-        ours.removeHandler(on_screen)
-    return 0

@@ -1,21 +1,14 @@
-"""Pictures: bytes outside, [-1, 1] inside; grids of them; and files that remember how they were drawn.
-
-A PNG that sample.py writes carries its settings in text chunks, one for each, in the form in which they are typed. So
-reading them back is reading a command line.
-"""
+"""Images: bytes outside, [-1, 1] inside; preprocessing, and grids of them."""
 
 import io
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from textwrap import wrap
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from cond_diffusion.errors import UserError, first_line
@@ -23,7 +16,6 @@ from cond_diffusion.errors import UserError, first_line
 PILLOW_MODES = {1: "L", 3: "RGB"}
 CANNOT_READ = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)  # Pillow's words
 LABEL_WIDTH, LINE_HEIGHT = 112, 13  # pixels
-CHUNK_PREFIX = "cond_diffusion:"
 
 
 def to_model(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -110,14 +102,14 @@ def enlarged(picture: Image.Image, width: int) -> Image.Image:
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
-def open_picture(path: str, option: str) -> Image.Image:
+def open_image(path: str, option: str) -> Image.Image:
     """Read the picture at `path`, upright; raise UserError, naming the option that gave it, where there is none."""
-    with _opened(path, option) as picture:
+    with opened_image(path, option) as picture:
         return upright(picture)
 
 
 @contextmanager
-def _opened(path: str, option: str) -> Iterator[Image.Image]:
+def opened_image(path: str, option: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as picture:
             picture.load()
@@ -126,64 +118,3 @@ def _opened(path: str, option: str) -> Iterator[Image.Image]:
         raise UserError(f"{option}: there is no file {path}") from error
     except CANNOT_READ as error:
         raise UserError(f"{option}: {path} holds no picture that can be read ({first_line(error)})") from error
-
-
-def save_png(picture: Image.Image, path: Path, settings: dict[str, str | list[str]]) -> None:
-    """Write a PNG with its settings in text chunks."""
-    chunks = PngImagePlugin.PngInfo()
-    for name, value in settings.items():
-        chunks.add_itxt(CHUNK_PREFIX + name, json.dumps(value, ensure_ascii=False))
-    picture.save(path, pnginfo=chunks)
-
-
-def settings_of(path: str, option: str) -> dict[str, str | list[str]]:
-    """Return what `save_png` put into the text chunks; raise UserError, naming the `option`, where nothing did."""
-    with _opened(path, option) as picture:
-        chunks = getattr(picture, "text", {})
-    ours = {n.removeprefix(CHUNK_PREFIX): value for n, value in chunks.items() if n.startswith(CHUNK_PREFIX)}
-    if not ours:
-        raise UserError(f"{option}: {path} does not say how it was drawn; expected a PNG that was drawn here")
-    settings: dict[str, str | list[str]] = {}
-    for name, value in ours.items():
-        try:
-            settings[name] = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{option}: the settings in {path} are damaged: {name}: {first_line(error)}") from error
-        items = settings[name] if name == "prompts" else [settings[name]]
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise UserError(f"{option}: the settings in {path} are damaged: {name}: {settings[name]!r:.60}")
-    return settings
-
-
-def name_of(prompt: str) -> str:
-    """Return a file's name made of a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
-
-
-@contextmanager
-def claimed_path(wanted: str | None, prompt: str, option: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Claim a path to write to, `wanted` or a name made of the prompt that is still free; give it up on an error.
-
-    Raises UserError, before any work is done, if the path exists already or could not be written.
-    """
-    if wanted is None:
-        name, number = name_of(prompt), 1
-        path = Path(f"{name}{suffixes[0]}")
-        while path.exists():
-            number += 1
-            path = Path(f"{name}-{number}{suffixes[0]}")
-    else:
-        path = Path(wanted)
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"{option}: {path} must end in {' or '.join(suffixes)}")
-    try:
-        path.open("xb").close()  # claims the name, and shows that it can be written
-    except FileExistsError as error:
-        raise UserError(f"{option}: {path} exists already and is not overwritten; give another name") from error
-    except OSError as error:
-        raise UserError(f"{option}: {path} cannot be written: {error.strerror}") from error
-    try:
-        yield path
-    except BaseException:
-        path.unlink()  # the name was claimed, but there is nothing to show under it
-        raise

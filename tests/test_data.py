@@ -117,7 +117,7 @@ def test_transparent_pictures_lie_on_the_background(tmp_path: Path):
     (tmp_path / "a.txt").write_text("nothing")
     for background, expected in (("black", 0), ("#ff0000", 76), ("white", 255)):
         assert load(replace(BARS, source=str(tmp_path), background=background)).images.unique().tolist() == [expected]
-    with pytest.raises(UserError, match="data.background: 'rouge' is no colour; expected a name such as white"):
+    with pytest.raises(UserError, match="data.background: 'rouge' is not a color"):
         replace(BARS, background="rouge")
 
 

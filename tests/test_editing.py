@@ -8,11 +8,10 @@ from test_samplers import SAMPLERS, mixture_denoiser
 from torch import Tensor
 
 from cond_diffusion.config.schedule import ScheduleConfig
-from cond_diffusion.diffusion.editing import Edit, resampled
+from cond_diffusion.diffusion.editing import Edit, repaint
 from cond_diffusion.diffusion.prediction import Denoised, Denoiser, Prediction, denoiser
 from cond_diffusion.diffusion.samplers import ddpm
 from cond_diffusion.diffusion.schedule import NoiseSchedule
-from cond_diffusion.errors import UserError
 
 SCHEDULE = NoiseSchedule(ScheduleConfig(200, 1e-4, 0.1))
 
@@ -27,12 +26,12 @@ def correlated_denoiser(edit: Edit) -> Denoiser:
         gain = alpha_bar.sqrt() * covariance @ torch.linalg.inv(noised)
         return (x_t.reshape(-1, 2) @ gain.T).reshape(x_t.shape)
 
-    return denoiser(x_0_hat, Prediction("sample", SCHEDULE), edit.keep)
+    return denoiser(x_0_hat, Prediction("sample", SCHEDULE), edit.apply_mask)
 
 
 @pytest.mark.parametrize(("strength", "left"), [(0.0, 0), (0.01, 1), (0.1, 1), (0.5, 5), (0.96, 10), (1.0, 10)])
 def test_strength_is_the_share_of_the_chain_that_is_left(strength: float, left: int):
-    chain = SCHEDULE.shorter_chain(10)
+    chain = SCHEDULE.sampling_timesteps(10)
     assert Edit(strength=strength).timesteps(chain) == chain[10 - left :]
 
 
@@ -55,9 +54,9 @@ def test_what_the_mask_keeps_is_kept_exactly_and_the_rest_is_drawn(name: str, ti
     def noise() -> Tensor:
         return torch.randn(64, 1, 1, 2, dtype=torch.float64, generator=draw)
 
-    timesteps = SCHEDULE.shorter_chain(25)
+    timesteps = SCHEDULE.sampling_timesteps(25)
     start = edit.begin(noise(), SCHEDULE, timesteps)
-    steps = list(edit.around(SAMPLERS[name])(correlated_denoiser(edit), SCHEDULE, start, timesteps, noise))
+    steps = list(edit.wrap_sampler(SAMPLERS[name])(correlated_denoiser(edit), SCHEDULE, start, timesteps, noise))
     assert len(steps) == 25 * times
     torch.testing.assert_close(steps[-1].x[..., 0], x_0[..., 0].expand(64, 1, 1))
     assert steps[-1].x[..., 1].std() > 0.1
@@ -73,8 +72,8 @@ def conditional_mean_error(times: int) -> float:
     def noise() -> Tensor:
         return torch.randn(count, 1, 1, 2, dtype=torch.float64, generator=draw)
 
-    timesteps = SCHEDULE.shorter_chain(None)
-    sampler = edit.around(partial(ddpm, variance="posterior"))
+    timesteps = SCHEDULE.sampling_timesteps(None)
+    sampler = edit.wrap_sampler(partial(ddpm, variance="posterior"))
     *_, last = sampler(correlated_denoiser(edit), SCHEDULE, noise(), timesteps, noise)
     return abs(last.x[..., 1].mean().item() / first - 0.9)
 
@@ -92,8 +91,14 @@ def test_resampling_keeps_the_distribution_where_nothing_is_known():
     def noise() -> Tensor:
         return torch.randn(count, 1, generator=draw)
 
-    *_, last = resampled(
-        partial(ddpm, variance="posterior"), denoise, schedule, noise(), schedule.shorter_chain(None), noise, times=2
+    *_, last = repaint(
+        partial(ddpm, variance="posterior"),
+        denoise,
+        schedule,
+        noise(),
+        schedule.sampling_timesteps(None),
+        noise,
+        times=2,
     )
     assert last.x.mean().item() == pytest.approx(0.4, abs=0.02)
     assert last.x.std().item() == pytest.approx(0.3, rel=0.03)
@@ -108,11 +113,5 @@ def test_resampling_asks_again_at_the_same_timesteps():
 
     timesteps = [9, 7, 5, 3, 1]
     x = torch.zeros(1, 1)
-    chain = resampled(partial(ddpm, variance="posterior"), denoise, SCHEDULE, x, timesteps, lambda: x, times=2, jump=3)
+    chain = repaint(partial(ddpm, variance="posterior"), denoise, SCHEDULE, x, timesteps, lambda: x, times=2, jump=3)
     assert [step.t for step in chain] == asked == [9, 7, 5, 9, 7, 5, 3, 1, 3, 1]
-
-
-@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])
-def test_a_strength_that_is_no_share_is_refused(strength: float):
-    with pytest.raises(UserError, match="strength: .* must lie between 0 .* and 1"):
-        Edit(strength=strength)

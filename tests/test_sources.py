@@ -31,7 +31,7 @@ from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
 from cond_diffusion.models.latents import Patches
 from cond_diffusion.models.text_encoder import TextEncoder
-from cond_diffusion.pipeline.checkpoint import checkpoints
+from cond_diffusion.pipeline.run_folder import checkpoints
 from cond_diffusion.training.batches import Batches
 from cond_diffusion.training.trainer import train
 
@@ -308,7 +308,7 @@ def test_a_stream_whose_files_have_changed_begins_anew(tmp_path: Path, caplog: p
     train(replace(config, train=replace(config.train, max_steps=2)))
     (tmp_path / "set" / "00002.tar").unlink()
     train(replace(config, resume=True))
-    assert "resume: the data are others: " in caplog.text
+    assert "resume: the data changed: " in caplog.text
 
 
 @pytest.mark.parametrize(

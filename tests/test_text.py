@@ -45,9 +45,11 @@ def test_any_text_can_be_encoded(encoder: TextEncoder):
 
 
 def test_the_words_that_are_cut_are_named(encoder: TextEncoder):
-    assert encoder.words_cut("a digit seven") == ""
     prompt = " ".join(["seven"] * 14) + " and then eight"
-    assert encoder.words_cut(prompt) == "and then eight"
+    ids, cut = encoder.tokenize(["a digit seven", prompt])
+    assert cut == ["", "and then eight"]
+    theirs = encoder.tokenizer(["a digit seven", prompt], padding="max_length", truncation=True, max_length=16)
+    assert ids.tolist() == theirs.input_ids
     assert torch.equal(encoder([prompt]), encoder([" ".join(["seven"] * 14)]))
 
 

@@ -17,16 +17,11 @@ from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
 from cond_diffusion.errors import UserError, first_line
-from cond_diffusion.pipeline.checkpoint import save_tensors
+from cond_diffusion.files import save_tensors
 
 PATIENCE = timedelta(days=7)  # for the others to finish their share
 
 Tensors = dict[str, Tensor]
-
-
-def cache_folder() -> Path:
-    """Return where this machine keeps what is computed once."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cond_diffusion"
 
 
 def computed_once(

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.data.cache import cache_folder, computed_once
+from cond_diffusion.data.cache import computed_once
+from cond_diffusion.files import cache_folder, hash_weights
 from cond_diffusion.models.text_encoder import TextEncoder
-from cond_diffusion.pipeline.checkpoint import add_weights
 
 PER_SHARD = 1024  # captions; 0.25 GB of them for a CLIP of width 768 that reads 77 tokens
 PER_BATCH = 256
@@ -71,7 +71,7 @@ def _key(text_encoder: TextEncoder, captions: Sequence[str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     clip = text_encoder.clip.config
     digest.update(repr((clip.hidden_act, clip.num_attention_heads, clip.layer_norm_eps)).encode())
-    add_weights(digest, text_encoder.clip.state_dict().items())
+    hash_weights(digest, text_encoder.clip.state_dict().items())
     tokenizer = Tokenizer.from_str(text_encoder.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()  # how it was used last says nothing of what it is
     tokenizer.no_truncation()

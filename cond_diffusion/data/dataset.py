@@ -179,6 +179,7 @@ def open_captioned_files(config: DataConfig, split: str = "train", *, aloud: boo
 
     Raises UserError where the source, a column or a template does not fit, naming the key and what is there instead.
     """
+    config = config.with_captions()
     table = cast(datasets.Dataset, open_source(config.source, split, aloud=aloud))
     if len(table) == 0:
         raise UserError(f"data.source: {config.source} ({split}) holds no examples; expected at least one picture")

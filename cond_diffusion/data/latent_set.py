@@ -9,12 +9,13 @@ from accelerate import Accelerator
 from jaxtyping import Float, Float16, Int64
 from torch import Tensor
 
-from cond_diffusion.data.cache import cache_folder, computed_once
+from cond_diffusion.data.cache import computed_once
 from cond_diffusion.data.captions import CaptionGroup, chosen
 from cond_diffusion.data.dataset import Candidates, CaptionedBatch, CaptionedFiles, Places
 from cond_diffusion.errors import UserError
+from cond_diffusion.files import cache_folder
 from cond_diffusion.images import to_model
-from cond_diffusion.models.latents import VAE
+from cond_diffusion.models.latents import LatentSpace
 
 PER_SHARD = 512  # pictures; 4 MB of their latents at 256 x 256 pixels
 AT_ONCE = 32  # pictures that are moved to the accelerator
@@ -49,7 +50,7 @@ class LatentSet:
         return self.shards[shard][row - self.ends[shard]].float()
 
 
-def latent_set(files: CaptionedFiles, vae: VAE, accelerator: Accelerator) -> LatentSet:
+def latent_set(files: CaptionedFiles, vae: LatentSpace, accelerator: Accelerator) -> LatentSet:
     """Encode a set's pictures, each once, or find their latents on the disk; UserError if too many cannot be read.
 
     They are kept in half precision, which rounds them by less than a thousandth of themselves.

@@ -18,7 +18,7 @@ from cond_diffusion.config.data import DataConfig
 from cond_diffusion.data.dataset import CaptionedBatch, CaptionedFiles, CaptionedImages, Places, open_captioned_files
 from cond_diffusion.data.latent_set import LatentSet
 from cond_diffusion.data.stream import CaptionedStream
-from cond_diffusion.order import permuted, sample_indices
+from cond_diffusion.seeding import permute_indices, sample_indices
 
 Result = TypeVar("Result")
 
@@ -79,7 +79,7 @@ class ShuffledSet:
 
     def _of(self, numbers: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
         """Return the samples of these numbers, the last ones being held out; sources are often sorted."""
-        return permuted(numbers, len(self.data), "held out")
+        return permute_indices(numbers, len(self.data), "held-out")
 
 
 Feed = ShuffledSet | CaptionedStream

@@ -23,7 +23,7 @@ from cond_diffusion.data.dataset import CaptionedBatch, Places, files_of
 from cond_diffusion.data.decoding import Cell, Decoder, decode_all
 from cond_diffusion.data.sources import open_source
 from cond_diffusion.errors import UserError, first_line
-from cond_diffusion.order import permuted
+from cond_diffusion.seeding import permute_indices
 
 Row = dict[str, Any]
 State = dict[str, Any]
@@ -44,7 +44,7 @@ class CaptionedStream:
     """
 
     def __init__(self, config: DataConfig, seed: int, *, aloud: bool = True) -> None:
-        self.config = config
+        self.config = config = config.with_captions()
         self.seed = seed
         table = cast(datasets.IterableDataset, open_source(config.source, "train", streaming=True, aloud=aloud))
         self.table: datasets.IterableDataset = files_of(table, config)
@@ -121,11 +121,13 @@ class CaptionedStream:
         """Yield the rows from the beginning of a block on, each block shuffled; keep the state of the one at hand."""
         while True:
             epoch = state["epoch"]
-            shards = permuted(torch.arange(self.table.num_shards), self.table.num_shards, "shards", self.seed, epoch)
+            shards = permute_indices(
+                torch.arange(self.table.num_shards), self.table.num_shards, "shards", self.seed, epoch
+            )
             reader = _Reader(self, shards.tolist(), state["shard"], state["inside"], skipped=len(self.set_apart))
             while block := reader.take(self.config.shuffle_buffer):
                 self.state = state
-                order = permuted(torch.arange(len(block)), len(block), "block", self.seed, epoch, state["block"])
+                order = permute_indices(torch.arange(len(block)), len(block), "block", self.seed, epoch, state["block"])
                 shuffled = [block[i] for i in order.tolist()]
                 yield from (_Turn(shuffled, i) for i in range(len(block)))
                 following = {"block": state["block"] + 1, "position": state["position"] + len(block)}

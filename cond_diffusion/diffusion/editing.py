@@ -1,23 +1,17 @@
 """Pictures as input: image to image, and inpainting, by any sampler."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from cond_diffusion.diffusion.prediction import Denoiser
 from cond_diffusion.diffusion.samplers import Noise, Sampler, Step
 from cond_diffusion.diffusion.schedule import NoiseSchedule
-from cond_diffusion.errors import UserError
-from cond_diffusion.images import upright
-from cond_diffusion.models.latents import LatentSpace
-
-DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -27,19 +21,13 @@ class Edit:
     x_0: a picture in the place of noise (SDEdit, Meng et al. 2022).
     mask: 1 where the picture is drawn anew, 0 where it stays.
     strength: the share of the chain that is left to go, at least a step: 1 is the whole, 0 leaves the picture as it is.
-    resamplings: see `resampled`.
+    resamplings: see `repaint`.
     """
 
     x_0: Float[Tensor, "1 c h w"] | None = None
     mask: Float[Tensor, "1 c h w"] | None = None
     strength: float = 1.0
     resamplings: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise UserError(f"strength: {self.strength} must lie between 0 (the picture as it is) and 1 (a new one)")
-        if self.resamplings < 1:
-            raise UserError(f"resamplings: {self.resamplings} must be at least 1")
 
     def timesteps(self, chain: list[int]) -> list[int]:
         """Return those of the chain that are left to visit."""
@@ -55,7 +43,7 @@ class Edit:
         x_0 = self.x_0.expand_as(eps)
         return schedule.q_sample(x_0, torch.full((len(eps),), timesteps[0]), eps) if timesteps else x_0
 
-    def keep(self, x_0_hat: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def apply_mask(self, x_0_hat: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Put x_0 in the place of x_0_hat wherever the mask is 0.
 
         A sampler that is told x_0 there takes the forward process back: ancestral steps with the posterior's variance
@@ -66,12 +54,12 @@ class Edit:
             return x_0_hat
         return self.mask * x_0_hat + (1 - self.mask) * self.x_0
 
-    def around(self, sampler: Sampler) -> Sampler:
+    def wrap_sampler(self, sampler: Sampler) -> Sampler:
         """Return the sampler, resampling if so told."""
-        return sampler if self.resamplings == 1 else partial(resampled, sampler, times=self.resamplings)
+        return sampler if self.resamplings == 1 else partial(repaint, sampler, times=self.resamplings)
 
 
-def resampled(
+def repaint(
     sampler: Sampler,
     denoiser: Denoiser,
     schedule: NoiseSchedule,
@@ -104,33 +92,3 @@ def _noised_further(
     """Draw from q(x_{t_later} | x_t) (Ho et al. 2020, eq. 2, over several steps); None is the picture."""
     kept = schedule.level(t_later).alpha / schedule.level(t).alpha
     return kept * x + (1 - kept**2) ** 0.5 * noise()
-
-
-def edit_of(
-    image: Image.Image | None,
-    mask: Image.Image | None,
-    strength: float | None,
-    resamplings: int,
-    fitted: Callable[[Image.Image], Float[Tensor, "1 c h w"]],
-    space: LatentSpace,
-) -> Edit:
-    """Return what options as a user gives them amount to; raise UserError where they do not go together.
-
-    strength: None is 0.8, or 1 where there is a mask. fitted: brings a picture to the model's size, in [-1, 1].
-    """
-    if image is None:
-        for name, value in (("mask", mask), ("strength", strength)):
-            if value is not None:
-                raise UserError(f"{name}: means nothing without an image to begin with; give image, too")
-    if mask is None and resamplings != 1:
-        raise UserError(f"resamplings: {resamplings} means nothing without a mask; give image and mask, too")
-    if image is None:
-        return Edit()
-    image, mask = upright(image), None if mask is None else upright(mask)
-    if mask is not None and mask.size != image.size:
-        (width, height), (wide, high) = mask.size, image.size
-        raise UserError(f"mask: {width} x {height} pixels do not fit the image's {wide} x {high}")
-    drawn_anew = None if mask is None else space.encode_mask((fitted(mask) + 1) / 2)
-    if strength is None:
-        strength = DEFAULT_STRENGTH if drawn_anew is None else 1.0
-    return Edit(space.encode(fitted(image)), drawn_anew, strength, resamplings)

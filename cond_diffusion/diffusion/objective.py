@@ -13,42 +13,18 @@ the signal-to-noise ratio. What is called "the epsilon loss" is one of those wei
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cond_diffusion.diffusion.prediction import Prediction, PredictionKind
+from cond_diffusion.config.run import ObjectiveConfig, TimestepDensity
+from cond_diffusion.diffusion.prediction import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t, t, context) -> what the network predicts, for a batch with a timestep each."""
-
-Loss = Literal["epsilon", "sample", "v_prediction", "min_snr", "variational_bound"]
-TimestepDensity = Literal["uniform", "logit_normal", "loss_weight"]
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """prediction, loss: see `prediction.py` and above.
-
-    min_snr_gamma: gamma of the loss min_snr.
-    timesteps: which t training draws more often, the loss being divided by the density, so that its mean over t stays
-        what it is and only its variance changes: "uniform"; "logit_normal", those in the middle (Esser et al. 2024, eq.
-        19, with m = 0 and s = 1); "loss_weight", those that the loss weighs most.
-    """
-
-    prediction: PredictionKind = "epsilon"
-    loss: Loss = "epsilon"
-    min_snr_gamma: float = 5.0
-    timesteps: TimestepDensity = "uniform"
-
-    def __post_init__(self) -> None:
-        if not self.min_snr_gamma > 0:
-            raise UserError(f"objective.min_snr_gamma: {self.min_snr_gamma} must be above 0")
 
 
 class Objective:

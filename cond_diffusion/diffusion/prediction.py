@@ -13,16 +13,14 @@ mixture of the two, a x_0 + b eps, gives the second equation, and so both unknow
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from cond_diffusion.config.run import PredictionKind
 from cond_diffusion.diffusion.schedule import NoiseSchedule, per_example
 from cond_diffusion.errors import UserError
-
-PredictionKind = Literal["epsilon", "sample", "score", "v_prediction"]
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,23 @@ What the denoiser is (a UNet, guidance around it, a closed form) and where the n
     unipc       the same, each step corrected by the next step's own pass      as high as `order`; one pass a step
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cond_diffusion.config.schedule import Variance
+from cond_diffusion.config.sampling import SamplerName, SamplingOptions
+from cond_diffusion.config.schedule import ScheduleConfig, Variance
 from cond_diffusion.diffusion.prediction import Denoiser
 from cond_diffusion.diffusion.schedule import NoiseLevel, NoiseSchedule
+
+logger = logging.getLogger(__name__)
 
 Noise = Callable[[], Tensor]
 """Draw N(0, I) in the shape of x_t."""
@@ -39,6 +44,49 @@ class Step:
 
 Sampler = Callable[[Denoiser, NoiseSchedule, Tensor, list[int], Noise], Iterator[Step]]
 """(denoiser, schedule, x, timesteps, noise) -> the steps. `timesteps` begin with that of x, the noisiest."""
+
+
+# Below this many steps the variance beta leaves noise in the image (Nichol and Dhariwal 2021, figure 8).
+FEWEST_STEPS_FOR_BETA = 200
+
+
+def sampling_timesteps(name: SamplerName, schedule: NoiseSchedule, steps: int | None) -> list[int]:
+    """Return the timesteps that `steps` steps visit, the noisiest first: those of diffusers' scheduler of the sampler.
+
+    Where the schedule leaves the spacing to the sampler, it is "leading" for ddpm and ddim and "linspace" for the
+    others. The multistep solvers' last step comes to x_0 from farther away than the least noisy timestep.
+    """
+    spacing = schedule.config.spacing or ("leading" if name in ("ddpm", "ddim") else "linspace")
+    return schedule.sampling_timesteps(steps, spacing, include_first=name not in ("dpm_solver", "unipc"))
+
+
+def build_sampler(options: SamplingOptions, schedule: ScheduleConfig, steps: int) -> Sampler:
+    """Return the sampler's generator function, its options filled in, for `steps` steps."""
+    eta, order = options.eta or 0.0, options.order or 2
+    match options.sampler:
+        case "ddpm":
+            return partial(ddpm, variance=options.variance or _variance(schedule, steps))
+        case "ddim":
+            return partial(ddim, eta=eta)
+        case "euler":
+            return euler
+        case "heun":
+            return heun
+        case "dpm_solver":
+            return partial(dpm_solver, eta=eta, order=order)
+        case "unipc":
+            return partial(unipc, order=order)
+
+
+def _variance(schedule: ScheduleConfig, steps: int) -> Variance:
+    if schedule.variance == "beta" and steps < FEWEST_STEPS_FOR_BETA:
+        logger.warning(
+            "variance=beta needs at least %d steps, got %d; using posterior (pass variance=beta to force it)",
+            FEWEST_STEPS_FOR_BETA,
+            steps,
+        )
+        return "posterior"
+    return schedule.variance
 
 
 def ddpm(

@@ -99,22 +99,24 @@ class NoiseSchedule:
         """
         return self.posterior(1, 0).variance if self.num_timesteps > 1 else self.betas[0].item()
 
-    def shorter_chain(self, steps: int | None, spacing: Spacing = "trailing", *, first_too: bool = True) -> list[int]:
+    def sampling_timesteps(
+        self, steps: int | None, spacing: Spacing = "trailing", *, include_first: bool = True
+    ) -> list[int]:
         """Return the timesteps that a chain of `steps` steps visits, the noisiest first; None visits all of them.
 
         They lie in equal gaps (the names are diffusers'; Lin et al. 2023, table 2): "trailing" counts the gaps from the
         end, so that T - 1, where sampling starts from pure noise, is always visited; "leading" counts them from
         steps_offset up and leaves T - 1 out; "linspace" visits both ends, from two steps on.
 
-        first_too: without it "leading" and "linspace" leave out the least noisy one, for a chain whose last step comes
-            to x_0 from the next.
+        include_first: without it "leading" and "linspace" leave out the least noisy one, for samplers whose last step
+            goes to x_0 from the next one.
         """
         total = self.num_timesteps
         if steps is None or steps == total:
             return list(reversed(range(total)))
         if not 1 <= steps <= total:
             raise UserError(f"steps: {steps} must lie between 1 and the {total} steps of the chain")
-        points = steps if first_too else steps + 1
+        points = steps if include_first else steps + 1
         match spacing:
             case "trailing":
                 return [round(total - i * total / steps) - 1 for i in range(steps)]

@@ -12,7 +12,6 @@ makes small latents of large pictures. It is frozen, and what it cannot tell apa
 import hashlib
 import importlib.util
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +22,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cond_diffusion.config.data import DataConfig
+from cond_diffusion.config.run import LatentConfig
 from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.files import hash_weights
 from cond_diffusion.hub import WEIGHTS, download, refuse_pickles, variant_of
 from cond_diffusion.images import to_model
-from cond_diffusion.pipeline.checkpoint import add_weights
 
 PIXELS_AT_ONCE = 512 * 512  # what an autoencoder is given at once: each takes some thousand times its size in memory
 
 
-@dataclass(frozen=True)
-class LatentConfig:
-    """patch_size: side of the patches of pixels that become channels; 1 leaves the picture as it is.
-
-    vae: a hub id or a folder with an `AutoencoderKL`, in whose latents diffusion happens then.
-    """
-
-    patch_size: int = 1
-    vae: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.patch_size < 1:
-            raise UserError(f"latent.patch_size: {self.patch_size} must be at least 1")
-        if self.vae is not None and self.patch_size != 1:
-            raise UserError(f"latent.patch_size: {self.patch_size} is for pixels; with latent.vae it must be 1")
-
-
 class Patches:
     """Pixels, each patch of `downscaling` x `downscaling` of them moved into the channels."""
+
+    is_latent = False
 
     def __init__(self, patch_size: int) -> None:
         self.downscaling = patch_size
@@ -81,6 +66,10 @@ class Patches:
         """Return a mask of pixels as one of x_0."""
         return self.encode(mask)
 
+    def digest(self) -> str:
+        """Return what decides x_0 of a picture."""
+        return f"patches of {self.downscaling}"
+
     def to(self, device: torch.device | str) -> "Patches":
         """Return it: it has nothing that lies anywhere."""
         del device
@@ -89,6 +78,8 @@ class Patches:
 
 class VAE:
     """The latents of diffusers' `AutoencoderKL`: the mean of what a picture becomes, scaled to variance 1 or so."""
+
+    is_latent = True
 
     def __init__(self, autoencoder: Any) -> None:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
@@ -187,7 +178,7 @@ class VAE:
         # What begins with _ tells where it lay, not what it is.
         config = sorted((key, value) for key, value in self.autoencoder.config.items() if not key.startswith("_"))
         digest = hashlib.blake2b(repr(config).encode(), digest_size=16)
-        add_weights(digest, self.autoencoder.state_dict().items())
+        hash_weights(digest, self.autoencoder.state_dict().items())
         return digest.hexdigest()
 
     @staticmethod
@@ -203,8 +194,6 @@ def x_0_of(images: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"], space: L
     return images if images.is_floating_point() else space.encode(to_model(images))
 
 
-def latent_space(config: LatentConfig, checkpoint: Path | None = None) -> LatentSpace:
-    """Return what the config says; the autoencoder as a checkpoint holds it, where there is one."""
-    if config.vae is None:
-        return Patches(config.patch_size)
-    return VAE.from_pretrained(config.vae if checkpoint is None else checkpoint)
+def latent_space(config: LatentConfig) -> LatentSpace:
+    """Return the latent space that the config describes."""
+    return Patches(config.patch_size) if config.vae is None else VAE.from_pretrained(config.vae)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.files import hash_weights
 from cond_diffusion.hub import download, refuse_pickles
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.checkpoint import add_weights
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for
 MATRICES = ["to_q", "to_k", "to_v", "to_out.0"]  # of attention, as in diffusers' examples
@@ -61,7 +61,7 @@ def digest_of_base(unet: UNet) -> str:
     """Return a hash of the weights that stay: B A means something only beside them."""
     digest = hashlib.blake2b(digest_size=16)
     named = unet.named_parameters()
-    add_weights(digest, ((name.replace(BASE, ""), weight) for name, weight in named if ".lora_" not in name))
+    hash_weights(digest, ((name.replace(BASE, ""), weight) for name, weight in named if ".lora_" not in name))
     return digest.hexdigest()
 
 

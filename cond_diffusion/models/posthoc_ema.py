@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.files import save_tensors
 from cond_diffusion.models.ema import Weights, power_of_width
 from cond_diffusion.models.unet import WEIGHTS_NAME
-from cond_diffusion.pipeline.checkpoint import save_tensors
 
 LARGEST_ERROR = 0.1  # of the profile, as a share of it; the paper's own setting stays below
 FOLDER = "snapshots"

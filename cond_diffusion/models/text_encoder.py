@@ -10,12 +10,11 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -32,24 +31,6 @@ CLIP_FILES = [
 ]
 
 Clip = TypeVar("Clip", CLIPTextModel, CLIPModel)
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """Which CLIP reads the captions.
-
-    encoder: "builtin" (the small CLIP that comes with the package), a hub id such as openai/clip-vit-base-patch32, or a
-        folder in transformers' or diffusers' layout.
-    max_length: the number of tokens that every caption is padded or cut to, the two marks at its ends included. CLIP is
-        causal, so the first tokens' embeddings do not depend on it.
-    """
-
-    encoder: str = "builtin"
-    max_length: int = 77
-
-    def __post_init__(self) -> None:
-        if self.max_length < 3:
-            raise UserError(f"text.max_length: {self.max_length} must be at least 3: a word between the two marks")
 
 
 class TextEncoder(nn.Module):
@@ -104,29 +85,34 @@ class TextEncoder(nn.Module):
         """The width d of the context."""
         return self.clip.config.hidden_size
 
+    def tokenize(self, captions: Sequence[str]) -> tuple[Int64[Tensor, "b l"], list[str]]:
+        """Return the token ids, padded to `max_length`, and the end of each caption that does not fit ("" if all does).
+
+        A caption that is too long is cut.
+        """
+        found = self.tokenizer([*captions], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        tokens: Any = found["input_ids"]
+        offsets: Any = found["offset_mapping"]
+        room, mark = self.max_length - 2, self.tokenizer
+        ids = torch.full((len(captions), self.max_length), cast(int, mark.pad_token_id))
+        for row, own in zip(ids, tokens, strict=True):
+            marked = [mark.bos_token_id, *own[:room], mark.eos_token_id]
+            row[: len(marked)] = torch.tensor(marked)
+        rows = zip(captions, offsets, strict=True)
+        return ids, [caption[own[room][0] :] if len(own) > room else "" for caption, own in rows]
+
     @torch.no_grad()
-    def forward(self, captions: Sequence[str]) -> Float[Tensor, "b l d"]:
-        """Encode the captions; those longer than `max_length` tokens are cut."""
-        tokens = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
-        ids: Any = tokens["input_ids"]
+    def embed(self, ids: Int64[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
+        """Encode token ids."""
         return self.clip(ids.to(self.clip.device))[0]
 
-    def words_cut(self, caption: str) -> str:
-        """Return the end of `caption` that does not fit into `max_length` tokens; empty when all of it fits."""
-        encoding = self.tokenizer(caption, return_offsets_mapping=True, add_special_tokens=False)
-        offsets: Any = encoding["offset_mapping"]
-        room = self.max_length - 2
-        return "" if len(offsets) <= room else caption[offsets[room][0] :]
+    def forward(self, captions: Sequence[str]) -> Float[Tensor, "b l d"]:
+        """Encode the captions; those longer than `max_length` tokens are cut."""
+        return self.embed(self.tokenize(captions)[0])
 
     def cut(self, captions: Sequence[str]) -> list[str]:
         """Return those of the captions that are longer than `max_length` tokens."""
-        tokens = self.tokenizer(list(captions), add_special_tokens=False, verbose=False)
-        ids: Any = tokens["input_ids"]
-        return [
-            caption for caption, of_caption in zip(captions, ids, strict=True) if len(of_caption) > self.max_length - 2
-        ]
+        return [caption for caption, rest in zip(captions, self.tokenize(captions)[1], strict=True) if rest]
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         """Return each word of the prompt that is read, with the places of its tokens in the context."""
