@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from cond_diffusion import TextToImage
-from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.config.run import Config, PredictionKind, load_config
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
-from cond_diffusion.diffusion.prediction import Prediction, PredictionKind
+from cond_diffusion.diffusion.prediction import Prediction
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError
-from cond_diffusion.evaluation.judges import accuracy, kept_classifier
+from cond_diffusion.evaluation.judges import accuracy, load_or_train_classifier, renumber_groups
 from cond_diffusion.images import from_pillow, to_bytes
-from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
+from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,14 @@ def test_a_classifier_of_real_digits_recognises_what_the_model_draws(pipe: TextT
     """In short: 50 steps of the chain, and every wording of every digit once."""
     config = load_config(Config, BUILT_IN_MODEL / "config.yaml").data
     train, test = (load_captioned_images(config, split, progress=False) for split in ("train", "test"))
-    classifier = kept_classifier(train)
-    assert accuracy(classifier, train, test) > 0.99
+    classifier = load_or_train_classifier(train)
+    assert accuracy(classifier, renumber_groups(test, train.caption_groups)) > 0.99
     prompts = [(caption, group) for group, captions in enumerate(train.caption_groups) for caption in captions]
     images = pipe([caption for caption, _ in prompts], steps=50, progress=False)
     assert len(images) == 120
     drawn = to_bytes(torch.stack([from_pillow(image) for image in images]))
     groups = torch.tensor([group for _, group in prompts])
-    assert accuracy(classifier, train, CaptionedImages(drawn, groups, train.caption_groups)) > 0.9
+    assert accuracy(classifier, CaptionedImages(drawn, groups, train.caption_groups)) > 0.9
 
 
 def in_double_precision(pipe: TextToImage) -> TextToImage:
@@ -121,23 +121,39 @@ def test_pictures_to_begin_with_are_made_to_fit(pipe: TextToImage):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strength": 0.5}, "strength: means nothing without an image"),
-        ({"mask": Image.new("L", (28, 28))}, "mask: means nothing without an image"),
-        ({"resamplings": 2}, "resamplings: 2 means nothing without a mask"),
+        ({"strength": 0.5}, "strength: applies only to an image"),
+        ({"mask": Image.new("L", (28, 28))}, "mask: applies only to an image"),
+        ({"resamplings": 2}, "resamplings: 2 applies only to a mask"),
         (
             {"image": Image.new("L", (28, 28)), "mask": Image.new("L", (20, 30))},
             "mask: 20 x 30 pixels do not fit the image's 28 x 28",
         ),
-        ({"image": Image.new("L", (28, 28)), "strength": 2.0}, "strength: 2.0 must lie between 0"),
+        ({"image": Image.new("L", (28, 28)), "strength": 2.0}, "strength: 2.0;"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale: 2 values for 1 prompts"),
         ({"guidance_interval": (5000, 6000)}, "guidance_interval: 5000 to 6000 lies beyond the 1000 timesteps"),
-        ({"negative_prompt": "\udcff"}, "prompts: '\\udcff' is not valid text"),
+        ({"negative_prompt": "\udcff"}, "prompts: '\\udcff'"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 values for 1 prompts"),
+        ({"seed": 1.5}, "seed: 1.5;"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(pipe: TextToImage, options: dict[str, Any], message: str):
     with pytest.raises(UserError) as refusal:
         pipe("seven", **options)
     assert message in str(refusal.value)
+
+
+def test_options_take_integers_of_any_kind_and_none_is_the_default(pipe: TextToImage):
+    options = {"steps": 2, "progress": False, "output_type": "pt"}
+    plain = pipe(["two", "nine"], seed=[3, 4], negative_prompt="one", **options)
+    other = pipe(["two", "nine"], seed=np.array([3, 4]).tolist(), negative_prompt=["one", "one"], **options)
+    assert torch.equal(plain, other)
+    default = pipe("two", **options)
+    assert torch.equal(pipe("two", seed=None, negative_prompt=None, guidance_scale=None, **options), default)
+    assert torch.equal(pipe("two", seed=np.int64(0), **options), default)
+    each = pipe(["two", "nine"], negative_prompt=["one", "four"], batch_size=1, **options)
+    assert torch.equal(each[1:], pipe("nine", negative_prompt="four", **options))
+    (image,) = pipe("two", steps=2, progress=False)
+    assert torch.equal(to_bytes(default), to_bytes(from_pillow(image)[None]))
 
 
 @pytest.mark.parametrize("kind", ["score", "v_prediction"])
@@ -191,7 +207,7 @@ def test_as_many_pictures_are_in_work_as_half_of_the_free_memory_holds(pipe: Tex
     def with_free(gigabytes: float) -> int:
         free = SimpleNamespace(available=int(gigabytes * 1e9))
         monkeypatch.setattr("cond_diffusion.pipeline.text_to_image.virtual_memory", lambda: free)
-        return pipe.fitting_batch_size()
+        return pipe.max_batch_size()
 
     a_picture = 120 * 4 * 32 * 14 * 14 / 1e9
     assert [with_free(0), with_free(2 * 5.5 * a_picture), with_free(100)] == [1, 5, 64]

@@ -1,7 +1,7 @@
 """What a picture remembers, films and attention maps."""
 
 import json
-import re
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
-from cond_diffusion import TextToImage, __version__
+from cond_diffusion import SamplingOptions, TextToImage, __version__
+from cond_diffusion.cli.sample import recorded_settings
+from cond_diffusion.config.sampling import GenerationSettings
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError
-from cond_diffusion.images import settings_of, to_pillow
+from cond_diffusion.images import to_pillow
 from cond_diffusion.models.layers import Attention
-from cond_diffusion.pipeline.attention_maps import AttentionMaps, attention_weights, maps_of_words, sheet
-from cond_diffusion.pipeline.film import FRAMES, Film
-from cond_diffusion.pipeline.generate import draw_to_file, recorded_words
+from cond_diffusion.pipeline.generate import generate_to_file
+from cond_diffusion.pipeline.png import from_flat, read_settings
+from cond_diffusion.pipeline.visualize import FRAMES, AttentionMaps, Film, attention_weights, maps_of_words, sheet
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +93,10 @@ def test_maps_average_over_steps_and_levels_of_the_pass_with_the_text(pipe: Text
 
     options: dict[str, Any] = {"num_images": 2, "steps": 3, "sampler": "heun", "progress": False}
     drawn = pipe(["a digit seven", "two"], **options)
-    hooks = [block.attn2.register_forward_pre_hook(take_down) for block in AttentionMaps(pipe.unet, pipe.side).blocks]
-    with AttentionMaps(pipe.unet, pipe.side) as maps:
+    hooks = [
+        block.attn2.register_forward_pre_hook(take_down) for block in AttentionMaps(pipe.unet, pipe.image_size).blocks
+    ]
+    with AttentionMaps(pipe.unet, pipe.image_size) as maps:
         again = pipe(["a digit seven", "two"], **options, watch=maps)
     for hook in hooks:
         hook.remove()
@@ -101,13 +105,13 @@ def test_maps_average_over_steps_and_levels_of_the_pass_with_the_text(pipe: Text
     torch.testing.assert_close(maps.maps[0].sum(0), torch.ones(28, 28))
     assert [image.tobytes() for image in drawn] == [image.tobytes() for image in again]
     pipe("two", steps=1, progress=False)
-    assert not maps.heard  # nobody listens any more
+    assert not maps.recorded  # the hooks are removed
 
 
 def test_maps_of_several_batches_stand_in_the_order_of_the_pictures(pipe: TextToImage):
     found = {}
     for batch_size in (1, 3, 64):
-        with AttentionMaps(pipe.unet, pipe.side) as maps:
+        with AttentionMaps(pipe.unet, pipe.image_size) as maps:
             pipe(["a digit seven", "two"], num_images=2, steps=2, batch_size=batch_size, watch=maps, progress=False)
         found[batch_size] = torch.stack(maps.maps)
     torch.testing.assert_close(found[1], found[64], rtol=0, atol=1e-5)
@@ -141,19 +145,16 @@ def test_a_hot_place_is_yellow_and_a_cold_one_blue():
     assert hot[2] < cold[2]
 
 
-OPTIONS = {
-    "num_images": 2,
-    "seed": 3,
-    "sampler": "ddim",
-    "steps": 3,
-    "eta": 0.5,
-    "guidance_scale": [2.0, 4.0],
-    "guidance_interval": [100, 900],
-    "negative_prompt": "two",
-    "image": None,
-    "mask": None,
-    "strength": None,
-}
+SAMPLING = SamplingOptions(
+    num_images=2,
+    seed=3,
+    sampler="ddim",
+    steps=3,
+    eta=0.5,
+    guidance_scale=(2.0, 4.0),
+    guidance_interval=(100, 900),
+    negative_prompt="two",
+)
 
 
 def hostile(folder: Path, **chunks: str) -> str:
@@ -173,48 +174,52 @@ def hostile(folder: Path, **chunks: str) -> str:
         ({"seed": "[" * 100_000}, "are damaged: seed: "),
         ({"seed": "1" * 5000}, "are damaged: seed: "),
         ({"seed": '"1'}, "are damaged: seed: "),
-        ({"seed": "null"}, "are damaged: seed: None"),
-        ({"prompts": '"a"'}, "are damaged: prompts: 'a'"),
-        ({"prompts": "[1]"}, "are damaged: prompts: [1]"),
+        ({"seed": "null"}, "seed: None"),
+        ({"steps": '"many"'}, "steps: 'many'"),
+        ({"prompts": '"a"'}, "prompts: 'a'"),
+        ({"prompts": "[1]"}, "prompts[0]: 1"),
     ],
-    ids=["output", "film", "deep", "long", "cut", "null", "no list", "numbers"],
+    ids=["output", "film", "deep", "long", "cut", "null", "text", "no list", "numbers"],
 )
 def test_a_picture_with_other_settings_than_ours_is_refused(tmp_path: Path, chunks: dict[str, str], message: str):
     with pytest.raises(UserError) as refusal:
-        recorded_words(hostile(tmp_path, **chunks), [])
+        from_flat(recorded_settings(hostile(tmp_path, **chunks), {}))
     assert message in str(refusal.value)
 
 
 def test_another_sampler_or_picture_leaves_out_what_belonged_to_the_old_one(tmp_path: Path):
-    chunks = {"sampler": "ddim", "eta": "0.5", "image": "a.png", "strength": "0.3", "seed": "4"}
-    path = hostile(tmp_path, **{name: json.dumps(value) for name, value in chunks.items()})
-    everything = ["--sampler=ddim", "--eta=0.5", "--image=a.png", "--strength=0.3", "--seed=4"]
-    assert recorded_words(path, ["--eta", "1"])[1] == everything
-    assert recorded_words(path, ["--sampler", "euler"])[1] == [w for w in everything if "eta" not in w]
-    assert recorded_words(path, ["--image=b.png"])[1] == [w for w in everything if "strength" not in w]
+    everything = {"prompts": ["a"], "sampler": "ddim", "eta": 0.5, "image": "a.png", "strength": 0.3, "seed": 4}
+    path = hostile(tmp_path, **{name: json.dumps(value) for name, value in everything.items()})
+
+    def recorded(**typed: str) -> set[str]:
+        found = recorded_settings(path, typed)
+        assert found == {name: everything[name] for name in found}
+        return everything.keys() - found.keys()
+
+    assert recorded(eta="1") == set()
+    assert recorded(sampler="euler") == {"eta"}
+    assert recorded(image="b.png") == {"strength"}
+
+
+def test_settings_of_releases_that_kept_them_as_typed_text_are_read(tmp_path: Path):
+    chunks = {"guidance_scale": "2.0,4.0", "guidance_interval": "100,900", "steps": "3", "seed": "5"}
+    path = hostile(tmp_path, prompts='["a", "b"]', **{name: json.dumps(value) for name, value in chunks.items()})
+    wanted = SamplingOptions(guidance_scale=(2.0, 4.0), guidance_interval=(100, 900), steps=3, seed=5)
+    assert from_flat(recorded_settings(path, {})).sampling == wanted
 
 
 def test_a_film_that_is_too_large_costs_no_pictures(tmp_path: Path):
-    options = {"num_images": 100, "steps": 1, "seed": 0, "image": None, "mask": None, "strength": None}
-    files = draw_to_file(
-        ["seven"],
-        options,
-        checkpoint="builtin",
-        output=str(tmp_path / "x.png"),
-        film=str(tmp_path / "x.webp"),
-        attention_maps=None,
-    )
+    settings = GenerationSettings(prompts=("seven",), sampling=SamplingOptions(num_images=100, steps=1))
+    files = generate_to_file(settings, output=str(tmp_path / "x.png"), film=str(tmp_path / "x.webp"))
     assert next(files) == tmp_path / "x.png"
     with pytest.raises(UserError, match="--film: .*x.webp, 17204 x 84 pixels, cannot be written .* fewer pictures"):
         next(files)
     assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
 
 
-def draw(prompts: list[str], output: Path, **changes: object) -> None:
-    options = {**OPTIONS, **changes}
-    assert [
-        *draw_to_file(prompts, options, checkpoint="builtin", output=str(output), film=None, attention_maps=None)
-    ] == [output]
+def draw(prompts: list[str], output: Path, **changes: Any) -> None:
+    settings = GenerationSettings(prompts=tuple(prompts), sampling=replace(SAMPLING, **changes))
+    assert [*generate_to_file(settings, output=str(output))] == [output]
 
 
 def test_a_picture_says_in_its_text_chunks_how_it_was_drawn(tmp_path: Path):
@@ -222,25 +227,16 @@ def test_a_picture_says_in_its_text_chunks_how_it_was_drawn(tmp_path: Path):
     draw(prompts, tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         chunks = {name: json.loads(value) for name, value in picture.text.items()}  # type: ignore[attr-defined]
-    assert chunks == {
-        "cond_diffusion:prompts": prompts,
-        "cond_diffusion:num_images": "2",
-        "cond_diffusion:seed": "3",
-        "cond_diffusion:sampler": "ddim",
-        "cond_diffusion:steps": "3",
-        "cond_diffusion:eta": "0.5",
-        "cond_diffusion:guidance_scale": "2.0,4.0",
-        "cond_diffusion:guidance_interval": "100,900",
-        "cond_diffusion:negative_prompt": "two",
-        "cond_diffusion:checkpoint": "builtin",
-        "cond_diffusion:version": __version__,
-    }
+    ours = {name.removeprefix("cond_diffusion:"): value for name, value in chunks.items()}
+    assert ours.pop("version") == __version__
+    assert from_flat(ours) == GenerationSettings(prompts=tuple(prompts), sampling=SAMPLING)
+    assert (ours["eta"], ours["guidance_scale"]) == (0.5, [2.0, 4.0])
 
 
 def test_no_steps_given_are_written_down_as_the_number_that_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(TextToImage, "__call__", lambda *_, **__: to_pillow(torch.zeros(1, 1, 28, 28)))
-    draw(["seven"], tmp_path / "x.png", num_images=1, steps=None)
-    assert settings_of(str(tmp_path / "x.png"), "--from-image")["steps"] == "1000"
+    draw(["seven"], tmp_path / "x.png", num_images=1, steps=None, guidance_scale=1.0)
+    assert read_settings(str(tmp_path / "x.png"), "--from-image")["steps"] == 1000
 
 
 def test_another_version_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -248,11 +244,13 @@ def test_another_version_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     for name, value in (("prompts", ["a"]), ("version", "0.0.1"), ("seed", "5")):
         chunks.add_itxt(f"cond_diffusion:{name}", json.dumps(value))
     Image.new("L", (2, 2)).save(tmp_path / "old.png", pnginfo=chunks)
-    assert recorded_words(str(tmp_path / "old.png"), []) == (["a"], ["--seed=5"])
-    assert re.search(r"old.png was drawn by version 0.0.1; this is [\d.]+", caplog.text)
+    assert from_flat(read_settings(str(tmp_path / "old.png"), "")) == GenerationSettings(
+        prompts=("a",), sampling=SamplingOptions(seed=5)
+    )
+    assert "old.png was made by version 0.0.1" in caplog.text
 
 
 def test_a_picture_without_settings_is_refused(tmp_path: Path):
     Image.new("L", (2, 2)).save(tmp_path / "plain.png")
-    with pytest.raises(UserError, match="plain.png does not say how it was drawn; expected a PNG that was drawn here"):
-        recorded_words(str(tmp_path / "plain.png"), [])
+    with pytest.raises(UserError, match="plain.png"):
+        read_settings(str(tmp_path / "plain.png"), "--from-image")

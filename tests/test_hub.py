@@ -132,5 +132,5 @@ def test_what_the_hub_does_not_take_is_one_line(model_hub: type[ModelHub], monke
     with pytest.raises(UserError, match="someone/digits: the hub does not take it"):
         pipe.push_to_hub("someone/digits", token="secret", prompts=["two"])
     pipe.folder = None
-    with pytest.raises(UserError, match="prompts: none given, and no run tells any"):
+    with pytest.raises(UserError, match="prompts: none given"):
         pipe.push_to_hub("someone/digits", token="secret")

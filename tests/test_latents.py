@@ -283,7 +283,7 @@ def test_pipelines_of_other_kinds_pickles_and_parts_that_do_not_fit_are_refused_
     fields = config.read_text()
     config.write_text(fields.replace('"norm_num_groups": 8', '"norm_num_groups": "8"'))
     assert config.read_text() != fields
-    refused("unet: a file is damaged or was cut short")
+    refused("UNet config: num_groups: ")
     config.write_text(fields)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     text = scheduler.read_text()
@@ -298,5 +298,5 @@ def test_pipelines_of_other_kinds_pickles_and_parts_that_do_not_fit_are_refused_
     wide.save_pretrained(folder / "vae")
     refused("the UNet draws 4 channels, and the VAE's latents have 8")
     pipe = TextToImage.from_pretrained(stable_diffusion(tmp_path / "other", "epsilon"))
-    with pytest.raises(UserError, match="dynamic_thresholding: is about the range of pixels"):
+    with pytest.raises(UserError, match="dynamic_thresholding: "):
         pipe("seven", dynamic_thresholding=0.9, steps=2)

@@ -1,257 +1,178 @@
-"""A run's folder and its checkpoints: whole or not there at all.
+"""A pipeline's folder: where it is, and what its JSON says. The layout is diffusers'.
 
-    runs/mnist/.lock                   held by the process that trains here
-    runs/mnist/config.yaml             every key of the run
-    runs/mnist/metrics.jsonl           one line of JSON every `train.log_every` steps
-    runs/mnist/samples/step-00001000.png
-    runs/mnist/snapshots/step-00000250.safetensors   averages of the weights (`posthoc_ema.py`)
-    runs/mnist/checkpoints/step-00001000/   a pipeline in diffusers' layout, and beside it
-                                       state/  what training needs to go on: raw weights, optimizer, progress
-
-A run keeps its newest checkpoints and the one with the lowest held-out loss. A checkpoint is written into a hidden
-sibling, flushed to the disk and then renamed, so a folder named step-* is complete whenever the process or the machine
-stopped. What happens to it later is seen by the sizes and checksums of its files. Nothing in it can run code:
-safetensors, JSON and YAML only.
+A pipeline in latent space is a `StableDiffusionPipeline`, ours and others' alike; one in pixels, which diffusers has
+no pipeline for, says TextToImage.
 """
 
-import hashlib
 import json
-import logging
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from itertools import count
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from cond_diffusion.config import schedule as schedule_config
+from cond_diffusion.config.run import CONFIG_NAME, Config, PredictionKind, load_config
+from cond_diffusion.diffusion.prediction import Prediction
+from cond_diffusion.diffusion.schedule import NoiseSchedule
+from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.hub import WEIGHTS, download, is_hub_id, refuse_pickles
+from cond_diffusion.models.latents import VAE, LatentSpace, Patches
+from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.models.unet import UNet
+from cond_diffusion.pipeline.run_folder import find_corruption, newest_checkpoint
 
-from cond_diffusion.errors import UserError, did_you_mean, first_line
+BUILT_IN_MODEL = Path(__file__).parent.parent / "assets" / "mnist_model"
+INDEX_NAME = "model_index.json"
+Result = TypeVar("Result")
 
-CHECKSUMS_NAME = "checksums.json"
-PROGRESS_NAME = "progress.json"  # in state/: the step, the held-out loss, where the data stand
-LOCK_NAME = ".lock"
-
-logger = logging.getLogger(__name__)
+IN_PIXELS, IN_LATENTS = "TextToImage", "StableDiffusionPipeline"
 
 
-def new_run_dir(path: str, or_else: str = "") -> Path:
-    """Return the folder for a new run, or raise UserError: what an earlier run left there is never overwritten.
+class Checkpoint:
+    """A pipeline's folder. Each part is read, and checked, when it is first asked for.
 
-    or_else: what the message offers beside another name.
+    Reading a part raises UserError where a file is missing, damaged, or of another kind of pipeline.
     """
-    run_dir = Path(path)
-    if run_dir.exists() and not (run_dir.is_dir() and all(path.name == LOCK_NAME for path in run_dir.iterdir())):
-        raise UserError(f"run_dir: {run_dir} exists and is not overwritten; name another, run_dir={run_dir}-2{or_else}")
-    return run_dir
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-def make_run_dir(run_dir: Path) -> None:
-    """Make the folder; raise UserError where that cannot be."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run_dir: {run_dir} cannot be made: {error.strerror}") from error
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """What `model_index.json` holds."""
+        return check_kind(self.folder, str(self.folder))
 
+    @cached_property
+    def latent_space(self) -> LatentSpace:
+        """Where the diffusion happens."""
+        for part, weights in WEIGHTS.items():
+            refuse_pickles(self.folder / part, weights)
+        if self.index["_class_name"] == IN_PIXELS:
+            return Patches(self.index.get("patch_size", 1))
+        return VAE.from_pretrained(self.folder)
 
-class RunLock:
-    """Held by the one process that writes into a run's folder; the system releases it when that process dies."""
+    @cached_property
+    def unet(self) -> UNet:
+        return UNet.from_pretrained(self.folder / "unet")
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.lock = FileLock(run_dir / LOCK_NAME)
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The encoder, with the length that the tokenizer was saved with."""
+        return TextEncoder.from_pretrained(self.folder, max_length=None)
 
-    def __enter__(self) -> "RunLock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
-
-    def acquire(self) -> None:
-        """Take the lock, unless it is held here already; raise UserError where another process holds it."""
-        if self.lock.is_locked:
-            return
-        try:
-            self.lock.acquire(blocking=False)
-        except Timeout as error:
+    @cached_property
+    def prediction(self) -> Prediction:
+        """What the network predicts, and its schedule."""
+        fields = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        if self.index["_class_name"] == IN_LATENTS:
+            fields |= {"clip_sample": False, "steps_offset": 1}  # whatever is written there, as that pipeline has it
+        kind, kinds = fields.pop("prediction_type", "epsilon"), get_args(PredictionKind)
+        if kind not in kinds:
             raise UserError(
-                f"run_dir: another process is training into {self.run_dir}; wait until it ends, or name another folder"
-            ) from error
-        except OSError as error:
-            raise UserError(f"run_dir: {self.run_dir} cannot be written to: {error.strerror}") from error
+                f"scheduler config: prediction_type: {kind!r} is not supported; expected {', '.join(kinds)}"
+            )
+        return Prediction(kind, NoiseSchedule(schedule_config.from_diffusers(fields)))
+
+    @cached_property
+    def config(self) -> Config | None:
+        """The config of the run that wrote it; None where there is none."""
+        file = self.folder / CONFIG_NAME
+        return load_config(Config, file) if file.is_file() else None
+
+    @property
+    def run_config(self) -> Config:
+        """The config; UserError where there is none."""
+        if self.config is None:
+            raise UserError(
+                f"--checkpoint: {self.folder} has no {CONFIG_NAME}, which names its data; expected a run's checkpoint"
+            )
+        return self.config
 
 
-def checkpoint_of(run_dir: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+def open_checkpoint(source: str | Path, **options: Any) -> Checkpoint:
+    """Open the built-in model, a run's newest checkpoint, a checkpoint folder, or what a hub id names.
+
+    Args:
+        source: "builtin", a folder or a hub id, which is downloaded.
+        **options: Those of `hub.download`.
+
+    Raises:
+        UserError: Where there is none, or a file of it was changed since it was written.
+    """
+    if source == "builtin":
+        return Checkpoint(BUILT_IN_MODEL)
+    folder = Path(source)
+    if (folder / INDEX_NAME).is_file():
+        if problem := find_corruption(folder, with_state=False):
+            raise UserError(f"{folder}: {problem}")
+        return Checkpoint(folder)
+    if folder.is_dir():
+        newest = newest_checkpoint(folder, with_state=False)
+        if newest is None:
+            raise UserError(f"{folder} holds no complete checkpoint: neither {INDEX_NAME} nor checkpoints/step-*")
+        return Checkpoint(newest)
+    if not is_hub_id(source):
+        raise UserError(f"there is no checkpoint {source}; expected a run folder, a checkpoint folder or a hub id")
+    check_kind(download(str(source), [INDEX_NAME], **options), str(source))  # before gigabytes of something else
+    return Checkpoint(download(str(source), **options))
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, the oldest first."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+def read_checkpoint(source: str | Path, read: Callable[[Checkpoint], Result], **options: Any) -> Result:
+    """Return what `read` makes of the checkpoint that `open_checkpoint` opens.
 
-
-def newest_checkpoint(run_dir: Path, *, with_state: bool) -> Path | None:
-    """Return the newest checkpoint of a run that is whole, if it has any; name those that are not.
-
-    Raises UserError where none of them is.
+    A run that is being trained deletes old checkpoints. Where it deletes this one meanwhile, the newest is read.
     """
     while True:
-        problem = None
-        for checkpoint in reversed(checkpoints(run_dir)):
-            problem = damage(checkpoint, with_state=with_state)
-            if not checkpoint.exists():
-                break  # training deleted it meanwhile, and has written a newer one: list them again
-            if problem is None:
-                return checkpoint
-            logger.warning("%s: %s; going back to the checkpoint before it", checkpoint, problem)
-        else:
-            if problem is not None:
-                raise UserError(f"{run_dir}: none of its checkpoints is whole: {problem}")
-            return None
-
-
-def named_checkpoint(run_dir: Path, name: str) -> Path:
-    """Return the checkpoint of a run that `resume` names; raise UserError where it is not there or not whole."""
-    checkpoint = run_dir / "checkpoints" / name
-    there = [path.name for path in checkpoints(run_dir)]
-    if name not in there:
-        has = f"it has {', '.join(there)}" if there else "it has none"
-        raise UserError(f"resume: {run_dir} has no checkpoint {name}{did_you_mean(name, there)}; {has}")
-    if problem := damage(checkpoint, with_state=True):
-        raise UserError(f"resume: {checkpoint}: {problem}")
-    return checkpoint
-
-
-def supersede_after(run_dir: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of later steps, which a run that goes back to `step` leaves behind; return their new
-    paths. They stay on the disk and are not rotated.
-    """
-    renamed = []
-    for checkpoint in checkpoints(run_dir):
-        if checkpoint.name > checkpoint_of(run_dir, step).name:
-            names = (checkpoint.with_name(f"{checkpoint.name}.superseded-{number}") for number in count(1))
-            renamed.append(checkpoint.rename(next(name for name in names if not name.exists())))
-    return renamed
-
-
-def damage(checkpoint: Path, *, with_state: bool) -> str | None:
-    """Say which of a checkpoint's files is missing, was cut short or changed since it was written; None if none is.
-
-    with_state: look at the training state, too, which nobody needs for drawing.
-    """
-    try:
-        listed = json.loads((checkpoint / CHECKSUMS_NAME).read_text())
-    except FileNotFoundError:
-        return None  # of another make, or from before there were checksums
-    except ValueError:  # no JSON, or not even text
-        return f"{CHECKSUMS_NAME} was cut short"
-    for name, expected in listed.items():
-        if name.startswith("state/") and not with_state:
-            continue
-        file = checkpoint / name
+        checkpoint = open_checkpoint(source, **options)
         try:
-            size = file.stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} was cut short: {size} of {expected['bytes']} bytes"
-            if _checksum(file) != expected["blake2b"]:
-                return f"{name} is not what was written: its checksum differs"
-        except FileNotFoundError:
-            return f"{name} is missing"
-    return None
+            return read(checkpoint)
+        except (UserError, OSError):
+            if checkpoint.folder.exists():
+                raise
 
 
-def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
-    """Let `write` fill a folder and make it the checkpoint of `step`; then delete all but the newest `keep` and
-    the one with the lowest held-out loss.
-
-    Raises UserError where it cannot be written, a full disk for example; the ones before it are then untouched.
-    """
-    final = checkpoint_of(run_dir, step)
-    unfinished = final.with_name(f".{final.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it wrote this
-    try:
-        unfinished.mkdir(parents=True)
-        write(unfinished)
-        files = sorted(file for file in unfinished.rglob("*") if file.is_file())
-        listed = {
-            str(file.relative_to(unfinished)): {"bytes": file.stat().st_size, "blake2b": _checksum(file)}
-            for file in files
-        }
-        (unfinished / CHECKSUMS_NAME).write_text(json.dumps(listed, indent=2) + "\n")
-        for path in [*unfinished.rglob("*"), unfinished]:
-            flush(path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def check_kind(folder: Path, name: str) -> dict[str, Any]:
+    """Return what `model_index.json` says; raise UserError for a pipeline of another kind."""
+    index = read_json(folder / INDEX_NAME)
+    if (kind := index.get("_class_name")) not in (IN_PIXELS, IN_LATENTS):
         raise UserError(
-            f"{final} cannot be written ({first_line(error)}); the checkpoints before it are untouched"
-        ) from error
-    if final.exists():  # one that was found damaged, and that the run now has come back to
-        _remove(final)
-    unfinished.rename(final)
-    flush(final.parent)
-    # Later ones are damaged, or the run would not have come back to this step; they do not count.
-    until_here = [path for path in checkpoints(run_dir) if path.name <= final.name]
-    losses = {path: loss for path in until_here if (loss := _held_out_loss(path)) is not None}
-    best = min(losses, key=losses.__getitem__, default=None)  # of equals the first
-    for old in until_here[:-keep]:
-        if old != best:
-            _remove(old)
-    return final
+            f"{name} holds a {kind}; expected a {IN_PIXELS}, or a {IN_LATENTS} of Stable Diffusion 1.x or 2.x"
+        )
+    return index
 
 
-def _held_out_loss(checkpoint: Path) -> float | None:
-    """Return the last held-out loss that was measured up to a checkpoint; None where there is none."""
+def write_index(folder: Path, space: LatentSpace) -> None:
+    """Write `model_index.json`, and the autoencoder where there is one."""
+    index: dict[str, Any] = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    if isinstance(space, VAE):
+        space.save_pretrained(folder)
+        nothing = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+        index |= {"vae": ["diffusers", "AutoencoderKL"], **nothing, "requires_safety_checker": False}
+        index["_class_name"] = IN_LATENTS
+    else:
+        index |= {"_class_name": IN_PIXELS, "patch_size": space.downscaling}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_prediction(folder: Path, prediction: Prediction) -> None:
+    """Write `scheduler/`. diffusers has no name for score; its schedulers refuse ours, by name, at their first step."""
+    (folder / "scheduler").mkdir(exist_ok=True)
+    scheduler = {**schedule_config.to_diffusers(prediction.schedule.config), "prediction_type": prediction.kind}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
     try:
-        loss = json.loads((checkpoint / "state" / PROGRESS_NAME).read_text()).get("held_out_loss")
-    except (OSError, ValueError, AttributeError):  # damaged, or of another make
-        return None
-    return loss if isinstance(loss, float) else None
-
-
-def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, all of it or nothing; OSError or SafetensorError where that fails.
-
-    Several processes may write the same one at once.
-    """
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, metadata)
-        flush(unfinished)
-        unfinished.replace(file)
-    except (OSError, SafetensorError):
-        with suppress(OSError):
-            unfinished.unlink()
-        raise
-
-
-def _remove(checkpoint: Path) -> None:
-    # Renamed first: a checkpoint that is half deleted must not look like one.
-    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")))
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "blake2b").hexdigest()
-
-
-def add_weights(digest: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Add names and values to a hash of `hashlib`'s."""
-    for name, weight in weights:
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().numpy().data)
-
-
-def flush(path: Path) -> None:
-    """Ask the system to have `path` on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        fields = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{file.parent} is no complete checkpoint: there is no {file.name}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is damaged or was cut short: {first_line(error)}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{file} is damaged: expected names and values")
+    return fields

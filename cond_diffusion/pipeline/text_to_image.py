@@ -1,13 +1,13 @@
 """Text to image: everything that turns a prompt into a picture, as one object that loads, saves and is called."""
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,30 +16,25 @@ from psutil import virtual_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.device import keep_memory
-from cond_diffusion.diffusion.editing import edit_of
-from cond_diffusion.diffusion.guidance import GuidanceConfig, guided, scale_of_each, threshold_dynamically
+from cond_diffusion.diffusion.editing import Edit
+from cond_diffusion.diffusion.guidance import guided, threshold_dynamically
 from cond_diffusion.diffusion.prediction import Prediction, denoiser
-from cond_diffusion.diffusion.sampler_config import SamplerConfig
-from cond_diffusion.diffusion.samplers import Noise, Step
+from cond_diffusion.diffusion.samplers import Noise, Sampler, Step, build_sampler, sampling_timesteps
 from cond_diffusion.errors import Interrupted, UserError
 from cond_diffusion.hub import upload
-from cond_diffusion.images import PILLOW_MODES, Pictures, fit, from_pillow, grid, to_pillow
-from cond_diffusion.models.latents import VAE, LatentSpace
+from cond_diffusion.images import PILLOW_MODES, Pictures, fit, from_pillow, grid, to_pillow, upright
+from cond_diffusion.models.latents import LatentSpace
 from cond_diffusion.models.lora import add_lora_file
 from cond_diffusion.models.posthoc_ema import weights_of_width
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
+from cond_diffusion.pipeline.checkpoint import Checkpoint, read_checkpoint, write_index, write_prediction
 from cond_diffusion.pipeline.model_card import GRID_NAME, prompts_of_run, write_card
-from cond_diffusion.pipeline.pretrained import (
-    read_checkpoint,
-    read_latent_space,
-    read_prediction,
-    write_index,
-    write_prediction,
-)
 from cond_diffusion.seeding import generator
 
+DEFAULT_STRENGTH = 0.8
 MOST_AT_ONCE = 64
 MAPS_AT_ONCE = 120  # of the first level's size and width, that a guided picture takes; 54 to 118 were measured
 
@@ -49,23 +44,40 @@ Watch = Callable[[Step, int, int], None]
 logger = logging.getLogger(__name__)
 
 
-class PartlyDrawn(KeyboardInterrupt):
-    """An interruption of drawing; `images` are those of the batches that were done."""
+class SamplingInterrupted(KeyboardInterrupt):
+    """Sampling was interrupted; `images` are those of the batches that were complete."""
 
     def __init__(self, images: Pictures) -> None:
-        super().__init__(f"interrupted, with {len(images)} pictures drawn")
+        super().__init__(f"interrupted, with {len(images)} images complete")
         self.images = images
 
 
-@contextmanager
-def _carrying(images: Pictures) -> Iterator[None]:
-    """Let an interruption carry the pictures that are done."""
-    try:
-        yield
-    except Interrupted:  # of a run that draws while it trains
-        raise
-    except KeyboardInterrupt as interruption:
-        raise PartlyDrawn(images) from interruption
+@dataclass(frozen=True)
+class Job:
+    """What a call of `TextToImage` was resolved to.
+
+    scales, seeds, negative_prompts: one for each prompt.
+    """
+
+    prompts: list[str]
+    options: SamplingOptions
+    scales: list[float]
+    seeds: list[int]
+    negative_prompts: list[str]
+    batch_size: int
+    edit: Edit
+    timesteps: list[int]
+    sampler: Sampler
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image to be sampled."""
+
+    context: Float[Tensor, "l d"]
+    null_context: Float[Tensor, "l d"]
+    scale: float
+    seed: int
 
 
 class TextToImage:
@@ -111,20 +123,20 @@ class TextToImage:
 
         Raises UserError where there is none, or where a file of it is missing, damaged or for another kind of pipeline.
         """
-        options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-
-        def read(folder: Path) -> TextToImage:
-            space = read_latent_space(folder)
-            unet = UNet.from_pretrained(folder / "unet")
-            if ema_width is not None:
-                unet = UNet.with_weights(unet.config, weights_of_width(folder, ema_width))
-            pipe = cls(unet, TextEncoder.from_pretrained(folder, max_length=None), read_prediction(folder), space)
-            pipe.folder = folder
-            return pipe
-
-        pipe = read_checkpoint(source, read, revision=revision, **options)
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        pipe = read_checkpoint(source, partial(cls.from_checkpoint, ema_width=ema_width), revision=revision, **hub)
         if lora is not None:
-            add_lora_file(pipe.unet, lora, **options)
+            add_lora_file(pipe.unet, lora, **hub)
+        return pipe
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, ema_width: float | None = None) -> "TextToImage":
+        """Load all parts of a checkpoint that was opened; UserError as in `from_pretrained`."""
+        space, unet = checkpoint.latent_space, checkpoint.unet
+        if ema_width is not None:
+            unet = UNet.with_weights(unet.config, weights_of_width(checkpoint.folder, ema_width))
+        pipe = cls(unet, checkpoint.text_encoder, checkpoint.prediction, space)
+        pipe.folder = checkpoint.folder
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -149,7 +161,7 @@ class TextToImage:
             folder, steps = Path(name), min(20, self.schedule.num_timesteps)
             self.save_pretrained(folder)
             grid(self(shown, num_images=4, sampler="dpm_solver", steps=steps), 4, shown).save(folder / GRID_NAME)
-            write_card(folder, repo_id, self.space, self.side, self.prediction.kind, shown, self.folder)
+            write_card(folder, repo_id, self.space, self.image_size, self.prediction.kind, shown, self.folder)
             return upload(folder, repo_id, private=private, token=token)
 
     @property
@@ -157,7 +169,7 @@ class TextToImage:
         return self.unet.conv_in.weight.device
 
     @property
-    def side(self) -> int:
+    def image_size(self) -> int:
         """Of the pictures, in pixels."""
         return self.shape[1] * self.space.downscaling
 
@@ -178,15 +190,15 @@ class TextToImage:
     def __repr__(self) -> str:
         """Say what it is, where a notebook or a prompt shows it."""
         parameters = sum(parameter.numel() for parameter in self.unet.parameters()) / 1e6
-        where = "latents" if isinstance(self.space, VAE) else "pixels"
+        where = "latents" if self.space.is_latent else "pixels"
         return (
-            f"TextToImage: {self.side} x {self.side}, {PILLOW_MODES.get(self.channels, self.channels)}, diffusion of "
-            f"{where}; {parameters:.1f} million parameters predict {self.prediction.kind} at "
+            f"TextToImage: {self.image_size} x {self.image_size}, {PILLOW_MODES.get(self.channels, self.channels)}, "
+            f"diffusion of {where}; {parameters:.1f} million parameters predict {self.prediction.kind} at "
             f"{self.schedule.num_timesteps} timesteps; prompts of up to {self.text_encoder.max_length} tokens; on "
             f"{self.device}; from {self.folder or 'code'}"
         )
 
-    def fitting_batch_size(self) -> int:
+    def max_batch_size(self) -> int:
         """Return how many pictures can be in work at once in the memory that is free, at most `MOST_AT_ONCE`."""
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else virtual_memory().available
         values = MAPS_AT_ONCE * self.unet.config.channels[0] * self.shape[1] * self.shape[2]
@@ -197,130 +209,180 @@ class TextToImage:
         self,
         prompts: str | Sequence[str],
         *,
-        num_images: int = 1,
-        guidance_scale: float | Sequence[float] = 3.0,
-        negative_prompt: str = "",
-        guidance_interval: Sequence[int] | None = None,
-        guidance_rescale: float = 0.0,
-        dynamic_thresholding: float | None = None,
-        sampler: str = "ddpm",
-        steps: int | None = None,
-        variance: str | None = None,
-        eta: float | None = None,
-        order: int | None = None,
         image: Image.Image | None = None,
-        strength: float | None = None,
         mask: Image.Image | None = None,
-        resamplings: int = 1,
-        seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
+        output_type: Literal["pil", "pt"] = "pil",
         progress: bool = True,
         watch: Watch | None = None,
-    ) -> Pictures:
-        """Draw `num_images` pictures of each prompt; those of the first prompt come first.
+        **options: Any,
+    ) -> Any:
+        """Sample `num_images` images of each prompt; those of the first prompt come first.
 
-        Picture i of a prompt depends on the prompt and seed + i alone, up to the network's rounding, which differs a
+        Image i of a prompt depends on the prompt and seed + i alone, up to the network's rounding, which differs a
         little from one batch size to another; its noise is the same bit for bit.
 
-        guidance_scale: w, one for all prompts or one for each; 1 asks for no more than the prompt says, more makes
-            pictures clearer and more alike.
-        negative_prompt: what to steer away from, instead of from the empty caption.
-        guidance_interval, guidance_rescale, dynamic_thresholding: see `GuidanceConfig`.
-        sampler, variance, eta, order: see `SamplerConfig`.
-        steps: how many of the chain's timesteps to visit; None visits all.
-        image: a picture to begin with, resized and cropped to the model's. strength, 0 to 1, is how much of the chain
-            it goes through, at least a step unless it is 0: 0.8, or all of it (1) where there is a mask.
-        mask: of the size of `image`: what is white is drawn anew, what is black stays.
-        resamplings: how often inpainting goes through every ten steps, so that the new fits the old better.
-        seed: of each prompt's first picture, one for all prompts or one for each.
-        batch_size: how many pictures are in work at once; None is as many as fit into the memory, at most 64.
-        watch: called after each step of each batch.
+        Args:
+            prompts: One text or several.
+            image: An image to begin with, resized and cropped to the model's.
+            mask: Of the size of `image`: what is white is generated anew, what is black stays.
+            batch_size: Images in one batch; None is as many as fit into the memory, at most 64.
+            output_type: "pil" for PIL images, "pt" for a tensor (n, c, h, w) in [-1, 1].
+            progress: Whether to show a progress bar.
+            watch: Called after each step of each batch.
+            **options: The fields of `SamplingOptions` by name; None is a field's default.
 
-        Raises UserError for options that cannot be, and PartlyDrawn on Ctrl-C.
+        Raises:
+            UserError: For options that are not allowed, or do not go together.
+            SamplingInterrupted: On Ctrl-C, with the images of the complete batches.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        self._check(prompts, num_images, negative_prompt, batch_size)
-        scales = scale_of_each(guidance_scale, len(prompts))
-        guidance = GuidanceConfig(guidance_interval, guidance_rescale, dynamic_thresholding)
-        if guidance.interval is not None and guidance.interval[0] >= self.schedule.num_timesteps:
-            raise UserError(
-                f"guidance_interval: {guidance.interval[0]} to {guidance.interval[1]} lies beyond the "
-                f"{self.schedule.num_timesteps} timesteps of the chain"
-            )
-        choice = SamplerConfig(sampler, variance, eta, order)
-        edit = edit_of(image, mask, strength, resamplings, self._fitted, self.space)
-        chain = choice.timesteps(self.schedule, steps)
-        timesteps = edit.timesteps(chain)
-        run = edit.around(choice.sampler(self.schedule.config, len(chain)))
+        given = {name: value for name, value in options.items() if value is not None}
+        job = self._resolve(prompts, SamplingOptions(**given), image, mask, batch_size)
+        examples = self._encode(job)
+        batches = [examples[i : i + job.batch_size] for i in range(0, len(examples), job.batch_size)]
+        steps = len(job.timesteps) * job.options.resamplings
+        done: list[Tensor] = []
+        with tqdm(total=len(batches) * steps, desc="sampling", unit=" steps", disable=not progress) as bar:
+            try:
+                for batch in batches:
+                    noise = self._noise([example.seed for example in batch])
+                    x = job.edit.begin(noise(), self.schedule, job.timesteps)
+                    for number, step in enumerate(self._denoise(job, batch, x, noise)):
+                        x = step.x
+                        bar.update()
+                        if watch is not None:
+                            shown = {"x": self.space.decode(x), "x_0_hat": self.space.decode(step.x_0_hat)}
+                            watch(replace(step, **shown), number, steps)
+                    done.append(self.space.decode(x))
+            except Interrupted:  # of a run that samples while it trains
+                raise
+            except KeyboardInterrupt as interruption:
+                raise SamplingInterrupted(self._to_pil(done, job)) from interruption
+        return torch.cat(done) if output_type == "pt" else self._to_pil(done, job)
 
-        context = dict(zip(prompts, self.text_encoder(prompts), strict=True))
-        null_context = self.text_encoder([negative_prompt])
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else [*seed]
-        if len(seeds) != len(prompts):
-            raise UserError(f"seed: {len(seeds)} values for {len(prompts)} prompts; expected one, or one for each")
-        each = zip(prompts, scales, seeds, strict=True)
-        jobs = [(context[prompt], scale, first + i) for prompt, scale, first in each for i in range(num_images)]
-        batch_size = batch_size or self.fitting_batch_size()
-        batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-        total = len(timesteps) * resamplings
-        images = Pictures(columns=num_images)
-        bar = tqdm(total=len(batches) * total, desc="drawing", unit=" steps", disable=not progress)
-        with bar, _carrying(images):
-            for batch in batches:
-                contexts = torch.stack([context for context, _, _ in batch])
-                weights = torch.tensor([w for _, w, _ in batch])
-                network = guided(
-                    self.unet,
-                    contexts,
-                    null_context.expand_as(contexts),
-                    weights,
-                    guidance,
-                    project=self.unet.project_context,
-                )
-                denoise = denoiser(network, self.prediction, self.range_of_pixels(guidance), edit.keep)
-                noise = self._noise([seed for _, _, seed in batch])
-                x = edit.begin(noise(), self.schedule, timesteps)
-                for number, step in enumerate(run(denoise, self.schedule, x, timesteps, noise)):
-                    x = step.x
-                    bar.update()
-                    if watch is not None:
-                        watch(replace(step, x=self._to_pixels(x), x_0_hat=self._to_pixels(step.x_0_hat)), number, total)
-                images += to_pillow(self._to_pixels(x))
-        return images
-
-    def _check(self, prompts: list[str], num_images: int, negative_prompt: str, batch_size: int | None) -> None:
+    def _resolve(
+        self,
+        prompts: str | Sequence[str],
+        options: SamplingOptions,
+        image: Image.Image | None,
+        mask: Image.Image | None,
+        batch_size: int | None,
+    ) -> Job:
+        """Check the arguments against each other and against the model."""
+        prompts = [prompts] if isinstance(prompts, str) else [*prompts]
         if not prompts:
             raise UserError('prompts: none given; expected at least one, for example "a digit seven"')
-        if num_images < 1:
-            raise UserError(f"num_images: {num_images} must be at least 1")
         if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} must be at least 1")
-        for prompt in [*prompts, negative_prompt]:
+            raise UserError(f"batch_size: {batch_size}; expected at least 1")
+        negative_prompts = options.per_prompt("negative_prompt", len(prompts))
+        for prompt in [*prompts, *negative_prompts]:
             if any("\ud800" <= letter <= "\udfff" for letter in prompt):
                 raise UserError(f"prompts: {prompt!r} is not valid text; expected UTF-8")
-            if cut := self.text_encoder.words_cut(prompt):
-                logger.warning(
-                    "the prompt is longer than the %d tokens that the text encoder reads; this part is cut: %r",
-                    self.text_encoder.max_length,
-                    cut,
-                )
+        total, interval = self.schedule.num_timesteps, options.guidance_interval
+        if interval is not None and interval[0] >= total:
+            raise UserError(f"guidance_interval: {interval[0]} to {interval[1]} lies beyond the {total} timesteps")
+        if options.dynamic_thresholding is not None and self.space.is_latent:
+            raise UserError("dynamic_thresholding: applies only to models of pixels, and this one samples latents")
+        edit = self._prepare_edit(options, image, mask)
+        visited = sampling_timesteps(options.sampler, self.schedule, options.steps)
+        return Job(
+            prompts=prompts,
+            options=options,
+            scales=options.per_prompt("guidance_scale", len(prompts)),
+            seeds=options.per_prompt("seed", len(prompts)),
+            negative_prompts=negative_prompts,
+            batch_size=batch_size or self.max_batch_size(),
+            edit=edit,
+            timesteps=edit.timesteps(visited),
+            sampler=edit.wrap_sampler(build_sampler(options, self.schedule.config, len(visited))),
+        )
+
+    def _prepare_edit(self, options: SamplingOptions, image: Image.Image | None, mask: Image.Image | None) -> Edit:
+        """Return what sampling begins with and what stays; UserError for options that need another input."""
+        if image is None:
+            for name, value in (("mask", mask), ("strength", options.strength)):
+                if value is not None:
+                    raise UserError(f"{name}: applies only to an image to begin with; pass image, too")
+        if mask is None and options.resamplings != 1:
+            raise UserError(f"resamplings: {options.resamplings} applies only to a mask; pass image and mask, too")
+        if image is None:
+            return Edit()
+        image, mask = upright(image), None if mask is None else upright(mask)
+        strength = DEFAULT_STRENGTH if options.strength is None else options.strength
+        if mask is None:
+            return Edit(self.space.encode(self._fitted(image)), None, strength)
+        if mask.size != image.size:
+            (width, height), (wide, high) = mask.size, image.size
+            raise UserError(f"mask: {width} x {height} pixels do not fit the image's {wide} x {high}")
+        region = self.space.encode_mask((self._fitted(mask) + 1) / 2)
+        strength = 1.0 if options.strength is None else strength
+        return Edit(self.space.encode(self._fitted(image)), region, strength, options.resamplings)
+
+    def _encode(self, job: Job) -> list[Example]:
+        """Embed each prompt once, and list the images: all of the first prompt first."""
+        negatives = list(dict.fromkeys(job.negative_prompts))
+        contexts, null_contexts = self._embed(job.prompts), self._embed(negatives)
+        rows = zip(job.prompts, job.negative_prompts, job.scales, job.seeds, strict=True)
+        return [
+            Example(contexts[prompt], null_contexts[negative], scale, seed + i)
+            for prompt, negative, scale, seed in rows
+            for i in range(job.options.num_images)
+        ]
+
+    def _embed(self, prompts: list[str]) -> dict[str, Float[Tensor, "l d"]]:
+        """Return each prompt's text embedding; warn of prompts that are cut."""
+        ids, cut = self.text_encoder.tokenize(prompts)
+        for rest in filter(None, cut):
+            length = self.text_encoder.max_length
+            logger.warning("the prompt is longer than the text encoder's %d tokens; this part is cut: %r", length, rest)
+        return dict(zip(prompts, self.text_encoder.embed(ids), strict=True))
+
+    def _denoise(self, job: Job, batch: list[Example], x: Float[Tensor, "b c h w"], noise: Noise) -> Iterator[Step]:
+        """Yield the steps of a batch from x on."""
+        network = guided(
+            self.unet,
+            torch.stack([example.context for example in batch]),
+            torch.stack([example.null_context for example in batch]),
+            torch.tensor([example.scale for example in batch]),
+            interval=job.options.guidance_interval,
+            rescale=job.options.guidance_rescale,
+            project=self.unet.project_context,
+        )
+        clip = self.clip_fn(job.options.dynamic_thresholding)
+        denoise = denoiser(network, self.prediction, clip, job.edit.apply_mask)
+        return job.sampler(denoise, self.schedule, x, job.timesteps, noise)
+
+    def _to_pil(self, batches: list[Tensor], job: Job) -> Pictures:
+        return Pictures((image for batch in batches for image in to_pillow(batch)), columns=job.options.num_images)
 
     def _fitted(self, picture: Image.Image) -> Float[Tensor, "1 c h w"]:
-        return from_pillow(fit(picture, (self.side, self.side), self.channels)).to(self.device)[None]
+        return from_pillow(fit(picture, (self.image_size, self.image_size), self.channels)).to(self.device)[None]
 
-    def range_of_pixels(self, guidance: GuidanceConfig) -> Callable[[Tensor], Tensor]:
-        """Return what keeps x_0_hat in [-1, 1], the range of pixels."""
-        if guidance.dynamic_thresholding is not None and isinstance(self.space, VAE):
-            raise UserError("dynamic_thresholding: is about the range of pixels, and this model draws latents")
-        if guidance.dynamic_thresholding is not None:
-            return partial(threshold_dynamically, share=guidance.dynamic_thresholding)
+    def clip_fn(self, dynamic_thresholding: float | None = None) -> Callable[[Tensor], Tensor]:
+        """Return what keeps x_0_hat in [-1, 1], the range of pixels; the identity where the schedule does not clip."""
+        if dynamic_thresholding is not None:
+            return partial(threshold_dynamically, share=dynamic_thresholding)
         return (lambda x_0_hat: x_0_hat.clamp(-1, 1)) if self.schedule.config.clip_x_0 else (lambda x_0_hat: x_0_hat)
 
     def _noise(self, seeds: list[int]) -> Noise:
-        """Return the noise of one batch, each picture's out of a stream of its own."""
-        # On the CPU whatever the device, so that a seed means the same picture everywhere.
+        """Return the noise of one batch, each image's out of a stream of its own."""
+        # On the CPU whatever the device, so that a seed means the same image everywhere.
         draws = [generator("sample", seed) for seed in seeds]
         return lambda: torch.stack([torch.randn(self.shape, generator=draw) for draw in draws]).to(self.device)
 
-    def _to_pixels(self, x: Float[Tensor, "b c_pp h_p w_p"]) -> Float[Tensor, "b c h w"]:
-        return self.space.decode(x)
+
+def _signature() -> inspect.Signature:
+    """Return the signature of `TextToImage.__call__` with the sampling options in place of **options."""
+    own = inspect.signature(TextToImage.__call__)
+    defaults = SamplingOptions()
+    declared = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=getattr(defaults, field.name), annotation=field.type
+        )
+        for field in fields(SamplingOptions)
+    ]
+    *first, _ = own.parameters.values()
+    return own.replace(parameters=[*first, *declared])
+
+
+TextToImage.__call__.__signature__ = _signature()  # what help() and editors show  # type: ignore[attr-defined]

@@ -1,0 +1,155 @@
+"""Visualization of sampling: animations of x_t beside x_0_hat, and cross-attention maps of each word."""
+
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from cond_diffusion.diffusion.samplers import Step
+from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.images import enlarged, grid, to_pillow
+from cond_diffusion.models.layers import Attention, TransformerBlock
+from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.models.unet import UNet
+
+FRAMES = 60
+FRAME_MS, LAST_FRAME_MS = 80, 2000
+FRAME_WIDTH, MAP_WIDTH = 84, 112  # the least width of an image in an animation and under a heat map, in pixels
+LABEL_HEIGHT = 14
+
+
+class Film:
+    """A callback that keeps x_t and x_0_hat of up to `FRAMES` evenly spaced steps, the last one included."""
+
+    def __init__(self) -> None:
+        self.frames: list[tuple[list[Image.Image], list[Image.Image]]] = []
+        self.next_frame = 0
+
+    def __call__(self, step: Step, number: int, total: int) -> None:
+        if number == 0:
+            self.next_frame = 0  # the images of the next batch are appended to the frames of the previous ones
+        count = min(FRAMES, total)
+        if number != round((self.next_frame + 1) * total / count) - 1:
+            return
+        if self.next_frame == len(self.frames):
+            self.frames.append(([], []))
+        left, right = self.frames[self.next_frame]
+        left += to_pillow(step.x)
+        right += to_pillow(step.x_0_hat)
+        self.next_frame += 1
+
+    def save(self, path: Path, columns: int) -> None:
+        """Write a GIF or WebP animation: x_t on the left, x_0_hat on the right."""
+        sheets = [_side_by_side(*(_frame(half, columns) for half in frame)) for frame in self.frames]
+        durations = [FRAME_MS] * (len(sheets) - 1) + [LAST_FRAME_MS]
+        try:
+            sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=durations, loop=0)
+        except (ValueError, RuntimeError, OverflowError, OSError) as error:  # too large for WebP (16383) or GIF (65535)
+            width, height = sheets[0].size
+            raise UserError(
+                f"--film: {path}, {width} x {height} pixels, cannot be written ({first_line(error)}); "
+                "ask for fewer pictures"
+            ) from error
+
+
+def _frame(images: list[Image.Image], columns: int) -> Image.Image:
+    return grid([enlarged(image, FRAME_WIDTH).convert("RGB") for image in images], columns)
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    both = Image.new("RGB", (2 * left.width + 8, left.height), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + 8, 0))
+    return both
+
+
+class AttentionMaps:
+    """Context manager and callback that records a UNet's cross-attention at each step (DAAM, Tang et al. 2022).
+
+    maps: for each image one heat map per token, the attention of each pixel to it, averaged over steps, heads and
+    levels; coarser levels are interpolated to `side`.
+    """
+
+    def __init__(self, unet: UNet, side: int) -> None:
+        self.blocks = [module for module in unet.modules() if isinstance(module, TransformerBlock)]
+        self.side = side
+        self.recorded: list[Float[Tensor, "n l h w"]] = []  # since the last step
+        self.sums: dict[int, Tensor] = {}  # of this batch, by their size
+        self.count = 0
+        self.maps: list[Float[Tensor, "l side side"]] = []
+
+    def __enter__(self) -> "AttentionMaps":
+        self.hooks = [block.attn2.register_forward_pre_hook(self._record) for block in self.blocks]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _record(self, attention: Any, inputs: tuple[Any, ...]) -> None:
+        x, (keys, _) = inputs
+        self.recorded.append(attention_weights(attention, x, keys))
+
+    def __call__(self, step: Step, number: int, total: int) -> None:
+        """Add the maps of this step, of the conditional pass: its rows come first."""
+        for weights in self.recorded:
+            self.sums[weights.shape[-1]] = self.sums.get(weights.shape[-1], 0) + weights[: len(step.x)]
+            self.count += 1
+        self.recorded = []
+        if number == total - 1:
+            size = (self.side, self.side)
+            levels = [F.interpolate(level, size=size, mode="bilinear") for level in self.sums.values()]
+            self.maps += [*(torch.stack(levels).sum(0) / self.count).cpu()]
+            self.sums, self.count = {}, 0
+
+
+def attention_weights(
+    attention: Attention, x: Float[Tensor, "b p d"], keys: Float[Tensor, "b n l k"]
+) -> Float[Tensor, "b l h w"]:
+    """Return the attention of each pixel to each token, averaged over heads; each pixel's sum to 1."""
+    queries = rearrange(attention.to_q(x), "b p (n k) -> b n p k", n=attention.num_heads)
+    scores = einsum(queries, keys, "b n p k, b n l k -> b n p l") / math.sqrt(keys.shape[-1])
+    return rearrange(scores.softmax(-1).mean(1), "b (h w) l -> b l h w", h=math.isqrt(x.shape[1]))
+
+
+def maps_of_words(
+    prompt: str, maps: Float[Tensor, "l side side"], text_encoder: TextEncoder
+) -> list[tuple[str, Float[Tensor, "side side"]]]:
+    """Return each word of the prompt with the mean of its tokens' heat maps."""
+    return [(word, maps[tokens].mean(0)) for word, tokens in text_encoder.words(prompt)]
+
+
+def sheet(rows: list[tuple[Image.Image, list[tuple[str, Float[Tensor, "side side"]]]]]) -> Image.Image:
+    """Return a page with a row per image: the image, then each word's heat map over it.
+
+    The colors of each map span its own range: they compare pixels, not words.
+    """
+    cells = [[("", enlarged(image, MAP_WIDTH).convert("RGB"))] for image, _ in rows]
+    for row, (_, words) in zip(cells, rows, strict=True):
+        row += [(word, _overlay(row[0][1], heat)) for word, heat in words]
+    width, height = cells[0][0][1].size
+    columns = max(len(row) for row in cells)
+    page = Image.new("RGB", (columns * (width + 2) - 2, len(cells) * (LABEL_HEIGHT + height + 2) - 2))
+    draw = ImageDraw.Draw(page)
+    for y, row in enumerate(cells):
+        for x, (word, cell) in enumerate(row):
+            corner = (x * (width + 2), y * (LABEL_HEIGHT + height + 2))
+            draw.text((corner[0] + 2, corner[1] + 1), word, fill="white")
+            page.paste(cell, (corner[0], corner[1] + LABEL_HEIGHT))
+    return page
+
+
+def _overlay(image: Image.Image, heat: Float[Tensor, "side side"]) -> Image.Image:
+    least, greatest = heat.min(), heat.max()
+    (grey,) = to_pillow(((heat - least) / (greatest - least).clamp(min=1e-12) * 2 - 1)[None, None])
+    colors = ImageOps.colorize(grey.resize(image.size, Image.Resampling.BICUBIC), "navy", "yellow", mid="red")
+    return Image.blend(image, colors, 0.5)
