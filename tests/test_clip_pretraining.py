@@ -10,7 +10,7 @@ from cond_diffusion.config.run import load_config
 from cond_diffusion.data.dataset import load_captioned_images
 from cond_diffusion.errors import UserError
 from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder
-from cond_diffusion.pipeline.checkpoint import RunLock
+from cond_diffusion.pipeline.run_folder import RunLock
 from cond_diffusion.training.clip_pretraining import (
     ClipPretrainingConfig,
     contrastive_loss,

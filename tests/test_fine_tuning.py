@@ -47,7 +47,7 @@ def test_stable_diffusion_is_trained_further_as_it_is(bars_overrides: list[str],
         torch.testing.assert_close(after.unet.state_dict()[name], weight, rtol=0, atol=1e-7)
     assert after.prediction.kind == "v_prediction"
     assert after.schedule.config == before.schedule.config
-    assert after.side == 16
+    assert after.image_size == 16
     assert StableDiffusionPipeline.from_pretrained(checkpoint).scheduler.config.prediction_type == "v_prediction"
 
 

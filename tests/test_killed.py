@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cond_diffusion.config.run import Config, load_config
-from cond_diffusion.pipeline.checkpoint import checkpoints
+from cond_diffusion.pipeline.run_folder import checkpoints
 from cond_diffusion.training.trainer import train
 
 # A server that has imported everything, and of which each run is a copy: what is killed is a process of its own, but it

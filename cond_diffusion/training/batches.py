@@ -77,7 +77,7 @@ class Batches:
         self.shape = space.shape(config.data)
         self.rounds = config.train.gradient_accumulation_steps
         self.processes, self.process = accelerator.num_processes, accelerator.process_index
-        self.per_step = samples_per_step(config, accelerator)
+        self.per_step = config.train.batch_size * self.rounds * self.processes
         self.null_context = contexts([""])[0].to(self.device)
         in_memory = isinstance(feed, ShuffledSet) and isinstance(feed.data, CaptionedImages)
         self._samples = ahead(self._reads(start), depth=0 if in_memory else READ_AHEAD)
@@ -128,8 +128,3 @@ class Batches:
             eps=torch.stack([torch.randn(self.shape, generator=draw) for draw in draws]),
             state=self.feed.state if isinstance(self.feed, CaptionedStream) else None,
         )
-
-
-def samples_per_step(config: Config, accelerator: Accelerator) -> int:
-    """Return how many samples all processes together see in a step."""
-    return config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes

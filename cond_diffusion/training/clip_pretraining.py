@@ -1,6 +1,6 @@
 """Train a small CLIP on a captioned data set, so that a text encoder exists where no hub is in reach.
 
-`python -m cond_diffusion.training.clip_pretraining --config configs/clip_mnist.yaml` writes transformers' own format: a
+`cond-diffusion pretrain-clip --config clip_mnist` writes transformers' own format: a
 byte-pair vocabulary learned from the captions, and a `CLIPModel` whose folder can stand wherever a CLIP from the hub
 can.
 
@@ -10,8 +10,6 @@ push equals apart.
 """
 
 import json
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,50 +21,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from cond_diffusion.config.data import DataConfig
-from cond_diffusion.config.run import config_parser, load_config
+from cond_diffusion.config.run import ClipPretrainingConfig
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
-from cond_diffusion.errors import UserError, command_line
 from cond_diffusion.images import to_model
 from cond_diffusion.models.clip import embed_images, embed_texts
 from cond_diffusion.models.text_encoder import quiet_transformers
-from cond_diffusion.order import sample_indices
-from cond_diffusion.pipeline.checkpoint import RunLock, make_run_dir, new_run_dir
-from cond_diffusion.seeding import generator
-
-
-@dataclass(frozen=True)
-class ClipPretrainingConfig:
-    """A small CLIP: both halves have the same width, depth and number of heads.
-
-    test_split: the split that the zero-shot accuracy is measured on.
-    """
-
-    run_dir: str = "runs/clip"
-    seed: int = 0
-    data: DataConfig = field(default_factory=DataConfig)
-    test_split: str = "test"
-    vocab_size: int = 1000
-    max_length: int = 16
-    patch_size: int = 4
-    width: int = 64
-    layers: int = 4
-    num_heads: int = 4
-    batch_size: int = 256
-    max_steps: int = 1000
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup_steps < self.max_steps:
-            raise UserError(f"warmup_steps: {self.warmup_steps} must lie between 0 and max_steps ({self.max_steps})")
-        if self.num_heads < 1 or self.width % self.num_heads:
-            raise UserError(f"width: {self.width} must be divisible by num_heads ({self.num_heads})")
-        if self.data.resolution % self.patch_size:
-            raise UserError(f"patch_size: {self.patch_size} does not divide data.resolution ({self.data.resolution})")
-        if self.vocab_size < 514:
-            raise UserError(f"vocab_size: {self.vocab_size} must be at least 514: all bytes twice, and two marks")
+from cond_diffusion.pipeline.run_folder import RunLock, make_run_dir, new_run_dir
+from cond_diffusion.seeding import generator, sample_indices
 
 
 def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
@@ -195,15 +156,3 @@ def _training_loss(
     texts = F.normalize(embed_texts(clip, tokenizer, [caption for caption, _ in unique], config.max_length), dim=-1)
     logits = clip.logit_scale.exp().clamp(max=100) * images @ texts.T
     return contrastive_loss(logits, groups, torch.tensor([group for _, group in unique]))
-
-
-def main() -> None:
-    words = config_parser("Train a small CLIP on a captioned data set.").parse_intermixed_args()
-    config = load_config(ClipPretrainingConfig, words.config, words.overrides)
-    for caption, accuracy in pretrain(config).items():
-        print(f"zero-shot accuracy on the {config.test_split} images, captions like {caption!r}: {accuracy:.2%}")
-    print(f"wrote {config.run_dir}; training reads it by text.encoder={config.run_dir}")
-
-
-if __name__ == "__main__":
-    sys.exit(command_line(main))

@@ -18,17 +18,12 @@ from cond_diffusion.config.run import Config
 from cond_diffusion.data.dataset import CaptionedFiles, Places, open_captioned_files
 from cond_diffusion.data.loader import Feed, ShuffledSet
 from cond_diffusion.data.stream import CaptionedStream
-from cond_diffusion.diffusion.objective import Objective
-from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
-from cond_diffusion.images import claimed_path, enlarged, grid, to_model, to_pillow
-from cond_diffusion.models.latents import latent_space
+from cond_diffusion.images import enlarged, grid, to_model, to_pillow
 from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.pipeline.png import reserve_path
 from cond_diffusion.training.batches import Batches
-from cond_diffusion.training.building import in_words, new_optimizer, new_unet
-from cond_diffusion.training.fine_tuning import adopted, text_encoder_of
-from cond_diffusion.training.resuming import find_run
-from cond_diffusion.training.trainer import make_accelerator
+from cond_diffusion.training.setup import build_run, make_accelerator, summary
 
 LOOKED_AT, PER_BATCH = 1000, 100  # pictures
 SHOWN, WIDTH = 8, 160  # pictures, and pixels of each
@@ -43,12 +38,9 @@ def check(config: Config) -> Iterator[str]:
     """
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:
-        raise UserError("--check looks at the work of one process; type: python train.py --check")
-    _, newest = find_run(config, aloud=True)
-    config, weights = adopted(config, newest)
-    text_encoder = text_encoder_of(config, newest).to(accelerator.device)
-    space = latent_space(config.latent, newest).to(accelerator.device)
-    unet = new_unet(config, text_encoder.context_dim, space, weights).to(accelerator.device)
+        raise UserError("--check inspects the work of one process; type: python train.py --check")
+    run = build_run(config, accelerator)
+    config, text_encoder, unet = run.config, run.text_encoder, run.unet
     data = config.data
     if data.streaming:
         source = feed = CaptionedStream(data, config.seed)
@@ -56,22 +48,20 @@ def check(config: Config) -> Iterator[str]:
         source = open_captioned_files(data)
         feed = ShuffledSet(source, config.seed, held_out=0)  # all are to be looked at
     yield from _data_in_words(config, source, feed, text_encoder)
-    objective = Objective(config.objective, NoiseSchedule(config.schedule))
-    batch = next(Batches(config, feed, text_encoder, objective, accelerator, 0, space).next_step())
-    network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
+    batch = next(Batches(config, feed, text_encoder, run.objective, accelerator, 0, run.space).next_step())
 
     def loss() -> Tensor:
-        return objective.loss(network, batch.x_0, batch.t, batch.eps, batch.context)
+        return run.objective.loss(run.network, batch.x_0, batch.t, batch.eps, batch.context)
 
     def step() -> float:
         value = loss()
         accelerator.backward(value)
-        accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        accelerator.clip_grad_norm_(run.network.parameters(), config.train.max_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
         return value.item()  # waits for the accelerator
 
-    yield f"network: {in_words(unet)}"
+    yield f"network: {summary(unet)}"
     kept = bytes_kept(unet, loss) / 1e9
     yield f"memory: {kept:.2f} GB more for what a batch of {config.train.batch_size} keeps for the backward pass"
     seconds = _seconds_of(step)
@@ -111,10 +101,10 @@ def _data_in_words(
     different = feed.captions()[1:] if isinstance(feed, ShuffledSet) else list(dict.fromkeys(captions))
     cut = text_encoder.cut(different)
     yield (
-        f"captions: column {data.caption_column}; {len(different)} different ones; {len(cut)} are longer than "
+        f"captions: column {source.config.caption_column}; {len(different)} different ones; {len(cut)} are longer than "
         f"text.max_length ({text_encoder.max_length} tokens) and are cut{f', for example {cut[0]!r}' if cut else ''}"
     )
-    with claimed_path(None, f"check {config.run_dir}", "--check", (".png",)) as path:
+    with reserve_path(None, f"check {config.run_dir}", "--check", (".png",)) as path:
         grid([_labelled(*pair) for pair in zip(shown, captions, strict=False)], columns=4).save(path)
     yield f"wrote {path}: pictures with their captions"
 

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from cond_diffusion.config.run import Config
 from cond_diffusion.errors import UserError, did_you_mean
-from cond_diffusion.images import from_pillow, grid, to_bytes, to_model, to_pillow
+from cond_diffusion.images import grid, to_bytes, to_model, to_pillow
+from cond_diffusion.models.ema import EMA
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.training.validation import Findings
 
@@ -48,6 +49,14 @@ class Reporter:
                 init_kwargs={"tensorboard": {"purge_step": start + 1}},  # forget steps that are done again
             )
         self.last_log = (start, monotonic())
+
+    def announce_snapshots(self, averages: Sequence[EMA]) -> None:
+        """Log how much disk the snapshots will take."""
+        if count := self.config.train.snapshots:
+            size = 4 * sum(weight.numel() for average in averages for weight in average.weights.values())
+            logger.info(
+                "train.snapshots: %d snapshots will take %.2f GB in %s", count, count * size / 1e9, self.run_dir
+            )
 
     def steps(self) -> Iterator[int]:
         """Count the steps that are left, behind a progress bar."""
@@ -99,15 +108,9 @@ class Reporter:
         prompts, processes = sample.prompts, accelerator.num_processes
         rounds = -(-len(prompts) // processes)  # as many for each, so that they can be gathered; some are drawn twice
         mine = [prompts[(i * processes + accelerator.process_index) % len(prompts)] for i in range(rounds)]
-        images = pipe(
-            mine,
-            num_images=sample.num_images,
-            guidance_scale=sample.guidance_scale,
-            steps=min(sample.steps, pipe.schedule.num_timesteps),
-            batch_size=self.config.train.batch_size,
-            progress=False,
-        )
-        pixels = to_bytes(torch.stack([from_pillow(image) for image in images]))
+        options = vars(sample.sampling_options(pipe.schedule.num_timesteps))
+        batch_size = self.config.train.batch_size
+        pixels = to_bytes(pipe(mine, **options, batch_size=batch_size, progress=False, output_type="pt"))
         columns = pixels.unflatten(0, (rounds, sample.num_images)).to(accelerator.device)
         gathered = cast(Tensor, accelerator.gather(columns))  # process by process
         if accelerator.is_main_process:
@@ -120,7 +123,7 @@ class Reporter:
             except OSError as error:
                 logger.warning("%s cannot be written (%s); training goes on", file, error.strerror)
 
-    def last_words(self, saved: Path | None) -> Path:
+    def log_summary(self, saved: Path | None) -> Path:
         """Say where the result is, the newest checkpoint, and what to type next; return it.
 
         Raises UserError where there is none.

@@ -18,7 +18,7 @@ from cond_diffusion.models.ema import Weights
 from cond_diffusion.models.lora import save_lora
 from cond_diffusion.models.posthoc_ema import save_snapshot
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.checkpoint import PROGRESS_NAME, save_checkpoint
+from cond_diffusion.pipeline.run_folder import PROGRESS_NAME, save_checkpoint
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.training.state import TrainingState
 

@@ -18,28 +18,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from cond_diffusion.config.train import TrainConfig
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.models.ema import EMA, Weights
 from cond_diffusion.models.lora import digest_of_base, has_lora, load_lora, merged
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.checkpoint import PROGRESS_NAME
+from cond_diffusion.pipeline.run_folder import PROGRESS_NAME
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
 
 class TrainingState:
-    """The network, its optimizer, and two averages: the one that is drawn from, and one of half its width.
+    """The network, its optimizer, and its averages: the one that is sampled from, and one of half its width where the
+    run stores snapshots.
 
     unet, optimizer: after Accelerate has placed or sharded them.
     """
 
-    def __init__(self, unet: UNet, optimizer: Any, ema_width: float, accelerator: Accelerator) -> None:
+    def __init__(self, unet: UNet, optimizer: Any, config: TrainConfig, accelerator: Accelerator) -> None:
         self.unet = unet
         self.base = digest_of_base(unet) if has_lora(unet) else None
         self.optimizer = optimizer
         self.scaler = accelerator.scaler  # of the loss, with fp16 alone
         named = unet.named_parameters()
         self.parameters: Weights = {name: parameter for name, parameter in named if parameter.requires_grad}
-        self.averages = (EMA(self.parameters, ema_width), EMA(self.parameters, ema_width / 2))
+        widths = [config.ema_width, config.ema_width / 2] if config.snapshots else [config.ema_width]
+        self.averages = [EMA(self.parameters, width) for width in widths]
         self.sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
 
@@ -54,7 +57,7 @@ class TrainingState:
         return all(bool(_piece(weight.detach()).isfinite().all()) for part in parts for weight in part.values())
 
     @contextmanager
-    def average_in(self, pipe: TextToImage) -> Iterator[None]:
+    def ema_weights(self, pipe: TextToImage) -> Iterator[None]:
         """Have a pipeline draw from the average; under FSDP all processes must ask, and each has a copy meanwhile."""
         before = pipe.unet
         pipe.unet = self.averaged_unet()
@@ -84,12 +87,12 @@ class TrainingState:
         parts = {
             "unet": self.parameters,
             "optimizer": moments,
-            "narrow_ema": self.averages[1].weights,
+            **({"narrow_ema": self.averages[1].weights} if len(self.averages) > 1 else {}),
         }
         return {stem: _copied(tensors, _piece) for stem, tensors in parts.items()}
 
     def whole_averages(self, *, copy: bool) -> list[Weights]:
-        """Return copies of both averages, on the CPU; under FSDP all processes must ask together, and those that say
+        """Return copies of the averages, on the CPU; under FSDP all processes must ask together, and those that say
         that they need no copy get none.
         """
         if copy:
@@ -116,8 +119,9 @@ class TrainingState:
         Raises UserError if it is not whole or does not fit.
         """
         folder = checkpoint / "state"
-        if not any(folder.glob("narrow_ema*")):
-            raise UserError(f"resume: {checkpoint} is of an older version, without a second average; begin a new run")
+        has_narrow = any(folder.glob("narrow_ema*"))
+        if len(self.averages) > 1 and not has_narrow:
+            raise UserError("train.snapshots: this run has kept no second average until now; expected 0")
         try:
             progress = json.loads((folder / PROGRESS_NAME).read_text())
             if progress.get("base") != self.base:
@@ -128,7 +132,8 @@ class TrainingState:
             _put(_read(folder, "unet"), self.parameters)
             whole = UNet.from_pretrained(checkpoint / "unet").state_dict() if not self.base else load_lora(checkpoint)
             _put({name: [weight] for name, weight in whole.items()}, self.averages[0].weights)
-            _put(_read(folder, "narrow_ema"), self.averages[1].weights)
+            if len(self.averages) > 1:
+                _put(_read(folder, "narrow_ema"), self.averages[1].weights)
             self._load_moments(_read(folder, "optimizer"))
             if self.scaler is not None and "scaler" in progress:
                 self.scaler.load_state_dict(progress["scaler"])

@@ -7,32 +7,27 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from cond_diffusion.config.run import Config, TrainConfig
+from cond_diffusion.config.run import Config
+from cond_diffusion.config.train import TrainConfig
 from cond_diffusion.data.contexts import Contexts, context_table
 from cond_diffusion.data.dataset import open_captioned_files
 from cond_diffusion.data.latent_set import latent_set
 from cond_diffusion.data.loader import Feed, ShuffledSet, open_feed
 from cond_diffusion.data.stream import CaptionedStream
-from cond_diffusion.device import has_bf16, keep_memory, share_cores
-from cond_diffusion.diffusion.objective import Objective
-from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
-from cond_diffusion.models.latents import LatentSpace, Patches, latent_space
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.checkpoint import RunLock, checkpoint_of, checkpoints
+from cond_diffusion.pipeline.run_folder import RunLock, checkpoint_of, checkpoints
 from cond_diffusion.pipeline.text_to_image import TextToImage
-from cond_diffusion.training.batches import Batches, MicroBatch, samples_per_step
-from cond_diffusion.training.building import complete_unet_config, in_words, new_optimizer, new_unet
-from cond_diffusion.training.fine_tuning import adopted, text_encoder_of
+from cond_diffusion.training.batches import Batches, MicroBatch
 from cond_diffusion.training.interruption import Interruption
-from cond_diffusion.training.reporting import Reporter, check_tracker
-from cond_diffusion.training.resuming import acquire, check_config, find_run, go_on, make_run
+from cond_diffusion.training.reporting import Reporter
 from cond_diffusion.training.saving import Saver
+from cond_diffusion.training.setup import Run, acquire, build_run, make_accelerator, make_run
 from cond_diffusion.training.state import TrainingState
 from cond_diffusion.training.validation import Diagnosis
 
@@ -40,48 +35,35 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config) -> Path:
-    """Train as `config` says, or go on with a run; return the newest checkpoint's folder.
+    """Train a model, or resume a run. Returns the path of the newest checkpoint.
 
     Raises UserError where that cannot be, or where another process is training into the run's folder.
     """
     accelerator = make_accelerator(config)
     with RunLock(Path(config.run_dir)) as lock:
         if config.resume and lock.run_dir.is_dir():
-            acquire(lock, accelerator)  # before the checkpoint is read: nobody rotates it away
-        return _train(config, lock, accelerator)
+            acquire(lock, accelerator)  # before the checkpoint is read: no other process rotates it away
+        return _train(build_run(config, accelerator), lock)
 
 
-def _train(config: Config, lock: RunLock, accelerator: Accelerator) -> Path:
-    run_dir, newest = find_run(config, aloud=accelerator.is_main_process)
-    config, weights = adopted(config, newest)
-    if newest is not None:
-        check_config(config, newest, aloud=accelerator.is_main_process)
-    space = latent_space(config.latent, newest).to(accelerator.device)
-    text_encoder = text_encoder_of(config, newest).to(accelerator.device)
-    complete_unet_config(config, text_encoder.context_dim, space)  # refuses before hours of encoding pictures
-    feed = _feed(config, space, accelerator)
-    contexts = contexts_of(feed, text_encoder, accelerator)
-    objective = Objective(config.objective, NoiseSchedule(config.schedule))
+def _train(run: Run, lock: RunLock) -> Path:
+    config, accelerator, network, optimizer = run.config, run.accelerator, run.network, run.optimizer
+    feed = open_data(run)
+    contexts = contexts_of(feed, run.text_encoder, accelerator)
+    state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train, accelerator)
+    progress = resume_from(run, state, feed)
+    start = progress.get("step", 0)
+    make_run(lock, run, start)
 
-    unet = new_unet(config, text_encoder.context_dim, space, weights).to(accelerator.device)
-    network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
-    state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train.ema_width, accelerator)
-    per_step = samples_per_step(config, accelerator)
-    if accelerator.is_main_process and weights is not None:
-        logger.info("%s", in_words(unet))
-    start, held_out_loss = 0, None
-    if newest is not None:
-        start, held_out_loss = go_on(newest, state, feed, per_step, aloud=accelerator.is_main_process)
-    with torch.device("meta"):  # without weights, but for the moments when it draws
-        pipe = TextToImage(UNet(unet.config), text_encoder, objective.prediction, space)
-    make_run(lock, config, newest, start, accelerator)
-
-    diagnosis = Diagnosis(config, feed, contexts, objective, space)
-    batches = Batches(config, feed, contexts, objective, accelerator, start, space)
-    reporter = Reporter(config, run_dir, start, per_step, accelerator)
-    done, bad = start, 0
+    with torch.device("meta"):  # without weights, but for the moments when it samples
+        pipe = TextToImage(UNet(run.unet.config), run.text_encoder, run.objective.prediction, run.space)
+    validator = Diagnosis(config, feed, contexts, run.objective, run.space)
+    batches = Batches(config, feed, contexts, run.objective, accelerator, start, run.space)
+    reporter = Reporter(config, run.run_dir, start, run.samples_per_step, accelerator)
+    reporter.announce_snapshots(state.averages)
+    done, bad, held_out_loss = start, 0, progress.get("held_out_loss")
     good: MicroBatch | None = None  # of the last step since the newest checkpoint that changed the weights
-    with Interruption(accelerator) as interruption, Saver(run_dir, config, pipe, state, accelerator) as saver:
+    with Interruption(accelerator) as interruption, Saver(run.run_dir, config, pipe, state, accelerator) as saver:
         for step in reporter.steps():
             loss, batch = accumulate_gradients(network, batches, accelerator)
             gradient_norm: Any = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
@@ -102,13 +84,13 @@ def _train(config: Config, lock: RunLock, accelerator: Accelerator) -> Path:
             reporter.log(done, loss, gradient_norm, rate)
             interrupted = interruption.noted() and done < config.train.max_steps
             leaving = interrupted or done == config.train.max_steps
-            if not interrupted:  # before the checkpoint, behind which a resumed run goes on
-                found = _look(done, config, diagnosis, reporter, state, pipe, accelerator)
+            if not interrupted:  # before the checkpoint, after which a resumed run continues
+                found = _validate_and_sample(done, config, validator, reporter, state, pipe, accelerator)
                 held_out_loss = held_out_loss if found is None else found
             checkpoint_due = leaving or _is_due(done, config.train.checkpoint_every)
             snapshot_due = is_snapshot_due(config.train, done, leaving)
             if (checkpoint_due or snapshot_due) and _worth_saving(done, good, state, batches, accelerator):
-                progress = {"step": done, "samples_per_step": per_step, "held_out_loss": held_out_loss}
+                progress = {"step": done, "samples_per_step": run.samples_per_step, "held_out_loss": held_out_loss}
                 progress |= {**feed.progress(), **state.progress()}
                 saver.save(done, progress if checkpoint_due else None, snapshot=snapshot_due)
                 good = None if checkpoint_due else good
@@ -117,36 +99,31 @@ def _train(config: Config, lock: RunLock, accelerator: Accelerator) -> Path:
         saver.finish(must=True)
     accelerator.wait_for_everyone()
     end_training(accelerator)
-    until_here = [path for path in checkpoints(run_dir) if path.name <= checkpoint_of(run_dir, done).name]
+    until_here = [path for path in checkpoints(run.run_dir) if path.name <= checkpoint_of(run.run_dir, done).name]
     saved = until_here[-1] if until_here else None
     if interruption.signal is not None and done < config.train.max_steps:
         interruption.leave(done, saved)
-    return reporter.last_words(saved)
+    return reporter.log_summary(saved)
 
 
-def make_accelerator(config: Config) -> Accelerator:
-    """Find out what there is to compute on, and set it up as the config says."""
-    check_tracker(config.track)
-    on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
-    if on_cpu:
-        share_cores()
-        keep_memory()
-    else:
-        torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = config.train.tf32
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=_precision(config.train, on_cpu),
-        log_with=config.track,
-        project_dir=config.run_dir,
-    )
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UserError("accelerate launch --use_fsdp: expected --fsdp_version 2 beside it")
-    if accelerator.distributed_type == DistributedType.FSDP and config.train.lora_rank:
-        raise UserError("train.lora_rank: LoRA leaves little to share out; expected no --use_fsdp")
-    if accelerator.distributed_type == DistributedType.FSDP and config.train.optimizer == "muon":
-        raise UserError("train.optimizer: muon needs whole matrices, which FSDP cuts up; expected adamw")
-    return accelerator
+def resume_from(run: Run, state: TrainingState, feed: Feed) -> dict[str, Any]:
+    """Load the checkpoint that a run continues from, and move the data to where it stood; return its progress.
+
+    Raises UserError where the checkpoint is not whole, or for another number of samples a step.
+    """
+    if run.resumed_from is None:
+        return {}
+    progress = state.load(run.resumed_from)
+    if progress["samples_per_step"] != run.samples_per_step:
+        raise UserError(
+            f"resume: a step saw {progress['samples_per_step']} samples in this run and would now see "
+            f"{run.samples_per_step}; keep train.batch_size x train.gradient_accumulation_steps x processes the same"
+        )
+    then, now = progress["data"], feed.identity()
+    if then != now:
+        logger.warning("resume: the data changed: %s, now %s; continuing with the new data in a new order", then, now)
+    feed.resume(progress, progress["step"] * run.samples_per_step, same=then == now)
+    return progress
 
 
 def end_training(accelerator: Accelerator) -> None:
@@ -178,16 +155,16 @@ def contexts_of(feed: Feed, text_encoder: TextEncoder, accelerator: Accelerator)
     return context_table(text_encoder, captions, accelerator)
 
 
-def _feed(config: Config, space: LatentSpace, accelerator: Accelerator) -> Feed:
-    """Return what training reads: the pictures, or their latents where a picture always has the same."""
-    if isinstance(space, Patches) or config.data.streaming:
-        return open_feed(config.data, config.seed, aloud=accelerator.is_main_process)
+def open_data(run: Run) -> Feed:
+    """Return what training reads: the images, or their latents where an image always has the same."""
+    config = run.config
+    if not run.space.is_latent or config.data.streaming:
+        return open_feed(config.data, config.seed, aloud=run.accelerator.is_main_process)
     if config.data.flip or config.data.crop == "random":
-        if accelerator.is_main_process:
-            logger.warning("data.flip or data.crop=random: latents cannot be kept, and are computed for each batch")
-        return open_feed(config.data, config.seed, aloud=accelerator.is_main_process)
-    files = open_captioned_files(config.data, aloud=accelerator.is_main_process)
-    return ShuffledSet(latent_set(files, space, accelerator), config.seed, config.data.held_out)
+        logger.warning("data.flip or data.crop=random: latents cannot be kept, and are computed for each batch")
+        return open_feed(config.data, config.seed, aloud=run.accelerator.is_main_process)
+    files = open_captioned_files(config.data, aloud=run.accelerator.is_main_process)
+    return ShuffledSet(latent_set(files, run.space, run.accelerator), config.seed, config.data.held_out)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -232,10 +209,10 @@ def is_snapshot_due(config: TrainConfig, done: int, leaving: bool) -> bool:
     )
 
 
-def _look(
+def _validate_and_sample(
     done: int,
     config: Config,
-    diagnosis: Diagnosis,
+    validator: Diagnosis,
     reporter: Reporter,
     state: TrainingState,
     pipe: TextToImage,
@@ -249,8 +226,8 @@ def _look(
     if not (evaluating or drawing):
         return None
     loss = math.nan
-    with state.average_in(pipe):
-        if evaluating and (findings := diagnosis.measure(pipe.unet, accelerator)):
+    with state.ema_weights(pipe):
+        if evaluating and (findings := validator.measure(pipe.unet, accelerator)):
             reporter.tell(done, findings)
             loss = findings.true_caption
         if drawing:
@@ -297,12 +274,3 @@ def _skip(step: int, bad: int, batches: Batches, optimizer: Any, accelerator: Ac
 
 def _is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-def _precision(config: TrainConfig, on_cpu: bool) -> str:
-    """Return the mixed precision to use: without instructions for it a CPU is many times slower than in fp32."""
-    wanted = config.mixed_precision
-    if not on_cpu or wanted == "no" or (wanted == "bf16" and has_bf16()):
-        return wanted
-    logger.warning("train.mixed_precision=%s: this CPU has no instructions for it; training in fp32", wanted)
-    return "no"
