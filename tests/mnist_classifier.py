@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.data.dataset import load_captioned_images
-from cond_diffusion.evaluation.judges import TRAINED_ON, accuracy, fingerprint, train_classifier
-from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
+from cond_diffusion.evaluation.judges import TRAINED_ON, accuracy, fingerprint, renumber_groups, train_classifier
+from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL
 
 
 def main() -> None:
@@ -26,7 +26,8 @@ def main() -> None:
     save_file(half, sys.argv[1], metadata={TRAINED_ON: fingerprint(train)})
     classifier.load_state_dict({name: tensor.float() for name, tensor in half.items()})
     size = Path(sys.argv[1]).stat().st_size
-    print(f"{classifier.digest()}: {accuracy(classifier, train, test):.2%} of the test images, {size} bytes")
+    share = accuracy(classifier, renumber_groups(test, train.caption_groups))
+    print(f"{classifier.digest()}: {share:.2%} of the test images, {size} bytes")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Samples beside real pictures, in the eyes of a classifier and of a CLIP: what `evaluation.py` writes down."""
+"""Measure samples against real images, as seen by a classifier and a CLIP."""
 
 import logging
 from collections.abc import Callable
@@ -9,258 +9,261 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int64, UInt8
-from PIL import Image
 from torch import Tensor
 
 from cond_diffusion.config.run import Config
+from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
 from cond_diffusion.data.loader import ShuffledSet, open_feed
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.errors import UserError
-from cond_diffusion.evaluation.judges import Classifier, accuracy, kept_classifier, train_classifier
-from cond_diffusion.evaluation.metrics import frechet_distance, manifolds, nearest
-from cond_diffusion.images import from_pillow, grid, to_bytes, to_model, to_pillow
-from cond_diffusion.models.clip import ClipJudge
-from cond_diffusion.order import sample_indices
+from cond_diffusion.evaluation.judges import (
+    Classifier,
+    ClipJudge,
+    accuracy,
+    load_clip_judge,
+    load_or_train_classifier,
+    renumber_groups,
+    train_classifier,
+)
+from cond_diffusion.evaluation.metrics import frechet_distance, nearest, prdc
+from cond_diffusion.images import to_bytes
 from cond_diffusion.pipeline.text_to_image import TextToImage
+from cond_diffusion.seeding import sample_indices
 from cond_diffusion.training.validation import Diagnosis
 
-MOST_REAL = 10_000  # test pictures whose features are compared with
-PICTURES_OF_A_LABEL = 20  # at least so many to a caption group, and the data are taken for a labelled set
-NEIGHBOURS = 5
+MAX_REAL = 10_000  # test images that features are compared with
+MIN_IMAGES_PER_LABEL = 20  # with fewer images per caption group the captions are no class labels
+NEIGHBORS = 5
 
-Features = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
-"""Pictures to features: a `Classifier`, a `ClipJudge`, or any other network that sees what matters."""
+CLASSIFICATION = "accuracy on test pictures of a classifier trained on them"  # Ravuri and Vinyals 2019
+NEAREST = "distance to the nearest training picture"
 
-Measures = dict[str, dict[str, float]]
-"""Each measure of the samples and, to compare with, of real pictures: {"samples": ..., "real": ...}."""
+FeatureExtractor = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
+"""Images to features: a `Classifier`, a `ClipJudge`, or any other network."""
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How samples are drawn: options of `TextToImage.__call__`.
-
-    seed: of the first prompt's first picture; the others follow, so that no two samples begin with the same noise.
-    """
-
-    sampler: str = "dpm_solver"
-    steps: int | None = 20
-    guidance_scale: float = 3.0
-    seed: int = 0
+# How samples are generated unless told otherwise; what a report names of it. The seed is that of the first image of the
+# first prompt: no two samples share a seed.
+DEFAULT_SAMPLING = SamplingOptions(sampler="dpm_solver", steps=20)
+REPORTED_OPTIONS = ("sampler", "steps", "guidance_scale", "seed")
 
 
-class Judging:
-    """A checkpoint, its data, and who judges its samples.
+def reported(sampling: SamplingOptions) -> dict[str, Any]:
+    """Return the options that a report names."""
+    return {name: getattr(sampling, name) for name in REPORTED_OPTIONS}
 
-    classifier: trained on the real pictures; None where their captions are no labels.
-    clip: the CLIP whose text half the checkpoint reads with; None where that has no half for pictures.
-    features: what distances are measured in; if not given, the classifier's or, without one, the CLIP's.
-    """
 
-    def __init__(self, pipe: TextToImage, config: Config, features: Features | None = None) -> None:
-        self.pipe = pipe
-        self.config = config
-        self.whole, self.train, self.test = real_pictures(config)
-        if len(self.test) <= NEIGHBOURS:
-            raise UserError(
-                f"data.source: {config.data.source} has {len(self.test)} pictures that were not trained on; expected a "
-                f"split named test, or data.held_out, with more than {NEIGHBOURS}"
-            )
-        groups = len(self.train.caption_groups)
-        labelled = groups > 1 and len(self.train) >= PICTURES_OF_A_LABEL * groups
-        self.classifier: Classifier | None = kept_classifier(self.train) if labelled else None
-        self.clip = own_clip(config) or (features if isinstance(features, ClipJudge) else None)
-        found = features or self.classifier or self.clip
-        if found is None or (self.classifier is None and self.clip is None):
-            raise UserError(
-                "--features: the captions are no labels, and the checkpoint's text encoder has no half that sees these "
-                "pictures; expected a CLIP, for example --features openai/clip-vit-base-patch32"
-            )
-        self.features: Features = found
-        for judge in (self.clip, self.features):
-            if isinstance(judge, ClipJudge):
-                judge.to(pipe.device)
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A set of captioned images with the outputs of each judge, computed on first use and kept."""
+
+    data: CaptionedImages
+    classifier: Classifier | None
+    clip: ClipJudge | None
+    extractor: FeatureExtractor
 
     @cached_property
-    def features_of_test(self) -> Float[Tensor, "n d"]:
-        """In an order of chance: sources are often sorted."""
-        return self.features(some(self.test, MOST_REAL).images)
+    def features(self) -> Float[Tensor, "n d"]:
+        return self.extractor(self.data.images)
 
     @cached_property
-    def features_of_training(self) -> Float[Tensor, "n d"]:
-        return self.features(self.train.images)
+    def recognized_by_classifier(self) -> Bool[Tensor, " n"]:
+        """Whether the classifier assigns each image to its caption group."""
+        assert self.classifier is not None
+        features = self.features if self.extractor is self.classifier else self.classifier(self.data.images)
+        return self.classifier.predict(features) == self.data.group_of
+
+    @cached_property
+    def clip_cosines(self) -> tuple[Float[Tensor, "n captions"], Int64[Tensor, " n"]]:
+        """CLIP's cosine of each image with each caption of the set, and the index of its own caption."""
+        assert self.clip is not None
+        groups, own = self.data.group_of.unique(return_inverse=True)
+        texts = self.clip.texts([self.data.caption_groups[group][0] for group in groups.tolist()])
+        images = self.features if self.extractor is self.clip else self.clip(self.data.images)
+        return images @ texts.T, own
 
     @property
-    def judge(self) -> str:
-        """What accuracies are those of, with a hash of its weights: figures compare only where it is the same."""
-        return "the checkpoint's CLIP" if self.classifier is None else f"classifier {self.classifier.digest()}"
-
-    def prompts(self, samples: int, *, paraphrases: bool = False) -> list[tuple[str, int]]:
-        """Return prompts with their caption groups: each group's first caption, or with `paraphrases` all the others.
-
-        Of more prompts than samples, some.
-        """
-        wanted = slice(1, None) if paraphrases else slice(0, 1)
-        groups = self.train.caption_groups
-        prompts = [(prompt, i) for i, captions in enumerate(groups) for prompt in captions[wanted]]
-        if not prompts:
-            raise UserError("--paraphrases: every picture has one caption only in this checkpoint's data")
-        if samples < len(prompts):
-            prompts = [prompts[i] for i in sample_indices(len(prompts), 0, 0, samples).tolist()]
-        return prompts
-
-    def draw(self, prompts: list[tuple[str, int]], samples: int, sampling: Sampling) -> CaptionedImages:
-        """Draw equally many samples of each prompt, `samples` in all or less; those of the first prompt come first."""
-        each = samples // len(prompts)
-        seeds = [sampling.seed + number * each for number in range(len(prompts))]
-        images = self.pipe([prompt for prompt, _ in prompts], num_images=each, **{**asdict(sampling), "seed": seeds})
-        groups = torch.tensor([group for _, group in prompts]).repeat_interleave(each)
-        pixels = to_bytes(torch.stack([from_pillow(image) for image in images]))
-        return CaptionedImages(pixels, groups, self.train.caption_groups)
-
-    def recognised(self, samples: CaptionedImages) -> Bool[Tensor, " n"]:
-        """Say of each sample whether the best judge that there is sees in it what the prompt says."""
-        if self.classifier is None:
-            return self.recognised_by_clip(samples)
-        return self.classifier.classify(samples.images) == samples.group_of
-
-    def recognised_by_clip(self, samples: CaptionedImages) -> Bool[Tensor, " n"]:
-        """Say of each sample whether CLIP finds it nearer to its own caption than to any other of the set's."""
-        cosines, own = self._beside_captions(samples)
+    def recognized_by_clip(self) -> Bool[Tensor, " n"]:
+        """Whether CLIP finds each image closer to its own caption than to any other caption of the set."""
+        cosines, own = self.clip_cosines
         return cosines.argmax(1) == own
 
-    def clip_score(self, samples: CaptionedImages) -> float:
-        """Return the mean of max(100 cos, 0) between pictures and captions (Hessel et al. 2021, but for their 2.5).
-
-        Only scores of the same CLIP can be compared.
-        """
-        cosines, own = self._beside_captions(samples)
+    @property
+    def clip_score(self) -> float:
+        """The mean of max(100 cos, 0) of images and captions (Hessel et al. 2021, without their factor 2.5)."""
+        cosines, own = self.clip_cosines
         return (100 * cosines.gather(1, own[:, None])).clamp(min=0).mean().item()
 
-    def _beside_captions(self, samples: CaptionedImages) -> tuple[Float[Tensor, "n captions"], Int64[Tensor, " n"]]:
-        """Return CLIP's cosine of each sample with each caption of the set, and which caption is its own."""
-        assert self.clip is not None
-        groups, own = samples.group_of.unique(return_inverse=True)
-        texts = self.clip.texts([samples.caption_groups[group][0] for group in groups.tolist()])
-        return self.clip(samples.images) @ texts.T, own
+    @property
+    def recognized(self) -> Bool[Tensor, " n"]:
+        """Whether each image shows what its caption says, by the classifier or, without one, by CLIP."""
+        return self.recognized_by_clip if self.classifier is None else self.recognized_by_classifier
 
-    def accuracy_and_distance(self, samples: CaptionedImages) -> tuple[float, float]:
-        """Return prompt accuracy and Fréchet distance: guidance betters the one at the cost of the other."""
-        distance = frechet_distance(self.features(samples.images), self.features_of_test)
-        return self.recognised(samples).float().mean().item(), distance
+    @property
+    def accuracy(self) -> float:
+        return self.recognized.float().mean().item()
 
-    def floor(self, count: int) -> float:
-        """Return the Fréchet distance of as many real training pictures: what samples can hope for."""
-        return frechet_distance(self.features(some(self.train, count).images), self.features_of_test)
 
-    def measure(self, samples: CaptionedImages) -> Measures:
-        """Return every measure. The real pictures are as many training pictures, but test pictures for those who were
-        trained on these.
+class Evaluator:
+    """Real images, and the judges that samples are measured with.
+
+    train, test: with the same caption groups. classifier: trained on `train`; None if the captions are no class labels.
+    clip: None if there is none that accepts the images; one of the two judges is needed. features: the space that
+    distances are measured in; the classifier's by default or, without one, the CLIP's.
+    """
+
+    def __init__(
+        self,
+        train: CaptionedImages,
+        test: CaptionedImages,
+        classifier: Classifier | None,
+        clip: ClipJudge | None,
+        features: FeatureExtractor | None = None,
+    ) -> None:
+        extractor = features or classifier or clip
+        if extractor is None or (classifier is None and clip is None):
+            raise UserError(
+                "features: the captions are no class labels, and the checkpoint's text encoder belongs to no CLIP that "
+                "accepts the images; expected a CLIP, for example openai/clip-vit-base-patch32"
+            )
+        self.train, self.test = train, test
+        self.classifier, self.clip, self.extractor = classifier, clip, extractor
+        self.training = self.judge(train)
+        self.reference = self.judge(subset(test, MAX_REAL))  # in random order: sources are often sorted
+
+    @property
+    def judge_name(self) -> str:
+        """The judge of prompt accuracy, with a hash of its weights: only figures of the same judge can be compared."""
+        return "the checkpoint's CLIP" if self.classifier is None else f"classifier {self.classifier.digest()}"
+
+    def judge(self, data: CaptionedImages) -> Judged:
+        return Judged(data, self.classifier, self.clip, self.extractor)
+
+    def prompts(self, count: int, *, paraphrases: bool = False) -> list[tuple[str, int]]:
+        """Return up to `count` prompts with their groups: each group's first caption, or all others (`paraphrases`)."""
+        wanted = slice(1, None) if paraphrases else slice(0, 1)
+        prompts = [(prompt, i) for i, group in enumerate(self.train.caption_groups) for prompt in group[wanted]]
+        if not prompts:
+            raise UserError("paraphrases: each image in the checkpoint's data has a single caption")
+        if count < len(prompts):
+            prompts = [prompts[i] for i in sample_indices(len(prompts), 0, 0, count).tolist()]
+        return prompts
+
+    def generate(
+        self, pipe: TextToImage, prompts: list[tuple[str, int]], count: int, sampling: SamplingOptions
+    ) -> Judged:
+        """Generate equally many samples of each prompt, at most `count` in all; the first prompt's come first."""
+        each = count // len(prompts)
+        (first,) = sampling.per_prompt("seed", 1)
+        own = {"num_images": each, "seed": [first + number * each for number in range(len(prompts))]}
+        images = pipe([prompt for prompt, _ in prompts], **{**vars(sampling), **own}, output_type="pt")
+        groups = torch.tensor([group for _, group in prompts]).repeat_interleave(each)
+        return self.judge(CaptionedImages(to_bytes(images).cpu(), groups, self.train.caption_groups))
+
+    def measure(self, samples: Judged) -> dict[str, dict[str, float]]:
+        """Return {metric: {"samples": value, "real": value}} for all of `METRICS`; "real" is the value of equally many
+        real images, the best that samples can reach: no classifier is always right, and no finite set has distance 0.
         """
-        both = {"samples": samples, "real": some(self.train, len(samples))}
-        unseen = {"samples": samples, "real": some(self.test, len(samples))}
-        features = {name: self.features(pictures.images) for name, pictures in both.items()}
-        measures: Measures = {}
-        if self.classifier is not None:
-            measures["prompt accuracy, classifier"] = {
-                "samples": self.recognised(samples).float().mean().item(),
-                "real": accuracy(self.classifier, self.train, self.test),
-            }
-        if self.clip is not None:
-            measures["prompt accuracy, CLIP"] = {
-                name: self.recognised_by_clip(pictures).float().mean().item() for name, pictures in unseen.items()
-            }
-            measures["CLIP score"] = {name: self.clip_score(pictures) for name, pictures in unseen.items()}
-        measures["Fréchet distance"] = {
-            name: frechet_distance(rows, self.features_of_test) for name, rows in features.items()
-        }
-        overlap = {
-            name: asdict(manifolds(rows, self.features_of_test[: len(samples)])) for name, rows in features.items()
-        }
-        for name in ("precision", "recall", "density", "coverage"):
-            measures[name] = {kind: overlap[kind][name] for kind in both}
-        if self.classifier is not None:
-            measures["accuracy on test pictures of a classifier trained on them"] = {
-                name: accuracy(train_classifier(pictures), self.train, self.test) for name, pictures in both.items()
-            }
-        measures["distance to the nearest training picture"] = {
-            "samples": self._distance_to_training(features["samples"]),
-            "real": self._distance_to_training(self.features_of_test[: len(samples)]),
-        }
+        count = len(samples.data)
+        real = {"train": subset(self.train, count), "test": subset(self.test, count), "whole test": self.test}
+        baselines = {name: self.judge(data) for name, data in real.items()}
+        measures: dict[str, dict[str, float]] = {}
+        for judge, baseline, metric in METRICS:
+            if getattr(self, judge) is not None:
+                values, of_real = metric(self, samples), metric(self, baselines[baseline])
+                measures |= {name: {"samples": value, "real": of_real[name]} for name, value in values.items()}
         return measures
 
-    def _distance_to_training(self, features: Float[Tensor, "n d"]) -> float:
-        return nearest(features, self.features_of_training, 1)[0].mean().item()
+    def distance(self, images: Judged) -> float:
+        """Return the Fréchet distance to the test images."""
+        return frechet_distance(images.features, self.reference.features)
 
-    def nearest_pictures(self, samples: CaptionedImages, count: int = 10) -> Image.Image:
-        """Return rows of a sample and the training pictures that are nearest to it: is it memory?"""
-        some = spread(len(samples), count)
-        _, which = nearest(self.features(samples.images[some]), self.features_of_training, NEIGHBOURS)
-        rows = torch.cat([samples.images[some][:, None], self.train.images[which]], dim=1)
-        return grid(to_pillow(to_model(rows.flatten(0, 1))), NEIGHBOURS + 1)
+    def real_baseline(self, count: int) -> float:
+        """Return the Fréchet distance of `count` training images."""
+        return self.distance(self.judge(subset(self.train, count)))
 
-    def held_out_loss(self) -> dict[str, Any] | None:
-        """Return the training loss on held-out pictures, by timestep, with other captions and without; None if the run
-        held none out.
-        """
-        data, seed = self.config.data, self.config.seed
-        if data.streaming or data.crop == "random" or self.whole.images.nbytes > data.memory_gb * 1e9:
-            feed = open_feed(data, seed, aloud=False)  # which counts pictures that cannot be read, too
-        else:
-            feed = ShuffledSet(self.whole, seed, data.held_out)
-        objective = Objective(self.config.objective, self.pipe.schedule)
-        diagnosis = Diagnosis(self.config, feed, self.pipe.text_encoder, objective, self.pipe.space)
-        findings = diagnosis.measure(self.pipe.unet, Accelerator(cpu=self.pipe.device.type == "cpu"))
-        return None if findings is None else asdict(findings)
+    def nearest_images(self, samples: Judged, rows: Int64[Tensor, " n"]) -> UInt8[Tensor, "n columns c h w"]:
+        """Return samples, each beside its nearest training images, to check for memorization."""
+        _, indices = nearest(samples.features[rows], self.training.features, NEIGHBORS)
+        return torch.cat([samples.data.images[rows][:, None], self.train.images[indices]], dim=1)
 
 
-def spread(of: int, count: int) -> Tensor:
-    """Return `count` numbers below `of`, evenly spread, or all of them."""
-    count = min(of, count)
-    return torch.arange(count) * of // count
+Metric = Callable[[Evaluator, Judged], dict[str, float]]
+
+# The judge that a metric needs, the real images of its baseline (never those that it compares with), the metric.
+METRICS: list[tuple[str, str, Metric]] = [
+    ("classifier", "whole test", lambda _, x: {"prompt accuracy, classifier": x.accuracy}),
+    ("clip", "test", lambda _, x: {"prompt accuracy, CLIP": x.recognized_by_clip.float().mean().item()}),
+    ("clip", "test", lambda _, x: {"CLIP score": x.clip_score}),
+    ("extractor", "train", lambda real, x: {"Fréchet distance": real.distance(x)}),
+    ("extractor", "train", lambda real, x: prdc(x.features, real.reference.features[: len(x.data)])),
+    ("classifier", "train", lambda real, x: {CLASSIFICATION: accuracy(train_classifier(x.data), real.test)}),
+    ("extractor", "test", lambda real, x: {NEAREST: nearest(x.features, real.training.features, 1)[0].mean().item()}),
+]
 
 
-def some(data: CaptionedImages, count: int) -> CaptionedImages:
-    """Return `count` pictures of a set, or all of them, drawn without replacement."""
-    return _subset(data, sample_indices(len(data), 0, 0, min(count, len(data))))
-
-
-def _subset(data: CaptionedImages, rows: Tensor) -> CaptionedImages:
-    return replace(data, images=data.images[rows], group_of=data.group_of[rows])
-
-
-def own_clip(config: Config) -> ClipJudge | None:
-    """Return the CLIP that a checkpoint's text encoder is half of; None, with a line that says why, if it cannot judge
-    the checkpoint's pictures.
+def load_evaluator(pipe: TextToImage, config: Config, features: FeatureExtractor | None = None) -> Evaluator:
+    """Load a checkpoint's data and judges: a classifier if the captions are class labels, and the checkpoint's own CLIP
+    or, where it has none that accepts the images, the CLIP given as `features`.
     """
-    encoder, data = config.text.encoder, config.data
+    train, test = load_real_images(config)
+    if len(test) <= NEIGHBORS:
+        raise UserError(
+            f"data.source: {config.data.source} has {len(test)} images that are not trained on; expected a split named "
+            f"test, or data.held_out, with more than {NEIGHBORS}"
+        )
+    groups = len(train.caption_groups)
+    labeled = groups > 1 and len(train) >= MIN_IMAGES_PER_LABEL * groups
+    clip = features if isinstance(features, ClipJudge) else None
     try:
-        clip = ClipJudge.from_pretrained(encoder, config.text.max_length)
+        clip = load_clip_judge(config.text.encoder, config.data, config.text.max_length or 77)
     except UserError as error:
-        logger.warning("text.encoder: %s; without CLIP's opinion", error)
-        return None
-    if clip is not None and not clip.reads(data.channels, data.resolution):
-        shape = f"{data.resolution} x {data.resolution} pixels in {data.channels} channels"
-        logger.warning("text.encoder: %s reads no pictures of %s; without CLIP's opinion", encoder, shape)
-        return None
-    return clip
+        logger.warning("text.encoder: %s; %s", error, "using features" if clip else "skipping CLIP metrics")
+    for judge in (clip, features):
+        if isinstance(judge, ClipJudge):
+            judge.to(pipe.device)
+    return Evaluator(train, test, load_or_train_classifier(train) if labeled else None, clip, features)
 
 
-def real_pictures(config: Config) -> tuple[CaptionedImages, CaptionedImages, CaptionedImages]:
-    """Return the whole training split, what is trained on of it, and the test pictures, all in memory. Of a source
-    without test pictures those that training holds out stand in for them.
+def load_real_images(config: Config) -> tuple[CaptionedImages, CaptionedImages]:
+    """Return the training and test images, in memory. A source without a test split is tested with the images that
+    training holds out.
     """
     whole = load_captioned_images(config.data)
     try:
-        return whole, whole, load_captioned_images(config.data, "test")
+        return whole, renumber_groups(load_captioned_images(config.data, "test"), whole.caption_groups)
     except UserError as error:
-        if config.data.streaming:  # which pictures a stream holds out only the stream knows
+        if config.data.streaming:  # only the stream knows which images it holds out
             raise
-        feed = ShuffledSet(whole, config.seed, config.data.held_out)
-        held_out = feed.held_out_indices()
-        logger.warning("no test pictures (%s); measuring with the %d that training holds out", error, len(held_out))
+        held_out = ShuffledSet(whole, config.seed, config.data.held_out).held_out_indices()
+        logger.warning("no test images (%s); using the %d that training holds out", error, len(held_out))
         trained_on = torch.ones(len(whole), dtype=torch.bool)
         trained_on[held_out] = False
-        return whole, _subset(whole, trained_on.nonzero().squeeze(1)), _subset(whole, held_out)
+        return _rows(whole, trained_on.nonzero().squeeze(1)), _rows(whole, held_out)
+
+
+def held_out_loss(pipe: TextToImage, config: Config) -> dict[str, Any] | None:
+    """Return the training loss on held-out images, by timestep and by caption; None if the run holds out none."""
+    feed = open_feed(config.data, config.seed, aloud=False)
+    objective = Objective(config.objective, pipe.schedule)
+    diagnosis = Diagnosis(config, feed, pipe.text_encoder, objective, pipe.space)
+    findings = diagnosis.measure(pipe.unet, Accelerator(cpu=pipe.device.type == "cpu"))
+    return None if findings is None else asdict(findings)
+
+
+def spread(total: int, count: int) -> Int64[Tensor, " n"]:
+    """Return up to `count` evenly spaced numbers below `total`."""
+    count = min(total, count)
+    return torch.arange(count) * total // count
+
+
+def subset(data: CaptionedImages, count: int) -> CaptionedImages:
+    """Return up to `count` images of a set, chosen at random without replacement."""
+    return _rows(data, sample_indices(len(data), 0, 0, min(count, len(data))))
+
+
+def _rows(data: CaptionedImages, rows: Int64[Tensor, " n"]) -> CaptionedImages:
+    return replace(data, images=data.images[rows], group_of=data.group_of[rows])

@@ -1,10 +1,7 @@
-"""How near a set of pictures is to another, in the features of whatever judges them.
+"""Metrics of the similarity of two sets of images, as features: n rows of samples and m rows of real images.
 
-All metrics take features as rows, `n` of the pictures that are judged and `m` real ones, and know nothing of where they
-come from: a classifier trained on the data, a CLIP, or, for photographs, an Inception network.
+The features come from any network: a classifier of the data, a CLIP, or an Inception network for photographs.
 """
-
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,60 +13,52 @@ from cond_diffusion.errors import UserError
 def frechet_distance(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> float:
     """Return the Fréchet distance of Gaussians with the features' means and covariances (Heusel et al. 2017, eq. 6).
 
-    It is larger for fewer pictures: compare with that of as many real ones.
+    Fewer images give larger values: compare with the value of equally many real images.
     """
-    # Of the extra `eval`: imported where it is used, so that training and drawing do without.
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.fid import FrechetInceptionDistance  # of the extra `eval`
 
-    as_they_are = nn.Identity()
-    as_they_are.num_features = samples.shape[1]  # what torchmetrics asks a network for  # pyright: ignore
-    metric = FrechetInceptionDistance(feature=as_they_are).set_dtype(torch.float64)
+    identity = nn.Identity()
+    identity.num_features = samples.shape[1]  # torchmetrics reads this from the network  # pyright: ignore
+    metric = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(samples.double(), real=False)
     return metric.compute().item()
 
 
-@dataclass(frozen=True)
-class Manifolds:
-    """How two sets of features overlap, each widened to the balls that reach to its k-th nearest neighbours.
+def prdc(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 5) -> dict[str, float]:
+    """Return precision, recall, density and coverage: how two sets of features overlap, each widened to the balls that
+    reach to the k-th nearest neighbor of each row.
 
-    precision, recall: the share of samples in a ball of a real picture, and the other way round (Kynkäänniemi et al.
-    2019). density, coverage: in how many balls of real pictures a sample lies, over k; the share of real pictures whose
-    ball holds a sample (Naeem et al. 2020). All are 1 for sets that cannot be told apart, but recall and precision,
-    which come out lower.
+    precision, recall: the fraction of samples in a ball of a real image, and vice versa (Kynkäänniemi et al. 2019).
+    density, coverage: the number of balls of real images around a sample, over k; the fraction of real images whose
+    ball contains a sample (Naeem et al. 2020). For equal distributions the latter two are 1 or close to it, and the
+    former two lower.
+
+    Raises UserError if a set has no more than k rows.
     """
-
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-
-
-def manifolds(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 5) -> Manifolds:
-    """Compare two sets of features; raise UserError if one has no more than k."""
     if min(len(samples), len(real)) <= k:
-        raise UserError(f"precision and recall need more than {k} pictures of both kinds; draw more samples")
+        raise UserError(f"precision and recall need more than {k} images of both kinds; use more samples")
     samples, real = samples.double(), real.double()
-    radius_of_sample, radius_of_real = _distance_to_neighbour(samples, k), _distance_to_neighbour(real, k)
+    radius_of_sample, radius_of_real = _distance_to_neighbor(samples, k), _distance_to_neighbor(real, k)
     distance = torch.cdist(samples, real)
     in_ball_of_real = distance < radius_of_real
-    return Manifolds(
-        precision=in_ball_of_real.any(1).double().mean().item(),
-        recall=(distance < radius_of_sample[:, None]).any(0).double().mean().item(),
-        density=in_ball_of_real.double().sum(1).mean().item() / k,
-        coverage=in_ball_of_real.any(0).double().mean().item(),
-    )
+    return {
+        "precision": in_ball_of_real.any(1).double().mean().item(),
+        "recall": (distance < radius_of_sample[:, None]).any(0).double().mean().item(),
+        "density": in_ball_of_real.double().sum(1).mean().item() / k,
+        "coverage": in_ball_of_real.any(0).double().mean().item(),
+    }
 
 
-def _distance_to_neighbour(features: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]:
-    """Return how far each row's k-th nearest other one is."""
-    return torch.cdist(features, features).kthvalue(k + 1, dim=1).values  # the nearest of all is the row itself
+def _distance_to_neighbor(features: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]:
+    """Return the distance from each row to its k-th nearest neighbor among the others."""
+    return torch.cdist(features, features).kthvalue(k + 1, dim=1).values  # the nearest row is the row itself
 
 
 def nearest(
     samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int
 ) -> tuple[Float[Tensor, "n k"], Int64[Tensor, "n k"]]:
-    """Return for each sample the distances to the k nearest real pictures, and which these are."""
+    """Return the distances from each sample to the k nearest real images, and the indices of these."""
     real = real.double()  # in fp32 a copy would lie at a distance from itself
     found = [torch.cdist(rows.double(), real).topk(k, dim=1, largest=False) for rows in samples.split(250)]
     return torch.cat([near.values for near in found]), torch.cat([near.indices for near in found])

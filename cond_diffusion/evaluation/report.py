@@ -1,46 +1,158 @@
-"""Plots of what `evaluation.py` measured: prompt accuracy, and Fréchet distance beside its floor."""
+"""Run an evaluation and write its folder: evaluation.json, grids of images, and plots."""
 
-from collections.abc import Mapping, Sequence
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-Point = Mapping[str, Any]
-"""What samples drawn in one way came to: `Sampling`'s fields, "prompt accuracy" and "Fréchet distance"."""
+from jaxtyping import UInt8
+from torch import Tensor
+
+from cond_diffusion.config.sampling import SamplerName, SamplingOptions
+from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.evaluation.evaluator import Evaluator, Judged, reported, spread
+from cond_diffusion.images import grid, to_model, to_pillow
+
+SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+SAMPLERS, STEPS = get_args(SamplerName), (5, 10, 20, 50)
+
+Generate = Callable[[SamplingOptions], Judged]
+Point = dict[str, Any]
+"""A point of a sweep: `REPORTED_OPTIONS`, "prompt accuracy" and "Fréchet distance"."""
 
 
-def plot_guidance_scales(points: Sequence[Point], floor: float, file: Path) -> None:
-    """Plot both against the guidance scale."""
-    _plot({"": points}, "guidance_scale", "guidance scale", floor, file)
+class Results:
+    """`evaluation.json`: written after each part, so that an interrupted evaluation continues with the next one."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self.file = folder / "evaluation.json"
+        self.parts: dict[str, Any] = {"settings": settings}
+        if self.file.is_file():
+            try:
+                self.parts = json.loads(self.file.read_text())
+            except json.JSONDecodeError as error:
+                raise UserError(f"{self.file} is damaged or was cut short: {first_line(error)}") from error
+            if not isinstance(self.parts, dict) or self.parts.get("settings") != settings:
+                raise UserError(f"output: {folder} has an evaluation with other settings; choose another path")
+        elif folder.exists():
+            raise UserError(f"output: {folder} exists and is not an evaluation folder; choose another path")
+        else:
+            try:
+                folder.mkdir(parents=True)
+                self._write()
+            except OSError as error:
+                raise UserError(f"output: {folder} cannot be written: {error.strerror}") from error
+
+    def part(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return a part; compute and write it if it is missing."""
+        if name not in self.parts:
+            self.parts[name] = compute()
+            self._write()
+        return self.parts[name]
+
+    def _write(self) -> None:
+        partial = self.file.with_suffix(".part")
+        partial.write_text(json.dumps(self.parts, indent=2, ensure_ascii=False) + "\n")
+        partial.replace(self.file)
 
 
-def plot_steps(points: Sequence[Point], floor: float, file: Path) -> None:
-    """Plot both against the number of steps, a line for each sampler."""
-    samplers = dict.fromkeys(point["sampler"] for point in points)
-    lines = {sampler: [point for point in points if point["sampler"] == sampler] for sampler in samplers}
-    _plot(lines, "steps", "steps", floor, file)
+def evaluate(
+    evaluator: Evaluator, prompts: Sequence[str], generate: Generate, sampling: SamplingOptions, results: Results
+) -> dict[str, Any]:
+    """Measure samples, equally many of each prompt, and write grids of them."""
+
+    def compute() -> dict[str, Any]:
+        start = time.perf_counter()
+        samples = generate(sampling)
+        seconds = time.perf_counter() - start
+        images = samples.data.images
+        save_grid(images[spread(len(images), 100)], 10, results.folder / "samples.png")
+        nearest = evaluator.nearest_images(samples, spread(len(images), 10))
+        save_grid(nearest.flatten(0, 1), nearest.shape[1], results.folder / "nearest.png")
+        accuracies = samples.recognized.reshape(len(prompts), -1).float().mean(1).tolist()
+        return {
+            "count": len(images),
+            "judge": evaluator.judge_name,
+            "seconds per picture": seconds / len(images),
+            "measures": evaluator.measure(samples),
+            "prompt accuracy by prompt": dict(zip(prompts, accuracies, strict=True)),
+        }
+
+    return results.part("samples", compute)
 
 
-def _plot(lines: Mapping[str, Sequence[Point]], key: str, name: str, floor: float, file: Path) -> None:
-    # Of the extra `eval`: imported where it is used.
-    from matplotlib.figure import Figure
+def sweep(
+    evaluator: Evaluator,
+    generate: Generate,
+    sampling: SamplingOptions,
+    results: Results,
+    count: int,
+    num_timesteps: int,
+) -> None:
+    """Measure accuracy and distance over guidance scales, and over steps for each sampler; plot both."""
+
+    def point(name: str, sampling: SamplingOptions) -> Point:
+        def compute() -> Point:
+            samples = generate(sampling)
+            distance = evaluator.distance(samples)
+            return {**reported(sampling), "prompt accuracy": samples.accuracy, "Fréchet distance": distance}
+
+        return results.part(name, compute)
+
+    baseline = results.part("floor of the sweep", lambda: evaluator.real_baseline(count))
+    scales = [point(f"guidance scale {scale}", replace(sampling, guidance_scale=scale)) for scale in SCALES]
+    plot({"": scales}, "guidance_scale", baseline, results.folder / "guidance_scale.png")
+    counts = [steps for steps in STEPS if steps <= num_timesteps]
+    lines = {
+        name: [point(f"{name}, {steps} steps", replace(sampling, sampler=name, steps=steps)) for steps in counts]
+        for name in SAMPLERS
+    }
+    plot(lines, "steps", baseline, results.folder / "steps.png")
+
+
+def format_table(samples: dict[str, Any], held_out: dict[str, Any] | None) -> str:
+    """Return the accuracy of up to 100 prompts, all measures, and the held-out loss as text."""
+    lines = [f"{prompt:60}{share:10.1%}" for prompt, share in list(samples["prompt accuracy by prompt"].items())[:100]]
+    title = f"{samples['count']} samples, by {samples['judge']}"
+    lines += ["", f"{title:60}{'samples':>10}{'real':>10}"]
+    for name, values in samples["measures"].items():
+        spec = "10.2%" if "accuracy" in name else "10.3f"
+        lines.append(f"{name:60}{values['samples']:{spec}}{values['real']:{spec}}")
+    if held_out is not None:
+        lines += [
+            "",
+            f"held-out loss {held_out['true_caption']:.4f}; from the first eighth of the timesteps to the last:",
+        ]
+        lines.append("  ".join(f"{loss:.4f}" for loss in held_out["by_timestep"]))
+    return "\n".join(lines)
+
+
+def save_grid(images: UInt8[Tensor, "n c h w"], columns: int, file: Path) -> None:
+    grid(to_pillow(to_model(images)), columns).save(file)
+
+
+def plot(lines: Mapping[str, Sequence[Point]], option: str, baseline: float, file: Path) -> None:
+    """Plot prompt accuracy, and Fréchet distance beside that of real images, against an option of sampling."""
+    from matplotlib.figure import Figure  # of the extra `eval`
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     accuracy, distance = figure.subplots(1, 2)
-    for label, points in lines.items():
-        at = [point[key] for point in points]
-        accuracy.plot(at, [100 * point["prompt accuracy"] for point in points], marker="o", label=label)
-        distance.plot(at, [point["Fréchet distance"] for point in points], marker="o", label=label)
-    distance.axhline(floor, color="black", linestyle="dotted")
-    distance.annotate("real pictures", (1, floor), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    distance.set_yscale("log")
-    accuracy.set_ylabel("prompt accuracy, %")
-    distance.set_ylabel("Fréchet distance")
-    places = sorted({point[key] for points in lines.values() for point in points})
-    for axes in (accuracy, distance):
-        axes.set_xlabel(name)
+    ticks = sorted({point[option] for points in lines.values() for point in points})
+    for axes, name, unit in ((accuracy, "prompt accuracy", 0.01), (distance, "Fréchet distance", 1)):
+        for label, points in lines.items():
+            x, y = [point[option] for point in points], [point[name] / unit for point in points]
+            axes.plot(x, y, marker="o", label=label)
+        axes.set_xlabel(option.replace("_", " "))
+        axes.set_ylabel(name if unit == 1 else f"{name}, %")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(places, map(str, places))
+        axes.set_xticks(ticks, map(str, ticks))
         axes.grid(alpha=0.3)
+    distance.axhline(baseline, color="black", linestyle="dotted")
+    distance.annotate("real images", (1, baseline), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    distance.set_yscale("log")
     if len(lines) > 1:
         accuracy.legend()
     figure.savefig(file, dpi=100)

@@ -8,8 +8,9 @@ import time
 
 from measuring import hardware
 
-from cond_diffusion.config.run import checkpoint_config
-from cond_diffusion.evaluation.evaluator import Judging, Sampling
+from cond_diffusion.config.sampling import SamplingOptions
+from cond_diffusion.evaluation.evaluator import load_evaluator
+from cond_diffusion.pipeline.checkpoint import open_checkpoint
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
 
@@ -24,23 +25,24 @@ def main() -> None:
     arguments = parser.parse_args()
 
     pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
-    judging = Judging(pipe, checkpoint_config(pipe.folder))
-    prompts = judging.prompts(arguments.samples)
-    floor = judging.floor(arguments.samples)
-    print(f"On {hardware()}; {arguments.samples} samples at scale {arguments.guidance_scale}, by {judging.judge}.")
-    print(f"As many real pictures have a Fréchet distance of {floor:.2f}.\n")
+    evaluator = load_evaluator(pipe, open_checkpoint(arguments.checkpoint).run_config)
+    prompts = evaluator.prompts(arguments.samples)
+    baseline = evaluator.real_baseline(arguments.samples)
+    print(
+        f"On {hardware()}; {arguments.samples} samples at scale {arguments.guidance_scale}, by {evaluator.judge_name}."
+    )
+    print(f"As many real pictures have a Fréchet distance of {baseline:.2f}.\n")
     print("| sampler | steps | seconds | faster | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|---|")
     whole = 0.0
     for sampler, steps in [("ddpm", arguments.chain), *((arguments.sampler, steps) for steps in arguments.steps)]:
-        sampling = Sampling(sampler, steps, arguments.guidance_scale)
+        sampling = SamplingOptions(sampler=sampler, steps=steps, guidance_scale=arguments.guidance_scale)
         start = time.perf_counter()
-        samples = judging.draw(prompts, arguments.samples, sampling)
+        samples = evaluator.generate(pipe, prompts, arguments.samples, sampling)
         seconds = time.perf_counter() - start
         whole = whole or seconds
-        accuracy, distance = judging.accuracy_and_distance(samples)
         print(
             f"| {sampler} | {steps or pipe.schedule.num_timesteps} | {seconds:.1f} | {whole / seconds:.1f} "
-            f"| {accuracy:.1%} | {distance:.2f} |",
+            f"| {samples.accuracy:.1%} | {evaluator.distance(samples):.2f} |",
             flush=True,
         )
 

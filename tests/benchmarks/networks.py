@@ -10,6 +10,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from measuring import flop, hardware, memory_gb, peak_flop_per_second, peak_memory_gb, seconds
 from torch.nn import functional as F
 
+from cond_diffusion.config.run import ObjectiveConfig
 from cond_diffusion.config.schedule import ScheduleConfig
 from cond_diffusion.config.unet import UNetConfig, to_diffusers
-from cond_diffusion.diffusion.guidance import GuidanceConfig, guided
-from cond_diffusion.diffusion.objective import Objective, ObjectiveConfig
+from cond_diffusion.diffusion.guidance import guided
+from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.diffusion.prediction import denoiser
-from cond_diffusion.diffusion.sampler_config import SamplerConfig
+from cond_diffusion.diffusion.samplers import ddim
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.models.unet import UNet
 
@@ -118,12 +120,11 @@ class Contest:
                 context,
                 torch.zeros_like(context),
                 torch.full((self.drawn,), SCALE),
-                GuidanceConfig(),
                 project=self.ours.project_context,
             )
             denoise = denoiser(network, self.objective.prediction, lambda x_0_hat: x_0_hat)
-            run = SamplerConfig("ddim").sampler(self.schedule.config, STEPS)
-            timesteps = self.schedule.shorter_chain(STEPS)
+            run = partial(ddim, eta=0.0)
+            timesteps = self.schedule.sampling_timesteps(STEPS)
             *_, last = run(denoise, self.schedule, self.x_T, timesteps, lambda: torch.randn_like(self.x_T))
         return last.x
 

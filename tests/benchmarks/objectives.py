@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
-from cond_diffusion.config.run import checkpoint_config
-from cond_diffusion.diffusion.objective import Loss, TimestepDensity
-from cond_diffusion.diffusion.prediction import PredictionKind
-from cond_diffusion.evaluation.evaluator import Judging, Sampling
+from cond_diffusion.config.run import Loss, PredictionKind, TimestepDensity
+from cond_diffusion.config.sampling import SamplingOptions
+from cond_diffusion.evaluation.evaluator import Evaluator, load_evaluator
+from cond_diffusion.pipeline.checkpoint import open_checkpoint
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,11 +38,13 @@ def train(prediction: str, loss: str, timesteps: str, folder: str, steps: int) -
     return run_dir
 
 
-def share(judging: Judging, run_dir: str, samples: int) -> str:
-    """Draw from a run and return how much of it the classifier recognises."""
-    judging.pipe = TextToImage.from_pretrained(run_dir).to_accelerator()
-    drawn = judging.draw(judging.prompts(samples), samples, Sampling("dpm_solver", 50))
-    return f"{judging.recognised(drawn).float().mean().item():.1%}"
+def share(evaluator: Evaluator, run_dir: str, samples: int) -> str:
+    """Return the prompt accuracy of a run's samples."""
+    pipe = TextToImage.from_pretrained(run_dir).to_accelerator()
+    generated = evaluator.generate(
+        pipe, evaluator.prompts(samples), samples, SamplingOptions(sampler="dpm_solver", steps=50)
+    )
+    return f"{generated.accuracy:.1%}"
 
 
 def main() -> None:
@@ -60,17 +62,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
         folder = arguments.folder or scratch
         built_in = TextToImage.from_pretrained()
-        judging = Judging(built_in, checkpoint_config(built_in.folder))
+        evaluator = load_evaluator(built_in, open_checkpoint("builtin").run_config)
         runs = {
             (prediction, loss): pool.submit(train, prediction, loss, arguments.timesteps, folder, arguments.steps)
             for prediction in predictions
             for loss in losses
         }
-        print(f"Recognised by {judging.judge}.\n")
+        print(f"Recognised by {evaluator.judge_name}.\n")
         print(f"| prediction / loss | {' | '.join(losses)} |")
         print(f"|---|{'---|' * len(losses)}")
         for prediction in predictions:
-            shares = [share(judging, runs[prediction, loss].result(), arguments.samples) for loss in losses]
+            shares = [share(evaluator, runs[prediction, loss].result(), arguments.samples) for loss in losses]
             print(f"| {prediction} | {' | '.join(shares)} |", flush=True)
 
 

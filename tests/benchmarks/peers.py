@@ -6,8 +6,8 @@ Ours is `accelerate launch train.py --config configs/mnist_fast.yaml`, timed fro
 is drawn from afterwards, in 20 steps of dpm_solver at the default scale. The peers get the pictures decoded, and the
 captions embedded (diffusers) or the classes as numbers (denoising-diffusion-pytorch, which knows no text); their clock
 starts behind all imports. They have the learning rates of their own examples and READMEs, not tuned ones; networks are
-of about our size, and guidance is at the scale of ours. One judge for all: the classifier of `cond_diffusion.judging`
-and its features. Nothing here uses a GPU but our own run, so it belongs on a machine without one.
+of about our size, and guidance is at the scale of ours. One judge for all: the classifier of `evaluation/` and its
+features. Nothing here uses a GPU but our own run, so it belongs on a machine without one.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.data.dataset import CaptionedImages
-from cond_diffusion.evaluation.evaluator import Judging, Sampling
+from cond_diffusion.evaluation.evaluator import DEFAULT_SAMPLING, Judged, load_evaluator
 from cond_diffusion.images import to_bytes, to_model
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
@@ -43,16 +43,18 @@ class Referee:
 
     def __init__(self, config: Config, samples: int) -> None:
         self.count = samples
-        self.judging = Judging(TextToImage.from_pretrained(), config)
-        self.prompts = self.judging.prompts(samples)
+        self.pipe = TextToImage.from_pretrained()
+        self.evaluator = load_evaluator(self.pipe, config)
+        self.prompts = self.evaluator.prompts(samples)
         self.labels = torch.tensor([group for _, group in self.prompts]).repeat_interleave(samples // len(self.prompts))
 
-    def line(self, who: str, seconds: float, images: int | str, samples: CaptionedImages) -> str:
-        accuracy, distance = self.judging.accuracy_and_distance(samples)
-        return f"| {who} | {seconds:.0f} s | {images} | {accuracy:.1%} | {distance:.1f} |"
+    def line(self, who: str, seconds: float, images: int | str, samples: Judged) -> str:
+        distance = self.evaluator.distance(samples)
+        return f"| {who} | {seconds:.0f} s | {images} | {samples.accuracy:.1%} | {distance:.1f} |"
 
-    def of_pixels(self, x_0: torch.Tensor) -> CaptionedImages:
-        return CaptionedImages(to_bytes(x_0), self.labels, self.judging.train.caption_groups)
+    def of_pixels(self, x_0: torch.Tensor) -> Judged:
+        captions = self.evaluator.train.caption_groups
+        return self.evaluator.judge(CaptionedImages(to_bytes(x_0), self.labels, captions))
 
 
 def ours(referee: Referee, folder: Path, config: Path, words: list[str]) -> Iterator[str]:
@@ -66,11 +68,11 @@ def ours(referee: Referee, folder: Path, config: Path, words: list[str]) -> Iter
     checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))
     batch = load_config(Config, checkpoints[-1] / "config.yaml").train.batch_size
     for checkpoint in checkpoints:
-        referee.judging.pipe = TextToImage.from_pretrained(checkpoint)
-        drawn = referee.judging.draw(referee.prompts, referee.count, Sampling())
+        pipe = TextToImage.from_pretrained(checkpoint)
+        samples = referee.evaluator.generate(pipe, referee.prompts, referee.count, DEFAULT_SAMPLING)
         # The folder got its name when all in it was written.
         seconds = whole if checkpoint == checkpoints[-1] else checkpoint.stat().st_ctime - start
-        yield referee.line("ours", seconds, int(checkpoint.name.removeprefix("step-")) * batch, drawn)
+        yield referee.line("ours", seconds, int(checkpoint.name.removeprefix("step-")) * batch, samples)
 
 
 def train_for(step: Callable[[torch.Tensor], None], count: int, seconds: float, name: str) -> tuple[int, float]:
@@ -88,7 +90,7 @@ def train_for(step: Callable[[torch.Tensor], None], count: int, seconds: float, 
 def diffusers(referee: Referee, seconds: float) -> Iterator[str]:
     """The loop of diffusers' `train_unconditional.py` around its text-conditional UNet, 10% of the captions dropped."""
     torch.manual_seed(0)
-    data, encoder = referee.judging.train, referee.judging.pipe.text_encoder
+    data, encoder = referee.evaluator.train, referee.pipe.text_encoder
     captions = encoder([*(group[0] for group in data.caption_groups), ""])
     unet = UNet2DConditionModel(
         sample_size=28,
@@ -149,7 +151,7 @@ def denoising_diffusion_pytorch(referee: Referee, seconds: float) -> Iterator[st
     spec.loader.exec_module(theirs)
 
     torch.manual_seed(0)
-    data = referee.judging.train
+    data = referee.evaluator.train
     unet = theirs.Unet(dim=32, dim_mults=(1, 2, 4), num_classes=10, channels=1)
     diffusion = theirs.GaussianDiffusion(unet, image_size=28, timesteps=1000, sampling_timesteps=50)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
@@ -184,15 +186,14 @@ def main() -> None:
         sys.exit("peers.py compares on CPUs, and this machine has a GPU: hide it by CUDA_VISIBLE_DEVICES=")
 
     referee = Referee(load_config(Config, arguments.config), arguments.samples)
-    floor = referee.judging.floor(arguments.samples)
+    baseline = referee.evaluator.real_baseline(arguments.samples)
     print(
-        f"On {hardware()}; {arguments.samples} samples, by {referee.judging.judge}. "
-        f"As many real pictures have a Fréchet distance of {floor:.1f}.\n"
+        f"On {hardware()}; {arguments.samples} samples, by {referee.evaluator.judge_name}. "
+        f"As many real pictures have a Fréchet distance of {baseline:.1f}.\n"
     )
     print("| who | time | pictures seen | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for who in arguments.who:
-            referee.judging.pipe = TextToImage.from_pretrained()
             lines = (
                 ours(referee, arguments.folder or Path(scratch), arguments.config, arguments.words)
                 if who == "ours"

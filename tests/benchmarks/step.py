@@ -21,9 +21,8 @@ from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.models.latents import latent_space
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.training.batches import Batches
-from cond_diffusion.training.building import new_optimizer, new_unet
+from cond_diffusion.training.setup import make_accelerator, new_optimizer, new_unet
 from cond_diffusion.training.state import TrainingState
-from cond_diffusion.training.trainer import make_accelerator
 
 
 class Clock:
@@ -59,7 +58,7 @@ def main() -> None:
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
     unet = new_unet(config, text_encoder.context_dim, space).to(accelerator.device)
     network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
-    state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train.ema_width, accelerator)
+    state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train, accelerator)
     batches = Batches(config, feed, contexts, objective, accelerator, 0, space)
 
     clock, warm_up = Clock(), 5

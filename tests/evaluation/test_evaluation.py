@@ -1,7 +1,6 @@
 """The judges and the measures, against closed forms, cases done by hand, and torchmetrics."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,21 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from cond_diffusion import TextToImage
-from cond_diffusion.cli import evaluate as evaluation
-from cond_diffusion.cli.evaluate import Results
+from cond_diffusion.cli.evaluate import evaluate_command
+from cond_diffusion.cli.main import command_line
 from cond_diffusion.config.run import Config, load_config
-from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
-from cond_diffusion.errors import UserError, command_line
-from cond_diffusion.evaluation import evaluator as judging
-from cond_diffusion.evaluation import judges as classifier
-from cond_diffusion.evaluation.evaluator import Judging, Sampling, real_pictures
-from cond_diffusion.evaluation.metrics import frechet_distance, manifolds, nearest
-from cond_diffusion.images import to_model
-from cond_diffusion.models.clip import ClipJudge
+from cond_diffusion.config.sampling import SamplingOptions
+from cond_diffusion.data.dataset import CaptionedImages
+from cond_diffusion.errors import UserError
+from cond_diffusion.evaluation import evaluator as evaluation
+from cond_diffusion.evaluation import judges, report
+from cond_diffusion.evaluation.evaluator import Evaluator, load_evaluator, load_real_images, subset
+from cond_diffusion.evaluation.judges import Classifier, ClipJudge, renumber_groups
+from cond_diffusion.evaluation.metrics import frechet_distance, nearest, prdc
+from cond_diffusion.evaluation.report import Results
+from cond_diffusion.images import from_pillow, to_model
 from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER
-from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
+from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL
 
 
 def with_moments(mean: torch.Tensor, deviation: torch.Tensor, count: int) -> torch.Tensor:
@@ -50,24 +51,25 @@ def test_the_frechet_distance_is_that_of_two_gaussians():
 
 
 def test_precision_recall_density_and_coverage_of_a_case_done_by_hand():
-    """With k = 1 real pictures at 0, 1 and 10 have balls of radius 1, 1, 9; samples those of 4.5, 4.5, 1, 1."""
+    """With k = 1 real images at 0, 1 and 10 have balls of radius 1, 1, 9; samples those of 4.5, 4.5, 1, 1."""
     real, samples = torch.tensor([[0.0], [1.0], [10.0]]), torch.tensor([[0.5], [5.0], [100.0], [101.0]])
-    found = manifolds(samples, real, k=1)
-    assert found.precision == 2 / 4  # 0.5 and 5
-    assert found.recall == pytest.approx(2 / 3)  # 10 is 5 from 5 and 90 from 100
-    assert found.density == 3 / 4  # 0.5 lies in the balls of 0 and 1, 5 in that of 10
-    assert found.coverage == 1
-    with pytest.raises(UserError, match="more than 3 pictures"):
-        manifolds(samples, real, k=3)
+    assert prdc(samples, real, k=1) == {
+        "precision": 2 / 4,  # 0.5 and 5
+        "recall": pytest.approx(2 / 3),  # 10 is 5 from 5 and 90 from 100
+        "density": 3 / 4,  # 0.5 lies in the balls of 0 and 1, 5 in that of 10
+        "coverage": 1,
+    }
+    with pytest.raises(UserError, match="more than 3 images"):
+        prdc(samples, real, k=3)
 
 
-def test_sets_that_cannot_be_told_apart_have_density_and_coverage_near_1():
+def test_equal_distributions_have_density_and_coverage_near_1():
     draw = torch.Generator().manual_seed(0)
     samples, real = torch.randn(2, 1000, 16, generator=draw)
-    found = manifolds(samples, real)
-    assert found.density == pytest.approx(1, abs=0.1)
+    values = prdc(samples, real)
+    assert values["density"] == pytest.approx(1, abs=0.1)
     # 1 - (n - 1) ... (n - k) / ((2n - 1) ... (2n - k)), which tends to 1 - 2^-k (Naeem et al. 2020, section 3.3)
-    assert found.coverage == pytest.approx(1 - 2**-5, abs=0.02)
+    assert values["coverage"] == pytest.approx(1 - 2**-5, abs=0.02)
 
 
 def test_the_nearest_pictures_are_those_at_the_least_distance():
@@ -79,37 +81,34 @@ def test_the_nearest_pictures_are_those_at_the_least_distance():
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[CaptionedImages, CaptionedImages]:
-    config = load_config(Config, BUILT_IN_MODEL / "config.yaml").data
-    train, test = (load_captioned_images(config, split, progress=False) for split in ("train", "test"))
-    return train, test
+    return load_real_images(load_config(Config, BUILT_IN_MODEL / "config.yaml"))
 
 
 @pytest.fixture(scope="module")
-def judged(digits: tuple[CaptionedImages, CaptionedImages]) -> Judging:
+def evaluator(digits: tuple[CaptionedImages, CaptionedImages]) -> Evaluator:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging, "real_pictures", lambda config: (digits[0], *digits))
-        return Judging(TextToImage.from_pretrained(), load_config(Config, BUILT_IN_MODEL / "config.yaml"))
+        patch.setattr(evaluation, "load_real_images", lambda config: digits)
+        return load_evaluator(TextToImage.from_pretrained(), load_config(Config, BUILT_IN_MODEL / "config.yaml"))
 
 
-def some(data: CaptionedImages, first: int, count: int) -> CaptionedImages:
+def slice_of(data: CaptionedImages, first: int, count: int) -> CaptionedImages:
     rows = slice(first, first + count)
     return replace(data, images=data.images[rows], group_of=data.group_of[rows])
 
 
 @pytest.mark.slow
-def test_real_digits_pass_for_real_and_wrong_ones_do_not(judged: Judging):
-    """Real test pictures stand in for samples: good ones, ones with the labels of others, and ones drowned in noise."""
-    test = judged.test
-    number = {captions: i for i, captions in enumerate(judged.train.caption_groups)}
-    groups = torch.tensor([number[captions] for captions in test.caption_groups])[test.group_of]
-    test = CaptionedImages(test.images, groups, judged.train.caption_groups)
-    # Every twentieth: neighbours in MNIST are by the same hand, so that 500 of them are not like all the others.
+def test_real_digits_pass_for_real_and_wrong_ones_do_not(evaluator: Evaluator):
+    """Real test images stand in for samples: good ones, ones with the labels of others, and noise."""
+    # Every twentieth: neighbors in MNIST are by the same hand, so that 500 of them are not like all the others.
+    test = evaluator.test
     good = CaptionedImages(test.images[::20], test.group_of[::20], test.caption_groups)
-    wrong = replace(good, group_of=(good.group_of + 1) % 10)
+    wrong = evaluator.judge(replace(good, group_of=(good.group_of + 1) % 10))
     draw = torch.Generator().manual_seed(0)
     noise = replace(good, images=torch.randint(0, 256, good.images.shape, generator=draw, dtype=torch.uint8))
+    noise = evaluator.judge(noise)
+    good = evaluator.judge(good)
 
-    measures = judged.measure(good)
+    measures = evaluator.measure(good)
     assert measures["prompt accuracy, classifier"]["samples"] > 0.97
     assert measures["prompt accuracy, classifier"]["real"] > 0.99
     assert measures["prompt accuracy, CLIP"]["samples"] > 0.95
@@ -120,24 +119,77 @@ def test_real_digits_pass_for_real_and_wrong_ones_do_not(judged: Judging):
     name = "accuracy on test pictures of a classifier trained on them"
     assert measures[name]["samples"] > 0.85  # trained here; over five subsets 0.898 and more
     assert measures[name]["samples"] == pytest.approx(measures[name]["real"], abs=0.1)
-    assert judged.recognised(wrong).float().mean() < 0.02
-    assert judged.recognised_by_clip(wrong).float().mean() < 0.05
-    assert judged.clip_score(wrong) < judged.clip_score(good) - 1
-    accuracy, distance = judged.accuracy_and_distance(noise)
-    assert accuracy < 0.3
-    assert distance > 10 * measures["Fréchet distance"]["real"]
-    # A training picture's nearest training picture is itself; a test picture's is not.
-    copies = judged.features(judged.train.images[:100])
-    assert nearest(copies, judged.features_of_training, 1)[0].max() < 1e-2
+    assert wrong.accuracy < 0.02
+    assert wrong.recognized_by_clip.float().mean() < 0.05
+    assert wrong.clip_score < good.clip_score - 1
+    assert noise.accuracy < 0.3
+    assert evaluator.distance(noise) > 10 * measures["Fréchet distance"]["real"]
+    # A training image's nearest training image is itself; a test image's is not.
+    copies = evaluator.extractor(evaluator.train.images[:100])
+    assert nearest(copies, evaluator.training.features, 1)[0].max() < 1e-2
     assert measures["distance to the nearest training picture"]["samples"] > 1
-    assert judged.nearest_pictures(good).size == (6 * 30 - 2, 10 * 30 - 2)
+    rows = evaluator.nearest_images(good, torch.arange(0, 500, 50))
+    assert rows.shape == (10, 6, 1, 28, 28)
+    assert torch.equal(rows[:, 0], good.data.images[::50])
+
+
+class CountingExtractor:
+    """Mean colors as features; counts how often each image is seen."""
+
+    def __init__(self) -> None:
+        self.seen: dict[bytes, int] = {}
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        for image in images:
+            key = image.numpy().tobytes()
+            self.seen[key] = self.seen.get(key, 0) + 1
+        return images.float().mean(dim=(2, 3))
+
+
+def test_each_judge_sees_each_sample_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(judges, "LEAST_STEPS", 1)
+    draw = torch.Generator().manual_seed(0)
+    train, test, generated = (
+        CaptionedImages(
+            torch.randint(0, 256, (count, 3, 8, 8), generator=draw, dtype=torch.uint8),
+            torch.arange(count) % 2,
+            (("a red square",), ("a blue square",)),
+        )
+        for count in (30, 20, 10)
+    )
+    features, classifier = CountingExtractor(), Classifier(3, 2).eval()
+    by_classifier = CountingExtractor()
+    monkeypatch.setattr(classifier, "features", lambda images: by_classifier(images).repeat(1, 43)[:, :128] / 255)
+    evaluator = Evaluator(train, test, classifier, None, features)
+    samples = evaluator.judge(generated)
+    measures = evaluator.measure(samples)
+    evaluator.nearest_images(samples, torch.arange(10))
+    assert evaluator.distance(samples) == pytest.approx(measures["Fréchet distance"]["samples"])
+    assert samples.accuracy == measures["prompt accuracy, classifier"]["samples"]
+    for image in generated.images:
+        assert features.seen[image.numpy().tobytes()] == by_classifier.seen[image.numpy().tobytes()] == 1
+    assert evaluator.real_baseline(10) == pytest.approx(measures["Fréchet distance"]["real"])
+    assert measures["distance to the nearest training picture"]["real"] > 0
+
+
+def test_an_evaluator_without_a_judge_is_a_user_error():
+    images = CaptionedImages(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.zeros(6, dtype=torch.long), (("a",),))
+    with pytest.raises(UserError, match="features: "):
+        Evaluator(images, images, None, None, lambda images: images.flatten(1).float())
+
+
+def test_groups_are_numbered_as_in_training_and_new_ones_after_them():
+    images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    data = CaptionedImages(images, torch.tensor([0, 1, 2]), (("three",), ("two",), ("one",)))
+    renumbered = renumber_groups(data, (("one",), ("two",)))
+    assert renumbered.group_of.tolist() == [2, 1, 0]
+    assert renumbered.caption_groups == (("one",), ("two",), ("three",))
 
 
 @pytest.mark.filterwarnings("ignore")  # torchmetrics' own
 def test_the_clip_score_is_torchmetrics_s(digits: tuple[CaptionedImages, CaptionedImages]):
-    test = some(digits[1], 0, 50)
+    test = subset(digits[1], 50)
     judge = ClipJudge.from_pretrained("builtin", 16)
-    assert judge is not None
 
     class Adapter(nn.Module):
         """Transformers 5 answers with an object that holds what torchmetrics expects."""
@@ -158,16 +210,17 @@ def test_the_clip_score_is_torchmetrics_s(digits: tuple[CaptionedImages, Caption
     theirs = CLIPScore(lambda: (Adapter(), processor))
     captions = [test.caption_groups[group][0] for group in test.group_of.tolist()]
     theirs.update([*to_model(test.images)], captions)
-    judged = object.__new__(Judging)  # without data, which the score does not ask for
-    judged.clip = judge
-    assert judged.clip_score(test) == pytest.approx(theirs.compute().item(), abs=1e-3)
+    evaluator = Evaluator(*digits, classifier=None, clip=judge)
+    assert evaluator.judge(test).clip_score == pytest.approx(theirs.compute().item(), abs=1e-3)
 
 
-def test_a_text_encoder_without_eyes_judges_nothing_and_a_folder_without_a_clip_is_one_line(tmp_path: Path):
-    assert ClipJudge.from_pretrained(BUILT_IN_MODEL / "text_encoder") is None
+def test_a_text_encoder_or_a_folder_without_a_clip_is_a_user_error(tmp_path: Path):
+    for folder in (BUILT_IN_MODEL, BUILT_IN_MODEL / "text_encoder"):
+        with pytest.raises(UserError, match="has no image encoder"):
+            ClipJudge.from_pretrained(folder)
     with pytest.raises(UserError, match="is not a complete CLIP"):
         ClipJudge.from_pretrained(tmp_path)
-    assert ClipJudge.from_pretrained(BUILT_IN_ENCODER) is not None
+    assert isinstance(ClipJudge.from_pretrained(BUILT_IN_ENCODER), ClipJudge)
 
 
 def test_without_test_pictures_those_that_were_held_out_are_measured_with(
@@ -177,9 +230,9 @@ def test_without_test_pictures_those_that_were_held_out_are_measured_with(
         Image.fromarray(bar(i % 2, i // 2).numpy()).save(tmp_path / f"{i:02}.png")
         (tmp_path / f"{i:02}.txt").write_text(f"a bar, number {i}")
     config = load_config(Config, overrides=[f"data.source={tmp_path}", "data.resolution=8"])
-    whole, train, test = real_pictures(config)
-    assert (len(whole), len(train), len(test)) == (60, 57, 3)
-    assert "measuring with the 3 that training holds out" in caplog.text
+    train, test = load_real_images(config)
+    assert (len(train), len(test)) == (57, 3)
+    assert "the 3 that training holds out" in caplog.text
     pictures = {tuple(picture.flatten().tolist()) for picture in torch.cat([train.images, test.images])}
     assert len(pictures) == len({(i % 2, i // 2 % 8) for i in range(60)})  # none is lost
 
@@ -192,9 +245,11 @@ class Painter(TextToImage):
     def __init__(self) -> None:
         """Need no network."""
 
-    def __call__(self, prompts: list[str], *, num_images: int, seed: list[int], **options: Any) -> list[Image.Image]:
+    def __call__(self, prompts: list[str], *, num_images: int, seed: list[int], **options: Any) -> torch.Tensor:
         jobs = [(prompt, first + i) for prompt, first in zip(prompts, seed, strict=True) for i in range(num_images)]
-        return [Image.new("RGB", (8, 8), prompt.split()[1] if seed % 2 else "grey") for prompt, seed in jobs]
+        assert options["output_type"] == "pt"
+        colours = [prompt.split()[1] if seed % 2 else "grey" for prompt, seed in jobs]
+        return torch.stack([from_pillow(Image.new("RGB", (8, 8), colour)) for colour in colours])
 
 
 def test_captions_that_are_no_labels_are_judged_by_a_clip(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -205,21 +260,21 @@ def test_captions_that_are_no_labels_are_judged_by_a_clip(tmp_path: Path, caplog
         (tmp_path / f"{i:03}.txt").write_text(f"a {colour} square, number {i}")
     config = load_config(Config, overrides=[f"data.source={tmp_path}", "data.resolution=8", "data.channels=3"])
     pipe = Painter()
-    with pytest.raises(UserError, match="--features: the captions are no labels"):
-        Judging(pipe, config)
-    assert "reads no pictures of 8 x 8 pixels in 3 channels" in caplog.text
+    with pytest.raises(UserError, match="features: the captions are no class labels"):
+        load_evaluator(pipe, config)
+    assert "does not accept images of 8 x 8 pixels in 3 channels" in caplog.text
     vision = {"image_size": 8, "patch_size": 4, "num_channels": 3}
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     words = CLIPTokenizer.from_pretrained(BUILT_IN_ENCODER)
     text = {**small, "vocab_size": len(words), "max_position_embeddings": 16}
     torch.manual_seed(0)
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config={**small, **vision}, projection_dim=16))
-    judged = Judging(pipe, config, ClipJudge(clip, words, None, 16))
-    prompts = judged.prompts(20)
+    evaluator = load_evaluator(pipe, config, ClipJudge(clip, words, None, 16))
+    prompts = evaluator.prompts(20)
     assert len(prompts) == 20
-    samples = judged.draw(prompts, 40, Sampling(seed=7))
-    assert (samples.images[0] == 128).all() != (samples.images[1] == 128).all()
-    measures = judged.measure(samples)
+    samples = evaluator.generate(pipe, prompts, 40, SamplingOptions(sampler="dpm_solver", steps=20, seed=7))
+    assert (samples.data.images[0] == 128).all() != (samples.data.images[1] == 128).all()
+    measures = evaluator.measure(samples)
     assert "prompt accuracy, classifier" not in measures
     assert 0 <= measures["prompt accuracy, CLIP"]["samples"] <= 1
     assert measures["distance to the nearest training picture"]["real"] < 1e-3  # one of three colours, all trained on
@@ -231,16 +286,15 @@ def test_an_evaluation_picks_up_where_it_was_and_overwrites_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    few = some(digits[0], 0, 2000), some(digits[1], 0, 500)
-    monkeypatch.setattr(judging, "real_pictures", lambda config: (few[0], *few))
-    monkeypatch.setattr(classifier, "LEAST_STEPS", 20)
-    monkeypatch.setattr(evaluation, "SCALES", (1.0, 4.0))
-    monkeypatch.setattr(evaluation, "SAMPLERS", ("ddim", "unipc"))
-    monkeypatch.setattr(evaluation, "STEPS", (2, 4))
+    few = slice_of(digits[0], 0, 2000), slice_of(digits[1], 0, 500)
+    monkeypatch.setattr(evaluation, "load_real_images", lambda config: few)
+    monkeypatch.setattr(judges, "LEAST_STEPS", 20)
+    monkeypatch.setattr(report, "SCALES", (1.0, 4.0))
+    monkeypatch.setattr(report, "SAMPLERS", ("ddim", "unipc"))
+    monkeypatch.setattr(report, "STEPS", (2, 4))
 
     def type_in(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evaluation", "--samples", "20", "--steps", "4", *words])
-        code = command_line(evaluation.main)
+        code = command_line(lambda: evaluate_command(["--samples", "20", "--steps", "4", *words]))
         return code, *capsys.readouterr()
 
     code, table, _ = type_in("--sweep")
@@ -269,14 +323,13 @@ def test_an_evaluation_picks_up_where_it_was_and_overwrites_nothing(
     assert again["guidance scale 1.0"]["prompt accuracy"] == 0.123
     assert again["unipc, 4 steps"] == pytest.approx(removed)
 
-    assert type_in("--guidance-scale", "2")[::2] == (
-        2,
-        "error: --output: evaluation holds another evaluation; give another name\n",
-    )
+    code, _, errors = type_in("--guidance-scale", "2")
+    assert code == 2
+    assert errors.startswith("error: output: evaluation has an evaluation with other settings")
     (tmp_path / "there").mkdir()
-    assert "exists and holds no evaluation" in type_in("--output", "there")[2]
-    assert "say nothing" in type_in("--samples", "3")[2]
-    assert "sees no pictures" in type_in("--features", str(BUILT_IN_MODEL / "text_encoder"), "--output", "x")[2]
+    assert "exists and is not an evaluation folder" in type_in("--output", "there")[2]
+    assert "--samples: 3 must be at least 10" in type_in("--samples", "3")[2]
+    assert "has no image encoder" in type_in("--features", str(BUILT_IN_MODEL / "text_encoder"), "--output", "x")[2]
     assert "sampler: " in type_in("--sampler", "eulr", "--output", "x")[2]
     assert not (tmp_path / "x").exists()
     assert "cannot be written" in type_in("--output", "evaluation/evaluation.json/x")[2]
