@@ -1,9 +1,8 @@
-"""Draw pictures: python sample.py "a digit seven"."""
+"""Sample images: python sample.py "a digit seven"."""
 
 import sys
 
-from cond_diffusion.cli.main import sample as main
-from cond_diffusion.errors import command_line
+from cond_diffusion.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    sys.exit(run("sample"))

@@ -2,8 +2,7 @@
 
 import sys
 
-from cond_diffusion.cli.main import train as main
-from cond_diffusion.errors import command_line
+from cond_diffusion.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    sys.exit(run("train"))

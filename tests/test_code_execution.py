@@ -17,10 +17,10 @@ from test_latents import stable_diffusion
 from cond_diffusion import TextToImage
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.errors import UserError
-from cond_diffusion.models.clip import ClipJudge
+from cond_diffusion.evaluation.judges import ClipJudge
 from cond_diffusion.models.latents import VAE
 from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder
-from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
+from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL
 from cond_diffusion.training.trainer import train
 
 LIBRARIES = {"transformers", "diffusers", "peft"}

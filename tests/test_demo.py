@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from urllib.error import URLError
@@ -18,9 +19,10 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from cond_diffusion.cli.demo import choices, drawn
+from cond_diffusion.config.sampling import GenerationSettings, SamplingOptions
 from cond_diffusion.errors import UserError
-from cond_diffusion.images import settings_of
-from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
+from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL
+from cond_diffusion.pipeline.png import read_settings
 
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 
@@ -35,7 +37,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     shutil.copytree(BUILT_IN_MODEL, folder / "runs" / "digits" / "checkpoints" / "step-00000001")
     port = free_port()
     # Behind the browser where they share a core, which would else be shown the last picture only.
-    words = ["nice", "-n", "19", sys.executable, "-m", "cond_diffusion.cli.demo", "--port", str(port), "--no-browser"]
+    words = ["nice", "-n", "19", sys.executable, "-m", "cond_diffusion", "demo", "--port", str(port), "--no-browser"]
     with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         url = f"http://127.0.0.1:{port}"
         while True:
@@ -102,7 +104,7 @@ def test_a_prompt_becomes_a_picture_that_forms_on_the_page(page: Page, tmp_path:
             page.locator(f"a[download='{name}']").click()
         download.value.save_as(tmp_path / name)
         assert (tmp_path / name).stat().st_size > 100
-    assert settings_of(str(tmp_path / "pictures.png"), "")["prompts"] == ["a digit seven", "a digit two"]
+    assert read_settings(str(tmp_path / "pictures.png"), "")["prompts"] == ["a digit seven", "a digit two"]
     page.screenshot(path=tmp_path / "page.png")
 
 
@@ -116,8 +118,9 @@ def test_bad_input_is_said_on_the_page(page: Page):
 
 
 def test_whoever_leaves_stops_the_chain(tmp_path: Path):
-    options = {"num_images": 1, "seed": 0, "sampler": "ddim", "steps": 1000, "image": None, "mask": None}
-    chain = drawn(tmp_path, "builtin", ["a digit seven"], options)
+    sampling = SamplingOptions(sampler="ddim", steps=1000)
+    settings = GenerationSettings(prompts=("a digit seven",), sampling=sampling)
+    chain = drawn(tmp_path, settings)
     picture, state, files = next(chain)
     assert picture is not None
     assert (state, files) == ("step 1 of 1000", [])
@@ -127,7 +130,7 @@ def test_whoever_leaves_stops_the_chain(tmp_path: Path):
             thread.join()
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="there is no checkpoint nowhere"):
-        next(drawn(tmp_path, "nowhere", ["a digit seven"], options))
+        next(drawn(tmp_path, replace(settings, checkpoint="nowhere")))
 
 
 def test_runs_with_a_checkpoint_can_be_chosen(tmp_path: Path):

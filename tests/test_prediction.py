@@ -8,8 +8,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from cond_diffusion.config.run import PredictionKind
 from cond_diffusion.config.schedule import ScheduleConfig
-from cond_diffusion.diffusion.prediction import Prediction, PredictionKind, denoiser
+from cond_diffusion.diffusion.prediction import Prediction, denoiser
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
 

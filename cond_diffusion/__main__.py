@@ -1,0 +1,8 @@
+"""`python -m cond_diffusion COMMAND`."""
+
+import sys
+
+from cond_diffusion.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The examples run, and the public names are enough to sample from a network of one's own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from torch import Tensor
+
+import cond_diffusion
+from cond_diffusion import NoiseSchedule, Prediction, ScheduleConfig, denoiser, dpm_solver, guided
+
+
+def test_every_public_name_is_there():
+    for name in cond_diffusion.__all__:
+        assert getattr(cond_diffusion, name) is not None
+    with pytest.raises(AttributeError):
+        cond_diffusion.nothing  # noqa: B018
+
+
+@pytest.mark.slow
+def test_the_whole_method_trains_and_samples(tmp_path: Path):
+    script = ROOT / "tests" / "examples" / "whole_method.py"
+    lines = [line for line in script.read_text(encoding="utf-8").splitlines() if line]
+    assert len(lines) <= 40
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, script, "101"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    first, last = (float(line.split("loss ")[1]) for line in result.stdout.splitlines())
+    assert last < 0.6 * first
+    with Image.open(tmp_path / "digits.png") as image:
+        assert image.size == (4 * 30 - 2, 4 * 30 - 2)
+
+
+def test_a_network_of_ones_own_is_sampled_from_by_the_public_names():
+    """The best epsilon for data that are N(context, 0.1^2); the samples have the context as their mean."""
+    schedule = NoiseSchedule(ScheduleConfig())
+
+    def network(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        alpha, sigma = (value.to(x_t)[:, None, None, None] for value in schedule.alpha_sigma(t))
+        variance = alpha**2 * 0.1**2 + sigma**2
+        return sigma * (x_t - alpha * context[..., None]) / variance
+
+    context = torch.tensor([0.5, -0.5]).repeat_interleave(500)[:, None, None]
+    conditioned = guided(network, context, torch.zeros_like(context), torch.ones(1000))
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, 1, 1, 1, generator=noise)
+    denoise = denoiser(conditioned, Prediction("epsilon", schedule))
+    timesteps = schedule.sampling_timesteps(None)
+    *_, last = dpm_solver(denoise, schedule, x, timesteps, lambda: torch.randn_like(x), eta=0.0, order=2)
+    for found, mean in zip(last.x.split(500), (0.5, -0.5), strict=True):
+        assert found.mean().item() == pytest.approx(mean, abs=0.02)
+        assert found.std().item() == pytest.approx(0.1, rel=0.1)
