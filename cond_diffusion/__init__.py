@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from cond_diffusion.config.schedule import ScheduleConfig
     from cond_diffusion.config.unet import UNetConfig
     from cond_diffusion.diffusion.guidance import drop_captions, guided
-    from cond_diffusion.diffusion.objective import Objective
-    from cond_diffusion.diffusion.prediction import Prediction, denoiser
+    from cond_diffusion.diffusion.objective import Objective, Prediction, denoiser
     from cond_diffusion.diffusion.samplers import ddim, ddpm, dpm_solver, euler, heun, unipc
     from cond_diffusion.diffusion.schedule import NoiseSchedule
     from cond_diffusion.models.text_encoder import TextEncoder

@@ -44,3 +44,8 @@ def has_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
         not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that shows progress bars, of those that were launched together."""
+    return os.environ.get("RANK", "0") == "0"

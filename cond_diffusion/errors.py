@@ -1,7 +1,8 @@
 """What a user can cause and mend: one clear line, and exit code 2 instead of a traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -22,6 +23,17 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+@contextmanager
+def user_errors(what: str, *kinds: type[Exception], hint: str = "") -> Iterator[None]:
+    """Raise a UserError in the place of a library's errors: `what`, the first line of their message, `hint`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{what} ({first_line(error)}){hint}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

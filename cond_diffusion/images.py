@@ -41,7 +41,7 @@ def from_pillow(picture: Image.Image) -> Float[Tensor, "c h w"]:
     return to_model(rearrange(pixels, "h w c -> 1 c h w"))[0]
 
 
-def upright(picture: Image.Image, background: str = "black") -> Image.Image:
+def normalize_image(picture: Image.Image, background: str = "black") -> Image.Image:
     """Turn upright what a camera marked as rotated, in grey or RGB of 8 bits; transparent ones lie on `background`."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow would cut them at 255
@@ -58,7 +58,7 @@ def fit(
 
     place: what is kept of it, from 0, the left or upper end, over the centre to 1, the right or lower one.
     """
-    picture = upright(picture, background).convert(PILLOW_MODES[channels])
+    picture = normalize_image(picture, background).convert(PILLOW_MODES[channels])
     if picture.size == size:
         return picture
     return ImageOps.fit(picture, size, Image.Resampling.LANCZOS, centering=(place, place))
@@ -105,7 +105,7 @@ def enlarged(picture: Image.Image, width: int) -> Image.Image:
 def open_image(path: str, option: str) -> Image.Image:
     """Read the picture at `path`, upright; raise UserError, naming the option that gave it, where there is none."""
     with opened_image(path, option) as picture:
-        return upright(picture)
+        return normalize_image(picture)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.data.dataset import load_captioned_images
-from cond_diffusion.evaluation.judges import TRAINED_ON, accuracy, fingerprint, renumber_groups, train_classifier
+from cond_diffusion.evaluation.metrics import TRAINED_ON, accuracy, fingerprint, renumber_groups, train_classifier
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL
 
 

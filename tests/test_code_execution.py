@@ -12,12 +12,12 @@ import pytest
 from conftest import ROOT
 from hub import ModelHub
 from safetensors.torch import load_file, save_file
-from test_latents import stable_diffusion
+from stable_diffusion import stable_diffusion
 
 from cond_diffusion import TextToImage
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.errors import UserError
-from cond_diffusion.evaluation.judges import ClipJudge
+from cond_diffusion.evaluation.metrics import ClipJudge
 from cond_diffusion.models.latents import VAE
 from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL

@@ -17,8 +17,7 @@ from cond_diffusion.config.sampling import GenerationSettings, SamplerName, Samp
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.images import enlarged, grid, to_pillow
-from cond_diffusion.pipeline.generate import generate_to_file
-from cond_diffusion.pipeline.png import read_settings
+from cond_diffusion.pipeline.generate import generate_to_file, read_settings
 from cond_diffusion.pipeline.run_folder import checkpoints
 
 WIDTH = 448  # pixels that the pictures are shown at least wide
@@ -39,7 +38,7 @@ def drawn(folder: Path, settings: GenerationSettings) -> Iterator[Shown]:
     left = Event()
     each = settings.sampling.num_images
 
-    def watch(step: Step, number: int, total: int) -> None:
+    def callback_on_step_end(step: Step, number: int, total: int) -> None:
         if left.is_set():
             raise Left
         if seen.empty():  # nobody waits for pictures that are out of date
@@ -55,7 +54,7 @@ def drawn(folder: Path, settings: GenerationSettings) -> Iterator[Shown]:
                 film=str(folder / "film.webp"),
                 attention_maps=str(folder / "words.png"),
                 labels=False,
-                watch=watch,
+                callback_on_step_end=callback_on_step_end,
             )
             files.append(next(drawing))
             files.append(folder / "settings.json")

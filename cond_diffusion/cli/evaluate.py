@@ -5,9 +5,10 @@ import importlib.util
 from functools import partial
 from pathlib import Path
 
-from cond_diffusion.cli.options import add_options
+from cond_diffusion.cli.main import add_options
 from cond_diffusion.config.run import Config
 from cond_diffusion.config.sampling import SamplingOptions
+from cond_diffusion.data.loader import open_training_data
 from cond_diffusion.diffusion.samplers import sampling_timesteps
 from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation.evaluator import (
@@ -17,8 +18,8 @@ from cond_diffusion.evaluation.evaluator import (
     load_evaluator,
     reported,
 )
-from cond_diffusion.evaluation.judges import load_clip_judge
 from cond_diffusion.evaluation.likelihood import bits_per_dimension, format_bits
+from cond_diffusion.evaluation.metrics import load_clip_judge
 from cond_diffusion.evaluation.report import Results, evaluate, format_table, sweep
 from cond_diffusion.pipeline.checkpoint import read_checkpoint
 from cond_diffusion.pipeline.text_to_image import TextToImage
@@ -52,12 +53,13 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
         **reported(sampling),
     }
     results = Results(options.output, settings)
-    evaluator = load_evaluator(pipe, config, features)
+    training_data = open_training_data(config.data, config.seed)
+    evaluator = load_evaluator(pipe, config, features, training_data)
     prompts = evaluator.prompts(options.samples, paraphrases=options.paraphrases)
     count = options.samples // len(prompts) * len(prompts)
     generate = partial(evaluator.generate, pipe, prompts, count)
     samples = evaluate(evaluator, [prompt for prompt, _ in prompts], generate, sampling, results)
-    print(format_table(samples, results.part("held-out loss", lambda: held_out_loss(pipe, config))))
+    print(format_table(samples, results.part("held-out loss", lambda: held_out_loss(pipe, config, training_data))))
     if options.sweep:
         sweep(evaluator, generate, sampling, results, count, pipe.schedule.num_timesteps)
     print(f"\nwrote {options.output}")

@@ -3,13 +3,16 @@
 A command's module is imported when it runs, so that `--help` answers at once.
 """
 
+import argparse
+import dataclasses
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from signal import SIGINT
+from typing import Any
 
 from cond_diffusion.errors import Interrupted, UserError, did_you_mean
 
@@ -77,7 +80,6 @@ def command_line(command: Callable[[], None]) -> int:
 
 def train(arguments: list[str] | None = None) -> None:
     """Train a model, or check a run beforehand."""
-    from cond_diffusion.cli.options import config_file, config_parser
     from cond_diffusion.config.run import Config, load_config
 
     parser = config_parser("Train a text-to-image model.", Path("mnist"))
@@ -103,7 +105,6 @@ def train(arguments: list[str] | None = None) -> None:
 
 def pretrain_clip(arguments: list[str] | None = None) -> None:
     """Train a small CLIP on a captioned data set."""
-    from cond_diffusion.cli.options import config_file, config_parser
     from cond_diffusion.config.run import ClipPretrainingConfig, load_config
 
     given = config_parser("Train a small CLIP on a captioned data set.").parse_intermixed_args(arguments)
@@ -123,3 +124,72 @@ def sample_command() -> int:
 def train_command() -> int:
     """The command `cond-diffusion-train`."""
     return run("train")
+
+
+# Beside the package in a clone, in it in a wheel.
+CONFIGS = next(folder for parent in Path(__file__).parents[1:3] if (folder := parent / "configs").is_dir())
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    schema: Any,
+    *,
+    without: Collection[str] = (),
+    only: Collection[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Add an option for each field of a config dataclass. Values stay text; the dataclass parses them.
+
+    An option that was not typed is absent from the parsed arguments, so that the declared default applies.
+
+    Args:
+        without, only: Fields to leave out, or the only ones to add.
+        defaults: What the help names as the default in place of the declared one.
+    """
+    groups: dict[Any, Any] = {group.title: group for group in parser._action_groups}
+    declared = schema.__pydantic_fields__
+    for name in (field.name for field in dataclasses.fields(schema)):
+        if name in without or (only is not None and name not in only):
+            continue
+        info = declared[name]
+        extra = info.json_schema_extra or {}
+        default = (defaults or {}).get(name, info.default)
+        shown = "" if default in (None, "") else f" (default: {default})"
+        title = extra.get("group", "options")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            metavar=extra.get("metavar"),
+            help=f"{info.description}{shown}".replace("%", "%%"),
+        )
+
+
+def config_parser(description: str, default: Path | None = None) -> argparse.ArgumentParser:
+    """Return a parser for `[--config FILE] [key=value ...]`, whose `config` and `overrides` go to `load_config`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help=f"a YAML file, or the name of one of the project's (default: {default})",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.batch_size=64")
+    return parser
+
+
+def config_file(given: Path) -> Path:
+    """Return the file that --config names; a bare name is one of the project's configs.
+
+    Raises UserError for a bare name that none has.
+    """
+    if given.parent != Path() or given.suffix:
+        return given
+    names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+    if given.name not in names:
+        raise UserError(
+            f"--config: {given} is none of {', '.join(names)}{did_you_mean(given.name, names)}, and no .yaml file"
+        )
+    return CONFIGS / f"{given.name}.yaml"

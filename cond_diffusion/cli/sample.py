@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cond_diffusion.cli.options import add_options
+from cond_diffusion.cli.main import add_options
 from cond_diffusion.config.sampling import IMAGE_OPTIONS, SAMPLERS_OF, GenerationSettings, SamplingOptions
 from cond_diffusion.errors import UserError
 
@@ -41,8 +41,7 @@ def sample(arguments: list[str] | None = None) -> None:
     """Sample images of prompts."""
     parser = sample_parser()
     typed = vars(parser.parse_intermixed_args(arguments))
-    from cond_diffusion.pipeline.generate import generate_to_file, generate_to_folder
-    from cond_diffusion.pipeline.png import from_flat
+    from cond_diffusion.pipeline.generate import from_flat, generate_to_file, generate_to_folder
 
     files = {name: typed.pop(name) for name in FILES}
     folder, batch_size = typed.pop("output_dir"), typed.pop("batch_size")
@@ -66,7 +65,7 @@ def recorded_settings(path: str | None, typed: dict[str, Any]) -> dict[str, Any]
     """Return the settings that a PNG was made with, without what belonged to a sampler or image that is replaced."""
     if path is None:
         return {}
-    from cond_diffusion.pipeline.png import read_settings
+    from cond_diffusion.pipeline.generate import read_settings
 
     found = read_settings(path, "--from-image")
     replaced = {*(SAMPLERS_OF if "sampler" in typed else ()), *(IMAGE_OPTIONS if "image" in typed else ())}

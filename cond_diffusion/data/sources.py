@@ -1,17 +1,21 @@
-"""Where captioned pictures come from: whatever it is, `datasets` opens it, and a table or a stream comes out."""
+"""Where captioned images come from, and how their captions read: whatever a source is, `datasets` opens it."""
 
 import logging
 import os
 import tarfile
+from collections.abc import Callable, Iterable, Sequence
 from glob import escape
 from pathlib import Path
+from string import Formatter
+from typing import Any
 
 import datasets
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
 from PIL import Image
 
-from cond_diffusion.errors import UserError, did_you_mean, first_line
+from cond_diffusion.config.data import DataConfig
+from cond_diffusion.errors import UserError, did_you_mean, first_line, user_errors
 
 BUILT_IN_SOURCES = {"mnist": Path(__file__).parent.parent / "assets" / "mnist"}
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -20,16 +24,13 @@ FILES = {*BUILDERS, ".csv", ".gz", ".json", ".jsonl", ".txt", ".zip"}  # endings
 logger = logging.getLogger(__name__)
 
 
-def open_source(
-    source: str, split: str, *, streaming: bool = False, aloud: bool = True
-) -> datasets.Dataset | datasets.IterableDataset:
+def open_source(source: str, split: str, *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
     """Find out what `source` is, and open its `split`; raise UserError, naming `data.source`, where that cannot be.
 
-    streaming: leave it where it is, and read it from front to back. aloud: say what an ambiguous name is taken for.
+    streaming: leave it where it is, and read it from front to back.
     """
     path = BUILT_IN_SOURCES.get(source, Path(source))
-    if aloud:
-        _tell_what_is_taken(source, path)
+    _tell_what_is_taken(source, path)
     files: dict[str, list[str]] | None = None
     if path.is_dir():
         there = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
@@ -85,6 +86,29 @@ def open_source(
     return found[split]
 
 
+def as_table(dataset: datasets.Dataset | Sequence[Any], config: DataConfig) -> datasets.Dataset:
+    """Return a data set that a caller gave as a table with the columns of the config.
+
+    Args:
+        dataset: A `datasets.Dataset`, or pairs (image, caption): the image as PIL's, an array, bytes or a path; the
+            caption as a text or a list of texts.
+        config: Names the columns.
+
+    Raises:
+        UserError: If an item is no such pair.
+    """
+    if isinstance(dataset, datasets.Dataset):
+        return dataset
+    images, captions = [], []
+    for i, pair in enumerate(dataset):
+        with user_errors(f"dataset: item {i} is {pair!r:.60}; expected a pair (image, caption)", Exception):
+            image, caption = pair
+            images.append(datasets.Image().encode_example(image))
+            captions.append(caption)
+    table = datasets.Dataset.from_dict({config.image_column: images, config.caption_column: captions})
+    return table.cast_column(config.image_column, datasets.Image())
+
+
 def _tell_what_is_taken(source: str, path: Path) -> None:
     """Say which is read where a name could mean two things."""
     if source in BUILT_IN_SOURCES and Path(source).exists():
@@ -127,3 +151,68 @@ def _captions_beside(folder: Path, files: list[Path]) -> datasets.Dataset | None
         raise UserError(f"data.source: a caption in {folder} is not valid text ({error}); expected UTF-8") from error
     columns = {"image": [str(picture) for picture in captions], "text": texts}
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+CaptionGroup = tuple[str, ...]
+
+
+def caption_reader(config: DataConfig, feature: Any) -> Callable[[Any], CaptionGroup]:
+    """Return the function from a cell of the caption column, whose type is `feature`, to its caption group.
+
+    Raises UserError, as does that function, where labels, templates and names do not go together.
+    """
+    if not config.caption_templates:
+        if isinstance(feature, datasets.ClassLabel):
+            raise UserError(
+                f"data.caption_column: {config.caption_column!r} holds labels, not text; "
+                'say how they read, for example data.caption_templates=["a picture of {label}"]'
+            )
+        return lambda value: _texts(value, config.caption_column)
+
+    names = dict(config.label_names)
+    if isinstance(feature, datasets.ClassLabel):
+        names.setdefault("label", feature.names)
+    for template in config.caption_templates:
+        for word in _words_in_braces(template):
+            if word not in names:
+                raise UserError(
+                    f"data.caption_templates: {template!r} asks for {word!r}, which data.label_names does not list; "
+                    f"it lists {', '.join(map(repr, names)) or 'nothing'}"
+                )
+
+    def fill_in(value: Any) -> CaptionGroup:
+        if not isinstance(value, int) or not all(0 <= value < len(values) for values in names.values()):
+            raise UserError(
+                f"data.label_names: no name for the label {value!r} of column {config.caption_column!r}; "
+                f"labels run from 0 to {min(map(len, names.values()), default=0) - 1}"
+            )
+        return tuple(
+            t.format(**{word: values[value] for word, values in names.items()}) for t in config.caption_templates
+        )
+
+    return fill_in
+
+
+def pick_captions(groups: Iterable[CaptionGroup], draws: Iterable[float]) -> list[str]:
+    """Return of each group the caption that stands at its place, from 0 to 1."""
+    return [group[int(place * len(group))] for group, place in zip(groups, draws, strict=True)]
+
+
+def _words_in_braces(template: str) -> list[str]:
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"data.caption_templates: {template!r}: {error}") from error
+    if any(form or conversion for _, _, form, conversion in parts):
+        raise UserError(f"data.caption_templates: {template!r}: expected only a word in braces, such as {{word}}")
+    return [word for _, word, _, _ in parts if word is not None]
+
+
+def _texts(value: Any, column: str) -> CaptionGroup:
+    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
+    if not texts or not all(isinstance(text, str) for text in texts):
+        labels = "; for labels give data.caption_templates and data.label_names" if isinstance(value, int) else ""
+        raise UserError(
+            f"data.caption_column: {column!r} holds {repr(value)[:60]}; expected a text or a list of texts{labels}"
+        )
+    return texts

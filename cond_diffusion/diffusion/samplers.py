@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cond_diffusion.config.sampling import SamplerName, SamplingOptions
 from cond_diffusion.config.schedule import ScheduleConfig, Variance
-from cond_diffusion.diffusion.prediction import Denoiser
+from cond_diffusion.diffusion.objective import Denoiser
 from cond_diffusion.diffusion.schedule import NoiseLevel, NoiseSchedule
 
 logger = logging.getLogger(__name__)

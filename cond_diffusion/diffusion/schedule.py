@@ -61,7 +61,7 @@ class NoiseSchedule:
     ) -> Float[Tensor, "b *chw"]:
         """Draw x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), with eps ~ N(0, I) (eq. 4)."""
         alpha, sigma = self.alpha_sigma(t)
-        return per_example(alpha, x_0) * x_0 + per_example(sigma, x_0) * eps
+        return expand_like(alpha, x_0) * x_0 + expand_like(sigma, x_0) * eps
 
     def alpha_sigma(self, t: Int64[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) at each t, in float64 on the CPU; `level` for one t."""
@@ -164,7 +164,7 @@ class Posterior:
     beta: float
 
 
-def per_example(coefficient: Float[Tensor, " n"], x: Float[Tensor, "b *chw"]) -> Float[Tensor, "n *ones"]:
+def expand_like(coefficient: Float[Tensor, " n"], x: Float[Tensor, "b *chw"]) -> Float[Tensor, "n *ones"]:
     """Shape one coefficient an example so that it multiplies `x`, in the dtype and on the device of `x`.
 
     The one door for broadcasting: (8,) against (8, 1) would silently become (8, 8).

@@ -14,23 +14,25 @@ from torch import Tensor
 from cond_diffusion.config.run import Config
 from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
-from cond_diffusion.data.loader import ShuffledSet, open_feed
+from cond_diffusion.data.loader import TrainingData, open_training_data
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.errors import UserError
-from cond_diffusion.evaluation.judges import (
+from cond_diffusion.evaluation.metrics import (
     Classifier,
     ClipJudge,
     accuracy,
+    frechet_distance,
     load_clip_judge,
     load_or_train_classifier,
+    nearest,
+    prdc,
     renumber_groups,
     train_classifier,
 )
-from cond_diffusion.evaluation.metrics import frechet_distance, nearest, prdc
 from cond_diffusion.images import to_bytes
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.seeding import sample_indices
-from cond_diffusion.training.validation import Diagnosis
+from cond_diffusion.training.validation import Validator
 
 MAX_REAL = 10_000  # test images that features are compared with
 MIN_IMAGES_PER_LABEL = 20  # with fewer images per caption group the captions are no class labels
@@ -205,11 +207,18 @@ METRICS: list[tuple[str, str, Metric]] = [
 ]
 
 
-def load_evaluator(pipe: TextToImage, config: Config, features: FeatureExtractor | None = None) -> Evaluator:
+def load_evaluator(
+    pipe: TextToImage,
+    config: Config,
+    features: FeatureExtractor | None = None,
+    training_data: TrainingData | None = None,
+) -> Evaluator:
     """Load a checkpoint's data and judges: a classifier if the captions are class labels, and the checkpoint's own CLIP
     or, where it has none that accepts the images, the CLIP given as `features`.
     """
-    train, test = load_real_images(config)
+    if training_data is None:
+        training_data = open_training_data(config.data, config.seed)
+    train, test = load_real_images(config, training_data)
     if len(test) <= NEIGHBORS:
         raise UserError(
             f"data.source: {config.data.source} has {len(test)} images that are not trained on; expected a split named "
@@ -228,28 +237,27 @@ def load_evaluator(pipe: TextToImage, config: Config, features: FeatureExtractor
     return Evaluator(train, test, load_or_train_classifier(train) if labeled else None, clip, features)
 
 
-def load_real_images(config: Config) -> tuple[CaptionedImages, CaptionedImages]:
+def load_real_images(config: Config, training_data: TrainingData) -> tuple[CaptionedImages, CaptionedImages]:
     """Return the training and test images, in memory. A source without a test split is tested with the images that
     training holds out.
     """
-    whole = load_captioned_images(config.data)
+    whole = training_data.in_memory()
     try:
         return whole, renumber_groups(load_captioned_images(config.data, "test"), whole.caption_groups)
     except UserError as error:
-        if config.data.streaming:  # only the stream knows which images it holds out
+        held_out = training_data.held_out_indices()
+        if held_out is None:  # a stream, whose held-out images have no number in the whole set
             raise
-        held_out = ShuffledSet(whole, config.seed, config.data.held_out).held_out_indices()
         logger.warning("no test images (%s); using the %d that training holds out", error, len(held_out))
         trained_on = torch.ones(len(whole), dtype=torch.bool)
         trained_on[held_out] = False
         return _rows(whole, trained_on.nonzero().squeeze(1)), _rows(whole, held_out)
 
 
-def held_out_loss(pipe: TextToImage, config: Config) -> dict[str, Any] | None:
+def held_out_loss(pipe: TextToImage, config: Config, training_data: TrainingData) -> dict[str, Any] | None:
     """Return the training loss on held-out images, by timestep and by caption; None if the run holds out none."""
-    feed = open_feed(config.data, config.seed, aloud=False)
     objective = Objective(config.objective, pipe.schedule)
-    diagnosis = Diagnosis(config, feed, pipe.text_encoder, objective, pipe.space)
+    diagnosis = Validator(config, training_data, pipe.text_encoder, objective, pipe.latent_space)
     findings = diagnosis.measure(pipe.unet, Accelerator(cpu=pipe.device.type == "cpu"))
     return None if findings is None else asdict(findings)
 

@@ -22,10 +22,10 @@ from tqdm.auto import tqdm
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.schedule import Variance
-from cond_diffusion.data.contexts import embed
+from cond_diffusion.data.cache import embed
 from cond_diffusion.data.dataset import load_captioned_images
 from cond_diffusion.diffusion.guidance import guided
-from cond_diffusion.diffusion.prediction import Denoiser, denoiser
+from cond_diffusion.diffusion.objective import Denoiser, denoiser
 from cond_diffusion.diffusion.samplers import Noise
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
@@ -100,13 +100,13 @@ def bits_per_dimension(
 
     Raises UserError for a model in latent space: the bound is defined for pixels.
     """
-    if pipe.space.is_latent:
+    if pipe.latent_space.is_latent:
         raise UserError(f"checkpoint: {pipe.folder} generates latents; bits per dimension are defined for pixels")
     data = load_captioned_images(config, split)
     contexts = embed(pipe.text_encoder, [captions[0] for captions in data.caption_groups])
     priors, terms = [], []
     for rows in torch.arange(min(len(data), count or len(data))).split(batch_size):
-        x_0 = pipe.space.encode(to_model(data.images[rows].to(pipe.device)))
+        x_0 = pipe.latent_space.encode(to_model(data.images[rows].to(pipe.device)))
         context = contexts[data.group_of[rows].to(pipe.device)]
         unguided = guided(pipe.unet, context, context, torch.ones(len(rows)), project=pipe.unet.project_context)
         denoise = denoiser(unguided, pipe.prediction, pipe.clip_fn())

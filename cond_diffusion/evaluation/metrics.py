@@ -3,11 +3,206 @@
 The features come from any network: a classifier of the data, a CLIP, or an Inception network for photographs.
 """
 
-import torch
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
+import torch
+from filelock import FileLock
+from jaxtyping import Float, Int64, UInt8
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from cond_diffusion.config.data import DataConfig
+from cond_diffusion.data.dataset import CaptionedImages
+from cond_diffusion.data.sources import CaptionGroup
 from cond_diffusion.errors import UserError
+from cond_diffusion.files import cache_folder, hash_weights, save_tensors
+from cond_diffusion.images import to_model
+from cond_diffusion.models.text_encoder import (
+    clip_errors,
+    clip_kind,
+    embed_images,
+    embed_texts,
+    find_clip,
+    load_clip,
+    load_tokenizer,
+)
+from cond_diffusion.seeding import sample_indices
+
+SHIPPED = Path(__file__).parent.parent / "assets" / "mnist_classifier" / "classifier.safetensors"
+TRAINED_ON = "trained_on"  # metadata of the shipped file: the fingerprint of its training set
+
+EPOCHS, LEAST_STEPS, BATCH_SIZE, LEARNING_RATE = 4, 300, 128, 2e-3
+NUM_FEATURES = 128
+PIXELS_PER_BATCH = 100 * 28 * 28
+CLIP_BATCH_SIZE = 250
+
+
+class Classifier(nn.Module):
+    """A CNN: images to features (the last hidden layer), and features to one logit per caption group."""
+
+    def __init__(self, channels: int, num_groups: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *[nn.Conv2d(channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)],
+            *[nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)],
+            *[nn.Conv2d(64, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(3)],
+            *[nn.Flatten(), nn.Linear(128 * 9, NUM_FEATURES), nn.ReLU()],
+        )
+        self.head = nn.Linear(NUM_FEATURES, num_groups)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # on a CPU twice as fast
+
+    def features(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """Return the features of one batch, with gradients."""
+        return self.body(to_model(images).contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """Return the features of any number of images."""
+        batch_size = max(1, PIXELS_PER_BATCH // (images.shape[2] * images.shape[3]))
+        return torch.cat([self.features(batch) for batch in images.split(batch_size)])
+
+    @torch.no_grad()
+    def predict(self, features: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
+        """Return the most likely caption group of each row of features."""
+        return self.head(features).argmax(1)
+
+    def digest(self) -> str:
+        """Return a hash of the weights; only figures with the same hash can be compared."""
+        digest = hashlib.blake2b(digest_size=8)
+        hash_weights(digest, self.state_dict().items())
+        return digest.hexdigest()
+
+
+def train_classifier(data: CaptionedImages) -> Classifier:
+    """Train for `EPOCHS` epochs, or `LEAST_STEPS` steps if these are more, under a one-cycle learning rate."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = Classifier(data.images.shape[1], len(data.caption_groups))
+    steps = max(LEAST_STEPS, EPOCHS * len(data) // BATCH_SIZE)
+    optimizer = torch.optim.AdamW(classifier.parameters(), fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    for step in tqdm(range(steps), desc="training the classifier", unit=" steps", leave=False):
+        indices = sample_indices(len(data), 0, step * BATCH_SIZE, BATCH_SIZE)
+        logits = classifier.head(classifier.features(data.images[indices]))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, data.group_of[indices]).backward()
+        optimizer.step()
+        scheduler.step()
+    return classifier.eval()
+
+
+def load_or_train_classifier(data: CaptionedImages) -> Classifier:
+    """Return the shipped classifier if it was trained on these images and labels, else the cached one; train it on
+    first use.
+    """
+    trained_on = fingerprint(data)
+    with safe_open(SHIPPED, "pt") as shipped:
+        if (shipped.metadata() or {}).get(TRAINED_ON) == trained_on:
+            return _load(SHIPPED, data)
+    settings = (trained_on, data.caption_groups, EPOCHS, LEAST_STEPS, BATCH_SIZE, LEARNING_RATE, NUM_FEATURES)
+    key = hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()
+    file = cache_folder() / f"classifier-{key}.safetensors"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".lock").touch()
+    except OSError as error:
+        raise UserError(f"the classifier cannot be saved in {file.parent}: {error.strerror}") from error
+    with FileLock(file.with_suffix(".lock")):  # one of several processes trains it, and the others wait
+        if not file.exists():
+            weights = train_classifier(data).state_dict()
+            save_tensors({name: tensor.contiguous() for name, tensor in weights.items()}, file)
+        return _load(file, data)
+
+
+def _load(file: Path, data: CaptionedImages) -> Classifier:
+    classifier = Classifier(data.images.shape[1], len(data.caption_groups))
+    classifier.load_state_dict(load_file(file))
+    return classifier.eval()
+
+
+def fingerprint(data: CaptionedImages) -> str:
+    """Return a hash of the images and of their labels."""
+    digest = hashlib.blake2b(data.images.numpy().data, digest_size=8)
+    digest.update(data.group_of.numpy().data)
+    return digest.hexdigest()
+
+
+def renumber_groups(data: CaptionedImages, caption_groups: tuple[CaptionGroup, ...]) -> CaptionedImages:
+    """Return `data` with its groups numbered as in `caption_groups`; groups that are not in there come after these."""
+    number = {group: i for i, group in enumerate(dict.fromkeys([*caption_groups, *data.caption_groups]))}
+    group_of = torch.tensor([number[group] for group in data.caption_groups])[data.group_of]
+    return replace(data, group_of=group_of, caption_groups=tuple(number))
+
+
+def accuracy(classifier: Classifier, data: CaptionedImages) -> float:
+    """Return the fraction of images that the classifier assigns to their group, numbered as in its training set."""
+    return (classifier.predict(classifier(data.images)) == data.group_of).float().mean().item()
+
+
+class ClipJudge(nn.Module):
+    """Images and captions to unit vectors in CLIP's joint embedding space (Radford et al. 2021)."""
+
+    def __init__(
+        self, clip: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil | None, max_length: int
+    ) -> None:
+        super().__init__()
+        self.clip = clip.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.max_length = min(max_length, cast(Any, clip.config.text_config).max_position_embeddings)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, max_length: int = 77) -> "ClipJudge":
+        """Load from "builtin", a folder or a hub id; raise UserError if there is no CLIP, or only its text encoder."""
+        with clip_errors("CLIP", source):
+            folder = find_clip(source)
+            if not (folder / "text_encoder").is_dir() and clip_kind(folder) == "clip":
+                # A CLIP of `clip_pretraining` has no processor: it reads images in [-1, 1] as they are.
+                has_processor = any(folder.glob("*processor_config.json"))
+                processor = (
+                    CLIPImageProcessorPil.from_pretrained(folder, trust_remote_code=False) if has_processor else None
+                )
+                return cls(load_clip(CLIPModel, folder), load_tokenizer(folder), processor, max_length)
+        raise UserError(f"CLIP: {source} has no image encoder")
+
+    @torch.no_grad()
+    def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """Return the embeddings of images."""
+        batches = [embed_images(self.clip, self._preprocess(batch)) for batch in images.split(CLIP_BATCH_SIZE)]
+        return F.normalize(torch.cat(batches), dim=-1).cpu()
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Return the embeddings of captions."""
+        starts = range(0, len(captions), CLIP_BATCH_SIZE)
+        batches = [captions[start : start + CLIP_BATCH_SIZE] for start in starts]
+        embedded = [embed_texts(self.clip, self.tokenizer, batch, self.max_length) for batch in batches]
+        return F.normalize(torch.cat(embedded), dim=-1).cpu()
+
+    def _preprocess(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        if self.processor is None:
+            return to_model(images.to(self.clip.device))
+        channels, height, width = images.shape[1:]
+        rgb = images.expand(-1, 3, height, width) if channels == 1 else images
+        return self.processor([*rgb], return_tensors="pt")["pixel_values"].to(self.clip.device)
+
+
+def load_clip_judge(source: str, data: DataConfig, max_length: int = 77) -> ClipJudge:
+    """Load a CLIP; raise UserError if it does not accept the images of `data` (without a processor: other shapes)."""
+    judge = ClipJudge.from_pretrained(source, max_length)
+    vision = cast(Any, judge.clip.config.vision_config)
+    if judge.processor is None and (vision.num_channels, vision.image_size) != (data.channels, data.resolution):
+        shape = f"{data.resolution} x {data.resolution} pixels in {data.channels} channels"
+        raise UserError(f"CLIP: {source} does not accept images of {shape}")
+    return judge
 
 
 def frechet_distance(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> float:

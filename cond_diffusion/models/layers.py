@@ -19,7 +19,7 @@ FEW_KEYS = 128  # up to which plain products beat torch's fused attention on a C
 KeysValues = tuple[Float[Tensor, "b n l k"], Float[Tensor, "b n l k"]]
 
 ProjectedContext = list[tuple[Tensor, Tensor]]
-"""The context's keys and values for each transformer of a network, by its number."""
+"""The keys and values of the context for each transformer of a network, in the order of the forward pass."""
 
 
 def timestep_embedding(t: Int64[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
@@ -149,9 +149,6 @@ class SpatialTransformer(nn.Module):
         self, channels: int, context_dim: int, num_heads: int, num_groups: int, linear_projection: bool
     ) -> None:
         super().__init__()
-        self.number = (
-            0  # which of the UNet's transformers this is: the place of its keys and values in a projected context
-        )
         self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
         # At one place a 1 x 1 convolution is a linear layer; the two differ in their shape on disk alone.
         self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
@@ -162,10 +159,10 @@ class SpatialTransformer(nn.Module):
         """Project the context for the cross-attention in here."""
         return cast(TransformerBlock, self.transformer_blocks[0]).attn2.keys_values(context)
 
-    def forward(self, x: Float[Tensor, "b c h w"], context: ProjectedContext) -> Float[Tensor, "b c h w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], context: KeysValues) -> Float[Tensor, "b c h w"]:
         places = rearrange(self.norm(x), "b c h w -> b (h w) c")
         places = F.linear(places, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        places = self.transformer_blocks[0](places, context[self.number])
+        places = self.transformer_blocks[0](places, context)
         places = F.linear(places, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + rearrange(places, "b (h w) c -> b c h w", h=x.shape[2])
 

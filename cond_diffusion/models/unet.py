@@ -7,8 +7,8 @@ other wrote.
 import json
 from collections.abc import Mapping
 from itertools import zip_longest
-from pathlib import Path
-from typing import cast
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from cond_diffusion.config.unet import UNetConfig, from_diffusers, to_diffusers
 from cond_diffusion.errors import UserError, first_line
-from cond_diffusion.hub import in_half, variant_of
+from cond_diffusion.hub import download, in_half, is_hub_id, variant_of
 from cond_diffusion.models.layers import (
     Downsample,
     ProjectedContext,
@@ -43,13 +43,13 @@ class DownLevel(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([Downsample(resnets[-1].conv2.out_channels)] if downsample else [])
 
-    def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, time: Tensor, contexts: ProjectedContext) -> tuple[Tensor, list[Tensor]]:
         """Return the map that goes on, and all those that the way up will read, in the order in which they arose."""
         skips = []
         for resnet, attention in zip_longest(self.resnets, self.attentions):
             x = resnet(x, time)
             if attention is not None:
-                x = attention(x, context)
+                x = attention(x, contexts.pop(0))
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -65,9 +65,9 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList([attention])
 
-    def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, contexts: ProjectedContext) -> Tensor:
         x = self.resnets[0](x, time)
-        x = self.attentions[0](x, context)
+        x = self.attentions[0](x, contexts.pop(0))
         return self.resnets[1](x, time)
 
 
@@ -80,12 +80,12 @@ class UpLevel(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.upsamplers = nn.ModuleList([Upsample(resnets[-1].conv2.out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor, time: Tensor, context: ProjectedContext, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, contexts: ProjectedContext, skips: list[Tensor]) -> Tensor:
         """Take the maps that this level reads off the end of `skips`."""
         for resnet, attention in zip_longest(self.resnets, self.attentions):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if attention is not None:
-                x = attention(x, context)
+                x = attention(x, contexts.pop(0))
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[2:])
         return x
@@ -134,9 +134,8 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
+        # In the order of the forward pass, in which the blocks above were registered.
         self._transformers = tuple(module for module in self.modules() if isinstance(module, SpatialTransformer))
-        for number, transformer in enumerate(self._transformers):
-            transformer.number = number
         self._start_at_zero()
 
     def project_context(self, context: Float[Tensor, "b l d"]) -> ProjectedContext:
@@ -150,7 +149,8 @@ class UNet(nn.Module):
         context: Float[Tensor, "b l d"] | ProjectedContext,
     ) -> Float[Tensor, "b c h w"]:
         """Return the prediction. `context` is the text's embeddings, or what `project_context` made of them."""
-        projected = self.project_context(context) if isinstance(context, Tensor) else context
+        # Each transformer takes its own off the front of the list.
+        contexts = self.project_context(context) if isinstance(context, Tensor) else [*context]
         x = self.conv_in(x_t)
         if x.device.type == "cpu":
             # All that follows keeps the format: convolutions are faster in it, and attention reads places uncopied.
@@ -158,11 +158,11 @@ class UNet(nn.Module):
         time = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
         skips = [x]
         for level in self.down_blocks:
-            x, left = level(x, time, projected)
+            x, left = level(x, time, contexts)
             skips += left
-        x = self.mid_block(x, time, projected)
+        x = self.mid_block(x, time, contexts)
         for level in self.up_blocks:
-            x = level(x, time, projected, skips)
+            x = level(x, time, contexts, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def _start_at_zero(self) -> None:
@@ -216,12 +216,25 @@ class UNet(nn.Module):
         return unet.eval()
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> "UNet":
-        """Load, in fp32, what `save_pretrained` wrote, ours or diffusers'.
+    def from_pretrained(
+        cls, source: Path | str, *, subfolder: str = "", dtype: torch.dtype = torch.float32, **options: Any
+    ) -> "UNet":
+        """Load a UNet that this package or diffusers saved.
 
-        Raises UserError if a file is missing, was cut short, or does not fit the others.
+        Args:
+            source: A folder or a hub id.
+            subfolder: Where the UNet is in `source`: "unet" in a checkpoint.
+            dtype: Of the weights.
+            **options: Those of `hub.download`.
+
+        Raises:
+            UserError: If a file is missing, was cut short, or does not fit the others.
         """
-        folder = Path(folder)
+        folder = Path(source)
+        if not folder.is_dir() and is_hub_id(source):
+            files = [str(PurePosixPath(subfolder, name)) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+            folder = download(str(source), files, **options)
+        folder = folder / subfolder
         try:
             config = from_diffusers(json.loads((folder / CONFIG_NAME).read_text()))
             half = variant_of(folder, WEIGHTS_NAME)
@@ -234,7 +247,7 @@ class UNet(nn.Module):
             raise UserError(
                 f"{folder}: the weights are not those of its {CONFIG_NAME}: {' '.join(str(error).split())}"
             ) from error
-        return unet.float()
+        return unet.to(dtype)
 
 
 def _zero(layer: nn.Module) -> None:

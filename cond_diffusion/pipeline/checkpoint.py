@@ -5,18 +5,22 @@ no pipeline for, says TextToImage.
 """
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from cond_diffusion.config import schedule as schedule_config
 from cond_diffusion.config.run import CONFIG_NAME, Config, PredictionKind, load_config
-from cond_diffusion.diffusion.prediction import Prediction
+from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.hub import WEIGHTS, download, is_hub_id, refuse_pickles
-from cond_diffusion.models.latents import VAE, LatentSpace, Patches
+from cond_diffusion.models.latents import IN_LATENTS, IN_PIXELS, VAE, LatentSpace, PixelPatchify
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.run_folder import find_corruption, newest_checkpoint
@@ -24,8 +28,6 @@ from cond_diffusion.pipeline.run_folder import find_corruption, newest_checkpoin
 BUILT_IN_MODEL = Path(__file__).parent.parent / "assets" / "mnist_model"
 INDEX_NAME = "model_index.json"
 Result = TypeVar("Result")
-
-IN_PIXELS, IN_LATENTS = "TextToImage", "StableDiffusionPipeline"
 
 
 class Checkpoint:
@@ -48,12 +50,12 @@ class Checkpoint:
         for part, weights in WEIGHTS.items():
             refuse_pickles(self.folder / part, weights)
         if self.index["_class_name"] == IN_PIXELS:
-            return Patches(self.index.get("patch_size", 1))
+            return PixelPatchify(self.index.get("patch_size", 1))
         return VAE.from_pretrained(self.folder)
 
     @cached_property
     def unet(self) -> UNet:
-        return UNet.from_pretrained(self.folder / "unet")
+        return UNet.from_pretrained(self.folder, subfolder="unet")
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -141,7 +143,7 @@ def check_kind(folder: Path, name: str) -> dict[str, Any]:
     return index
 
 
-def write_index(folder: Path, space: LatentSpace) -> None:
+def write_index(folder: Path, latent_space: LatentSpace) -> None:
     """Write `model_index.json`, and the autoencoder where there is one."""
     index: dict[str, Any] = {
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -149,13 +151,7 @@ def write_index(folder: Path, space: LatentSpace) -> None:
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
-    if isinstance(space, VAE):
-        space.save_pretrained(folder)
-        nothing = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
-        index |= {"vae": ["diffusers", "AutoencoderKL"], **nothing, "requires_safety_checker": False}
-        index["_class_name"] = IN_LATENTS
-    else:
-        index |= {"_class_name": IN_PIXELS, "patch_size": space.downscaling}
+    index |= latent_space.save_pretrained(folder)
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -176,3 +172,70 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UserError(f"{file} is damaged: expected names and values")
     return fields
+
+
+GRID_NAME = "samples.png"
+TEMPLATE = Path(__file__).parent.parent / "assets" / "model_card.md"
+
+
+def prompts_of_run(checkpoint: Path | None) -> list[str]:
+    """Return the prompts of a run's sample grids; raise UserError where there are none."""
+    config = _config_of_run(checkpoint)
+    if config is None or not config.sample.prompts:
+        raise UserError("prompts: none given, and the checkpoint has none; expected the prompts of the card's samples")
+    return [*config.sample.prompts]
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    latent_space: LatentSpace,
+    image_size: int,
+    prediction: PredictionKind,
+    prompts: list[str],
+    checkpoint: Path | None,
+) -> None:
+    """Write the card of the model with the hub id `name`, and the run's config, into a folder.
+
+    side: of the images, in pixels. prompts: one for each row of the grid of samples. checkpoint: the folder of a run's
+    checkpoint, if the pipeline comes from one.
+    """
+    config = _config_of_run(checkpoint)
+    if checkpoint is not None and config is not None:
+        shutil.copy(checkpoint / CONFIG_NAME, folder)
+    card = ModelCard.from_template(
+        ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=["cond_diffusion", "diffusion"]),
+        template_path=str(TEMPLATE),
+        name=name,
+        image_size=image_size,
+        patch_size=None if latent_space.is_latent else latent_space.downsample_factor,
+        prediction=prediction,
+        prompts=prompts,
+        prompt=json.dumps(prompts[0], ensure_ascii=False),
+        config=config,
+        measures=_last_measures(checkpoint),
+    )
+    card.save(folder / "README.md")
+
+
+def _config_of_run(checkpoint: Path | None) -> Config | None:
+    if checkpoint is None or not (checkpoint / CONFIG_NAME).is_file():
+        return None
+    return load_config(Config, checkpoint / CONFIG_NAME)
+
+
+def _last_measures(checkpoint: Path | None) -> dict[str, float | int]:
+    """Return the last finite value of each metric up to a checkpoint; none if the run's folder is not there."""
+    if checkpoint is None:
+        return {}
+    progress, metrics = checkpoint / "state" / "progress.json", checkpoint.parent.parent / "metrics.jsonl"
+    if not (progress.is_file() and metrics.is_file()):
+        return {}
+    step = json.loads(progress.read_text())["step"]
+    newest: dict[str, Any] = {}
+    for line in metrics.read_text().splitlines():
+        with suppress(json.JSONDecodeError):  # a line that a kill has cut short
+            values = json.loads(line)
+            if values["step"] <= step:
+                newest |= values
+    return {name: value for name, value in newest.items() if value is not None}

@@ -18,27 +18,33 @@ from tqdm.auto import tqdm
 
 from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.device import keep_memory
-from cond_diffusion.diffusion.editing import Edit
-from cond_diffusion.diffusion.guidance import guided, threshold_dynamically
-from cond_diffusion.diffusion.prediction import Prediction, denoiser
+from cond_diffusion.diffusion.guidance import Edit, guided, threshold_dynamically
+from cond_diffusion.diffusion.objective import Prediction, denoiser
 from cond_diffusion.diffusion.samplers import Noise, Sampler, Step, build_sampler, sampling_timesteps
 from cond_diffusion.errors import Interrupted, UserError
 from cond_diffusion.hub import upload
-from cond_diffusion.images import PILLOW_MODES, Pictures, fit, from_pillow, grid, to_pillow, upright
+from cond_diffusion.images import PILLOW_MODES, Pictures, fit, from_pillow, grid, normalize_image, to_pillow
+from cond_diffusion.models.ema import weights_of_width
 from cond_diffusion.models.latents import LatentSpace
 from cond_diffusion.models.lora import add_lora_file
-from cond_diffusion.models.posthoc_ema import weights_of_width
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.checkpoint import Checkpoint, read_checkpoint, write_index, write_prediction
-from cond_diffusion.pipeline.model_card import GRID_NAME, prompts_of_run, write_card
+from cond_diffusion.pipeline.checkpoint import (
+    GRID_NAME,
+    Checkpoint,
+    prompts_of_run,
+    read_checkpoint,
+    write_card,
+    write_index,
+    write_prediction,
+)
 from cond_diffusion.seeding import generator
 
 DEFAULT_STRENGTH = 0.8
 MOST_AT_ONCE = 64
 MAPS_AT_ONCE = 120  # of the first level's size and width, that a guided picture takes; 54 to 118 were measured
 
-Watch = Callable[[Step, int, int], None]
+StepCallback = Callable[[Step, int, int], None]
 """(step, its number from 0, how many there are), the pictures in pixels."""
 
 logger = logging.getLogger(__name__)
@@ -83,7 +89,9 @@ class Example:
 class TextToImage:
     """A text encoder, a UNet, and what its output means under a noise schedule: prompts in, PIL images out."""
 
-    def __init__(self, unet: UNet, text_encoder: TextEncoder, prediction: Prediction, space: LatentSpace) -> None:
+    def __init__(
+        self, unet: UNet, text_encoder: TextEncoder, prediction: Prediction, latent_space: LatentSpace
+    ) -> None:
         if unet.config.in_channels is None or unet.config.sample_size is None:
             raise UserError("UNet config: sample_size is not given; expected the side of the pictures that it draws")
         if unet.config.context_dim != text_encoder.context_dim:
@@ -92,12 +100,12 @@ class TextToImage:
                 f"{text_encoder.context_dim}"
             )
         self.shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        self.channels = space.pixel_channels(unet.config.in_channels)
+        self.channels = latent_space.pixel_channels(unet.config.in_channels)
         self.unet = unet
         self.text_encoder = text_encoder
         self.prediction = prediction
         self.schedule = prediction.schedule
-        self.space = space
+        self.latent_space = latent_space
         self.folder: Path | None = None  # the checkpoint that it was loaded from
 
     @classmethod
@@ -132,10 +140,10 @@ class TextToImage:
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, ema_width: float | None = None) -> "TextToImage":
         """Load all parts of a checkpoint that was opened; UserError as in `from_pretrained`."""
-        space, unet = checkpoint.latent_space, checkpoint.unet
+        latent_space, unet = checkpoint.latent_space, checkpoint.unet
         if ema_width is not None:
             unet = UNet.with_weights(unet.config, weights_of_width(checkpoint.folder, ema_width))
-        pipe = cls(unet, checkpoint.text_encoder, checkpoint.prediction, space)
+        pipe = cls(unet, checkpoint.text_encoder, checkpoint.prediction, latent_space)
         pipe.folder = checkpoint.folder
         return pipe
 
@@ -145,7 +153,7 @@ class TextToImage:
         self.unet.save_pretrained(folder / "unet")
         self.text_encoder.save_pretrained(folder)
         write_prediction(folder, self.prediction)
-        write_index(folder, self.space)
+        write_index(folder, self.latent_space)
 
     def push_to_hub(
         self, repo_id: str, *, prompts: str | Sequence[str] = (), private: bool = False, token: str | None = None
@@ -161,7 +169,7 @@ class TextToImage:
             folder, steps = Path(name), min(20, self.schedule.num_timesteps)
             self.save_pretrained(folder)
             grid(self(shown, num_images=4, sampler="dpm_solver", steps=steps), 4, shown).save(folder / GRID_NAME)
-            write_card(folder, repo_id, self.space, self.image_size, self.prediction.kind, shown, self.folder)
+            write_card(folder, repo_id, self.latent_space, self.image_size, self.prediction.kind, shown, self.folder)
             return upload(folder, repo_id, private=private, token=token)
 
     @property
@@ -171,12 +179,12 @@ class TextToImage:
     @property
     def image_size(self) -> int:
         """Of the pictures, in pixels."""
-        return self.shape[1] * self.space.downscaling
+        return self.shape[1] * self.latent_space.downsample_factor
 
     def to(self, device: torch.device | str) -> "TextToImage":
         self.unet.to(device)
         self.text_encoder.to(device)
-        self.space.to(device)
+        self.latent_space.to(device)
         return self
 
     def to_accelerator(self) -> "TextToImage":
@@ -190,7 +198,7 @@ class TextToImage:
     def __repr__(self) -> str:
         """Say what it is, where a notebook or a prompt shows it."""
         parameters = sum(parameter.numel() for parameter in self.unet.parameters()) / 1e6
-        where = "latents" if self.space.is_latent else "pixels"
+        where = "latents" if self.latent_space.is_latent else "pixels"
         return (
             f"TextToImage: {self.image_size} x {self.image_size}, {PILLOW_MODES.get(self.channels, self.channels)}, "
             f"diffusion of {where}; {parameters:.1f} million parameters predict {self.prediction.kind} at "
@@ -214,7 +222,7 @@ class TextToImage:
         batch_size: int | None = None,
         output_type: Literal["pil", "pt"] = "pil",
         progress: bool = True,
-        watch: Watch | None = None,
+        callback_on_step_end: StepCallback | None = None,
         **options: Any,
     ) -> Any:
         """Sample `num_images` images of each prompt; those of the first prompt come first.
@@ -250,10 +258,13 @@ class TextToImage:
                     for number, step in enumerate(self._denoise(job, batch, x, noise)):
                         x = step.x
                         bar.update()
-                        if watch is not None:
-                            shown = {"x": self.space.decode(x), "x_0_hat": self.space.decode(step.x_0_hat)}
-                            watch(replace(step, **shown), number, steps)
-                    done.append(self.space.decode(x))
+                        if callback_on_step_end is not None:
+                            shown = {
+                                "x": self.latent_space.decode(x),
+                                "x_0_hat": self.latent_space.decode(step.x_0_hat),
+                            }
+                            callback_on_step_end(replace(step, **shown), number, steps)
+                    done.append(self.latent_space.decode(x))
             except Interrupted:  # of a run that samples while it trains
                 raise
             except KeyboardInterrupt as interruption:
@@ -281,7 +292,7 @@ class TextToImage:
         total, interval = self.schedule.num_timesteps, options.guidance_interval
         if interval is not None and interval[0] >= total:
             raise UserError(f"guidance_interval: {interval[0]} to {interval[1]} lies beyond the {total} timesteps")
-        if options.dynamic_thresholding is not None and self.space.is_latent:
+        if options.dynamic_thresholding is not None and self.latent_space.is_latent:
             raise UserError("dynamic_thresholding: applies only to models of pixels, and this one samples latents")
         edit = self._prepare_edit(options, image, mask)
         visited = sampling_timesteps(options.sampler, self.schedule, options.steps)
@@ -307,16 +318,16 @@ class TextToImage:
             raise UserError(f"resamplings: {options.resamplings} applies only to a mask; pass image and mask, too")
         if image is None:
             return Edit()
-        image, mask = upright(image), None if mask is None else upright(mask)
+        image, mask = normalize_image(image), None if mask is None else normalize_image(mask)
         strength = DEFAULT_STRENGTH if options.strength is None else options.strength
         if mask is None:
-            return Edit(self.space.encode(self._fitted(image)), None, strength)
+            return Edit(self.latent_space.encode(self._fitted(image)), None, strength)
         if mask.size != image.size:
             (width, height), (wide, high) = mask.size, image.size
             raise UserError(f"mask: {width} x {height} pixels do not fit the image's {wide} x {high}")
-        region = self.space.encode_mask((self._fitted(mask) + 1) / 2)
+        region = self.latent_space.encode_mask((self._fitted(mask) + 1) / 2)
         strength = 1.0 if options.strength is None else strength
-        return Edit(self.space.encode(self._fitted(image)), region, strength, options.resamplings)
+        return Edit(self.latent_space.encode(self._fitted(image)), region, strength, options.resamplings)
 
     def _encode(self, job: Job) -> list[Example]:
         """Embed each prompt once, and list the images: all of the first prompt first."""

@@ -74,12 +74,12 @@ class AttentionMaps:
     """Context manager and callback that records a UNet's cross-attention at each step (DAAM, Tang et al. 2022).
 
     maps: for each image one heat map per token, the attention of each pixel to it, averaged over steps, heads and
-    levels; coarser levels are interpolated to `side`.
+    levels; coarser levels are interpolated to `image_size`.
     """
 
-    def __init__(self, unet: UNet, side: int) -> None:
+    def __init__(self, unet: UNet, image_size: int) -> None:
         self.blocks = [module for module in unet.modules() if isinstance(module, TransformerBlock)]
-        self.side = side
+        self.image_size = image_size
         self.recorded: list[Float[Tensor, "n l h w"]] = []  # since the last step
         self.sums: dict[int, Tensor] = {}  # of this batch, by their size
         self.count = 0
@@ -106,7 +106,7 @@ class AttentionMaps:
             self.count += 1
         self.recorded = []
         if number == total - 1:
-            size = (self.side, self.side)
+            size = (self.image_size, self.image_size)
             levels = [F.interpolate(level, size=size, mode="bilinear") for level in self.sums.values()]
             self.maps += [*(torch.stack(levels).sum(0) / self.count).cpu()]
             self.sums, self.count = {}, 0
@@ -133,14 +133,14 @@ def sheet(rows: list[tuple[Image.Image, list[tuple[str, Float[Tensor, "side side
 
     The colors of each map span its own range: they compare pixels, not words.
     """
-    cells = [[("", enlarged(image, MAP_WIDTH).convert("RGB"))] for image, _ in rows]
-    for row, (_, words) in zip(cells, rows, strict=True):
+    encoded = [[("", enlarged(image, MAP_WIDTH).convert("RGB"))] for image, _ in rows]
+    for row, (_, words) in zip(encoded, rows, strict=True):
         row += [(word, _overlay(row[0][1], heat)) for word, heat in words]
-    width, height = cells[0][0][1].size
-    columns = max(len(row) for row in cells)
-    page = Image.new("RGB", (columns * (width + 2) - 2, len(cells) * (LABEL_HEIGHT + height + 2) - 2))
+    width, height = encoded[0][0][1].size
+    columns = max(len(row) for row in encoded)
+    page = Image.new("RGB", (columns * (width + 2) - 2, len(encoded) * (LABEL_HEIGHT + height + 2) - 2))
     draw = ImageDraw.Draw(page)
-    for y, row in enumerate(cells):
+    for y, row in enumerate(encoded):
         for x, (word, cell) in enumerate(row):
             corner = (x * (width + 2), y * (LABEL_HEIGHT + height + 2))
             draw.text((corner[0] + 2, corner[1] + 1), word, fill="white")

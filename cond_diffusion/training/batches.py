@@ -18,13 +18,12 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from cond_diffusion.config.run import Config
-from cond_diffusion.data.contexts import Contexts
-from cond_diffusion.data.dataset import CaptionedImages, Places
-from cond_diffusion.data.loader import Feed, ShuffledSet, ahead
-from cond_diffusion.data.stream import CaptionedStream
+from cond_diffusion.data.cache import TextEmbedder
+from cond_diffusion.data.dataset import RandomDraws
+from cond_diffusion.data.loader import TrainingData, prefetch
 from cond_diffusion.diffusion.guidance import drop_captions
 from cond_diffusion.diffusion.objective import Objective
-from cond_diffusion.models.latents import LatentSpace, x_0_of
+from cond_diffusion.models.latents import LatentSpace, encode_images
 from cond_diffusion.seeding import generator
 
 READ_AHEAD = 4  # micro-batches
@@ -61,35 +60,33 @@ class Batches:
     def __init__(
         self,
         config: Config,
-        feed: Feed,
-        contexts: Contexts,
+        training_data: TrainingData,
+        contexts: TextEmbedder,
         objective: Objective,
         accelerator: Accelerator,
         start: int,
-        space: LatentSpace,
+        latent_space: LatentSpace,
     ) -> None:
         self.config = config
-        self.space = space
-        self.feed = feed
+        self.latent_space = latent_space
+        self.training_data = training_data
         self.contexts = contexts
         self.objective = objective
         self.device = accelerator.device
-        self.shape = space.shape(config.data)
+        self.shape = latent_space.shape(config.data)
         self.rounds = config.train.gradient_accumulation_steps
         self.processes, self.process = accelerator.num_processes, accelerator.process_index
         self.per_step = config.train.batch_size * self.rounds * self.processes
         self.null_context = contexts([""])[0].to(self.device)
-        in_memory = isinstance(feed, ShuffledSet) and isinstance(feed.data, CaptionedImages)
-        self._samples = ahead(self._reads(start), depth=0 if in_memory else READ_AHEAD)
+        self._samples = prefetch(self._reads(start), depth=0 if training_data.is_in_memory else READ_AHEAD)
 
     def next_step(self) -> Iterator[MicroBatch]:
         """Yield this process's share of the step that follows."""
         for _ in range(self.rounds):
             samples = next(self._samples)
-            if isinstance(self.feed, CaptionedStream):
-                self.feed.behind = samples.state
+            self.training_data.consumed(samples.state)
             yield MicroBatch(
-                x_0=x_0_of(samples.images.to(self.device), self.space),
+                x_0=encode_images(samples.images.to(self.device), self.latent_space),
                 context=drop_captions(
                     self.contexts(samples.captions).to(self.device), self.null_context, samples.dropped
                 ),
@@ -99,10 +96,7 @@ class Batches:
 
     def names_of_step(self, step: int) -> str:
         """Say which samples all processes read in a step."""
-        first = step * self.per_step
-        if isinstance(self.feed, CaptionedStream):
-            return f"the stream's {first} to {first + self.per_step - 1}"
-        return str(self.feed.indices(first, self.per_step).tolist())
+        return self.training_data.sample_names(step * self.per_step, self.per_step)
 
     def _reads(self, start: int) -> Iterator[Callable[[], _Samples]]:
         """Yield what reads this process's micro-batches, from step `start` on."""
@@ -116,7 +110,7 @@ class Batches:
         draws = [generator("sample", self.config.seed, first + i) for i in range(self.config.train.batch_size)]
         chances = torch.stack([torch.rand(5, generator=draw, dtype=torch.float64) for draw in draws])
         caption, crop, flip, time, drop = chances.T.contiguous()
-        batch = self.feed.read(first, Places(caption, crop))
+        batch = self.training_data.read(first, RandomDraws(caption, crop))
         images = batch.images
         if self.config.data.flip:
             images = torch.where((flip < 0.5)[:, None, None, None], images.flip(3), images)
@@ -126,5 +120,5 @@ class Batches:
             time=time,
             dropped=drop < self.config.train.caption_dropout,
             eps=torch.stack([torch.randn(self.shape, generator=draw) for draw in draws]),
-            state=self.feed.state if isinstance(self.feed, CaptionedStream) else None,
+            state=self.training_data.state,
         )

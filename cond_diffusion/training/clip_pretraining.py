@@ -24,8 +24,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from cond_diffusion.config.run import ClipPretrainingConfig
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
 from cond_diffusion.images import to_model
-from cond_diffusion.models.clip import embed_images, embed_texts
-from cond_diffusion.models.text_encoder import quiet_transformers
+from cond_diffusion.models.text_encoder import embed_images, embed_texts, quiet_transformers
 from cond_diffusion.pipeline.run_folder import RunLock, make_run_dir, new_run_dir
 from cond_diffusion.seeding import generator, sample_indices
 
@@ -148,8 +147,8 @@ def _training_loss(
 ) -> Float[Tensor, ""]:
     indices = sample_indices(len(data), config.seed, step * config.batch_size, config.batch_size)
     groups = data.group_of[indices]
-    places = torch.rand(len(indices), generator=generator("captions", config.seed, step))
-    captions = data.captions_of(indices, places)
+    draws = torch.rand(len(indices), generator=generator("captions", config.seed, step))
+    captions = data.captions_of(indices, draws)
     unique = list(dict.fromkeys(zip(captions, groups.tolist(), strict=True)))
 
     images = F.normalize(embed_images(clip, to_model(data.images[indices])), dim=-1)

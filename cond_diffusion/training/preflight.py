@@ -6,6 +6,7 @@ cannot do that will not learn anything else.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from textwrap import wrap
 from time import monotonic
 
@@ -15,13 +16,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cond_diffusion.config.run import Config
-from cond_diffusion.data.dataset import CaptionedFiles, Places, open_captioned_files
-from cond_diffusion.data.loader import Feed, ShuffledSet
-from cond_diffusion.data.stream import CaptionedStream
+from cond_diffusion.data.dataset import RandomDraws
+from cond_diffusion.data.loader import TrainingData, open_training_data
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import enlarged, grid, to_model, to_pillow
 from cond_diffusion.models.text_encoder import TextEncoder
-from cond_diffusion.pipeline.png import reserve_path
+from cond_diffusion.pipeline.generate import reserve_path
 from cond_diffusion.training.batches import Batches
 from cond_diffusion.training.setup import build_run, make_accelerator, summary
 
@@ -41,14 +41,12 @@ def check(config: Config) -> Iterator[str]:
         raise UserError("--check inspects the work of one process; type: python train.py --check")
     run = build_run(config, accelerator)
     config, text_encoder, unet = run.config, run.text_encoder, run.unet
-    data = config.data
-    if data.streaming:
-        source = feed = CaptionedStream(data, config.seed)
-    else:
-        source = open_captioned_files(data)
-        feed = ShuffledSet(source, config.seed, held_out=0)  # all are to be looked at
-    yield from _data_in_words(config, source, feed, text_encoder)
-    batch = next(Batches(config, feed, text_encoder, run.objective, accelerator, 0, run.space).next_step())
+    # All images are inspected, also those that training would hold out.
+    training_data = open_training_data(replace(config.data, held_out=0, memory_gb=0), config.seed)
+    yield from _data_summary(config, training_data, text_encoder)
+    batch = next(
+        Batches(config, training_data, text_encoder, run.objective, accelerator, 0, run.latent_space).next_step()
+    )
 
     def loss() -> Tensor:
         return run.objective.loss(run.network, batch.x_0, batch.t, batch.eps, batch.context)
@@ -73,35 +71,33 @@ def check(config: Config) -> Iterator[str]:
     yield verdict([step() for _ in bar], config.train.learning_rate)
 
 
-def _data_in_words(
-    config: Config, source: CaptionedFiles | CaptionedStream, feed: Feed, text_encoder: TextEncoder
-) -> Iterator[str]:
+def _data_summary(config: Config, training_data: TrainingData, text_encoder: TextEncoder) -> Iterator[str]:
     """Tell what the source holds and what is wrong with it, from its first pictures in the order of training."""
-    data, decoder = config.data, source.decoder
-    if isinstance(source, CaptionedStream):
-        size, count = "a stream", LOOKED_AT
-    else:
-        size, count = f"{len(source)} pictures", min(len(source), LOOKED_AT)
-    yield f"data: {data.source}, {size}; columns: {', '.join(source.columns)}"
+    data, decoder = config.data.with_captions(), training_data.decoder
+    num_images = training_data.num_images
+    size = "a stream" if num_images is None else f"{num_images} images"
+    count = LOOKED_AT if num_images is None else min(num_images, LOOKED_AT)
+    yield f"data: {data.source}, {size}; columns: {', '.join(training_data.columns)}"
 
     captions: list[str] = []
     shown: list[Image.Image] = []
     for first in tqdm(range(0, count, PER_BATCH), desc="looking at pictures", leave=False):
         middle = torch.full((min(PER_BATCH, count - first),), 0.5)
-        if isinstance(feed, CaptionedStream) and feed.state["epoch"] > 0:
+        if training_data.state is not None and training_data.state["epoch"] > 0:
             break  # it is a short one, and all of it has been seen
-        batch = feed.read(first, Places(caption=torch.zeros_like(middle), crop=middle))
+        batch = training_data.read(first, RandomDraws(caption=torch.zeros_like(middle), crop=middle))
         captions += batch.captions
         shown += to_pillow(to_model(batch.images[: SHOWN - len(shown)]))
-    feed.resume({}, position=0, same=False)
+    training_data.resume({}, position=0, same=False)
     yield (
         f"pictures: column {data.image_column}; of {decoder.seen} looked at, {len(decoder.bad)} cannot be read and "
         f"{decoder.enlarged} are smaller than data.resolution ({data.resolution}) and are enlarged"
     )
-    different = feed.captions()[1:] if isinstance(feed, ShuffledSet) else list(dict.fromkeys(captions))
+    known = training_data.captions()
+    different = list(dict.fromkeys(captions)) if known is None else known[1:]
     cut = text_encoder.cut(different)
     yield (
-        f"captions: column {source.config.caption_column}; {len(different)} different ones; {len(cut)} are longer than "
+        f"captions: column {data.caption_column}; {len(different)} different ones; {len(cut)} are longer than "
         f"text.max_length ({text_encoder.max_length} tokens) and are cut{f', for example {cut[0]!r}' if cut else ''}"
     )
     with reserve_path(None, f"check {config.run_dir}", "--check", (".png",)) as path:

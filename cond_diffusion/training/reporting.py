@@ -3,11 +3,14 @@
 import json
 import logging
 import math
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
+from types import FrameType, TracebackType
 from typing import Any, cast
 
 import psutil
@@ -19,11 +22,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cond_diffusion.config.run import Config
-from cond_diffusion.errors import UserError, did_you_mean
+from cond_diffusion.errors import Interrupted, UserError, did_you_mean
 from cond_diffusion.images import grid, to_bytes, to_model, to_pillow
 from cond_diffusion.models.ema import EMA
 from cond_diffusion.pipeline.text_to_image import TextToImage
-from cond_diffusion.training.validation import Findings
+from cond_diffusion.training.validation import ValidationResult
 
 logger = logging.getLogger(__name__)
 
@@ -87,17 +90,17 @@ class Reporter:
         )
         self.bar.set_postfix({"loss": f"{mean_loss:.4f}", "images/s": f"{images_per_second:.0f}"})
 
-    def tell(self, done: int, findings: Findings) -> None:
+    def log_validation(self, done: int, result: ValidationResult) -> None:
         """Report what the diagnosis has found."""
-        by_timestep = {f"held_out_loss_bucket_{i}": loss for i, loss in enumerate(findings.by_timestep)}
+        by_timestep = {f"held_out_loss_bucket_{i}": loss for i, loss in enumerate(result.by_timestep)}
         over_all = {
-            "held_out_loss": findings.true_caption,
-            "held_out_loss_other_caption": findings.other_caption,
-            "held_out_loss_no_caption": findings.no_caption,
+            "held_out_loss": result.true_caption,
+            "held_out_loss_other_caption": result.other_caption,
+            "held_out_loss_no_caption": result.no_caption,
         }
         self._write(done, over_all | by_timestep)
         if self.accelerator.is_main_process:
-            logger.info("step %d: %s", done, findings.in_words())
+            logger.info("step %d: %s", done, result.summary())
 
     def draw(self, done: int, pipe: TextToImage) -> None:
         """Draw the fixed prompts, one a column, always with the same noise, so that the grids show the progress.
@@ -186,3 +189,51 @@ def _drop_metrics_after(file: Path, step: int) -> None:
         aside.replace(file)
     except OSError as error:
         raise UserError(f"run_dir: {file} cannot be written: {error.strerror}") from error
+
+
+class Interruption:
+    """While its context is open a first signal is only noted; Ctrl-C after it leaves without saving."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.signal: int | None = None
+
+    def __enter__(self) -> "Interruption":
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # Of SIGTERM there may be two: a cluster sends it to every process, and torchrun hands on its own.
+        if self.signal is not None and number == signal.SIGINT:
+            raise Interrupted("interrupted again: left without saving", number)
+        self.signal = self.signal or number
+
+    def requested(self) -> bool:
+        """Say whether any process has been signalled; all must ask together."""
+        if self.accelerator.num_processes == 1:
+            return self.signal is not None
+        # They must all leave at the same step.
+        mine = torch.tensor([0 if self.signal is None else self.signal], device=self.accelerator.device)
+        requested = int(self.accelerator.gather(mine).max())  # type: ignore[union-attr]
+        self.signal = self.signal or requested or None
+        return self.signal is not None
+
+    def leave(self, done: int, saved: Path | None) -> None:
+        """Raise what ends the command.
+
+        saved: the newest checkpoint.
+        """
+        assert self.signal is not None
+        is_here = saved is not None and int(saved.name.removeprefix("step-")) == done
+        where = "which is saved" if is_here else f"which is not saved; the newest checkpoint is {saved and saved.name}"
+        raise Interrupted(
+            f"interrupted at step {done}, {where}; the same command with resume=true goes on from there", self.signal
+        )

@@ -14,18 +14,17 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from cond_diffusion.config.run import CONFIG_NAME, Config, LatentConfig, TextConfig, save_config
-from cond_diffusion.config.train import TrainConfig
+from cond_diffusion.config.run import CONFIG_NAME, Config, LatentConfig, TextConfig, TrainConfig, save_config
 from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.device import has_bf16, keep_memory, share_cores
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.diffusion.samplers import sampling_timesteps
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
-from cond_diffusion.models.latents import LatentSpace, latent_space
+from cond_diffusion.models.ema import FOLDER as SNAPSHOTS
+from cond_diffusion.models.latents import LatentSpace, build_latent_space
 from cond_diffusion.models.layers import ResidualBlock, SpatialTransformer
 from cond_diffusion.models.lora import add_lora
-from cond_diffusion.models.posthoc_ema import FOLDER as SNAPSHOTS
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.checkpoint import Checkpoint, open_checkpoint
@@ -64,7 +63,7 @@ class Run:
     accelerator: Accelerator
     run_dir: Path
     resumed_from: Path | None
-    space: LatentSpace
+    latent_space: LatentSpace
     text_encoder: TextEncoder
     objective: Objective
     unet: UNet
@@ -97,16 +96,16 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     if resumed is not None:
         check_config(config, resumed)
     in_latents = source is not None and source.latent_space.is_latent
-    space = source.latent_space if source is not None and in_latents else latent_space(config.latent)
+    latent_space = source.latent_space if source is not None and in_latents else build_latent_space(config.latent)
     weights = initial.unet.state_dict() if initial is not None and (resumed is None or config.train.lora_rank) else None
-    unet = new_unet(config, text_encoder.context_dim, space, weights).to(accelerator.device)
+    unet = new_unet(config, text_encoder.context_dim, latent_space, weights).to(accelerator.device)
     network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
     return Run(
         config=config,
         accelerator=accelerator,
         run_dir=run_dir,
         resumed_from=newest,
-        space=space.to(accelerator.device),
+        latent_space=latent_space.to(accelerator.device),
         text_encoder=text_encoder.to(accelerator.device),
         objective=objective,
         unet=unet,
@@ -199,11 +198,13 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
             source = str(initial.folder)
     else:
         initial = open_checkpoint(config.init_from)
-        space, source = initial.latent_space, str(initial.folder)
+        latent_space, source = initial.latent_space, str(initial.folder)
         decided = {
             "unet": replace(initial.unet.config, sample_size=None),  # it samples other sizes, too
             "schedule": initial.prediction.schedule.config,
-            "latent": LatentConfig(vae=source) if space.is_latent else LatentConfig(space.downscaling),
+            "latent": LatentConfig(vae=source)
+            if latent_space.is_latent
+            else LatentConfig(latent_space.downsample_factor),
             "text": _text_of(initial),
         }
         kind = initial.prediction.kind
@@ -267,9 +268,9 @@ def _value(config: Any, key: str) -> Any:
     return config
 
 
-def complete_unet_config(config: Config, context_dim: int, space: LatentSpace) -> UNetConfig:
+def complete_unet_config(config: Config, context_dim: int, latent_space: LatentSpace) -> UNetConfig:
     """Fill in what the data and the text encoder decide; raise UserError where `config.unet` says otherwise."""
-    channels, side, _ = space.shape(config.data)
+    channels, side, _ = latent_space.shape(config.data)
     from_data = {"in_channels": channels, "sample_size": side, "context_dim": context_dim}
     for name, value in from_data.items():
         given = getattr(config.unet, name)
@@ -280,12 +281,14 @@ def complete_unet_config(config: Config, context_dim: int, space: LatentSpace) -
     return replace(config.unet, **from_data)
 
 
-def new_unet(config: Config, context_dim: int, space: LatentSpace, weights: Mapping[str, Tensor] | None = None) -> UNet:
+def new_unet(
+    config: Config, context_dim: int, latent_space: LatentSpace, weights: Mapping[str, Tensor] | None = None
+) -> UNet:
     """Return a network with fresh weights, a function of the seed; or with these; and LoRA beside them if the config
     says so.
     """
     torch.manual_seed(config.seed)  # torch draws initial weights from the global state; nothing else here does
-    complete = complete_unet_config(config, context_dim, space)
+    complete = complete_unet_config(config, context_dim, latent_space)
     unet = UNet(complete) if weights is None else UNet.with_weights(complete, weights)
     if weights is None and config.objective.prediction == "epsilon":
         unet.start_as_copy()

@@ -2,63 +2,74 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from cond_diffusion.config.run import Config
-from cond_diffusion.config.train import TrainConfig
-from cond_diffusion.data.contexts import Contexts, context_table
+from cond_diffusion.config.run import Config, TrainConfig
+from cond_diffusion.data.cache import TextEmbedder, context_table, latent_set
 from cond_diffusion.data.dataset import open_captioned_files
-from cond_diffusion.data.latent_set import latent_set
-from cond_diffusion.data.loader import Feed, ShuffledSet, open_feed
-from cond_diffusion.data.stream import CaptionedStream
+from cond_diffusion.data.loader import ShuffledDataset, TrainingData, open_training_data
 from cond_diffusion.errors import UserError
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.run_folder import RunLock, checkpoint_of, checkpoints
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.training.batches import Batches, MicroBatch
-from cond_diffusion.training.interruption import Interruption
-from cond_diffusion.training.reporting import Reporter
-from cond_diffusion.training.saving import Saver
+from cond_diffusion.training.reporting import Interruption, Reporter
 from cond_diffusion.training.setup import Run, acquire, build_run, make_accelerator, make_run
-from cond_diffusion.training.state import TrainingState
-from cond_diffusion.training.validation import Diagnosis
+from cond_diffusion.training.state import Saver, TrainingState
+from cond_diffusion.training.validation import Validator
+
+GIVEN = "a data set given to train()"  # in config.yaml, in the place of data.source
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config) -> Path:
-    """Train a model, or resume a run. Returns the path of the newest checkpoint.
+def train(config: Config, dataset: datasets.Dataset | Sequence[Any] | None = None) -> Path:
+    """Train a model, or resume a run.
 
-    Raises UserError where that cannot be, or where another process is training into the run's folder.
+    Args:
+        config: The run.
+        dataset: What to train on in place of `config.data.source`: a `datasets.Dataset` with the columns of
+            `config.data`, or a sequence of (image, caption).
+
+    Returns:
+        The path of the newest checkpoint.
+
+    Raises:
+        UserError: If the config, the data or the run's folder cannot be used, or another process trains there.
     """
+    if dataset is not None:
+        config = replace(config, data=replace(config.data, source=GIVEN, streaming=False))
     accelerator = make_accelerator(config)
     with RunLock(Path(config.run_dir)) as lock:
         if config.resume and lock.run_dir.is_dir():
             acquire(lock, accelerator)  # before the checkpoint is read: no other process rotates it away
-        return _train(build_run(config, accelerator), lock)
+        return _train(build_run(config, accelerator), lock, dataset)
 
 
-def _train(run: Run, lock: RunLock) -> Path:
+def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | None) -> Path:
     config, accelerator, network, optimizer = run.config, run.accelerator, run.network, run.optimizer
-    feed = open_data(run)
-    contexts = contexts_of(feed, run.text_encoder, accelerator)
+    training_data = open_data(run, dataset)
+    contexts = build_text_embedder(training_data, run.text_encoder, accelerator)
     state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train, accelerator)
-    progress = resume_from(run, state, feed)
+    progress = resume_from(run, state, training_data)
     start = progress.get("step", 0)
     make_run(lock, run, start)
 
     with torch.device("meta"):  # without weights, but for the moments when it samples
-        pipe = TextToImage(UNet(run.unet.config), run.text_encoder, run.objective.prediction, run.space)
-    validator = Diagnosis(config, feed, contexts, run.objective, run.space)
-    batches = Batches(config, feed, contexts, run.objective, accelerator, start, run.space)
+        pipe = TextToImage(UNet(run.unet.config), run.text_encoder, run.objective.prediction, run.latent_space)
+    validator = Validator(config, training_data, contexts, run.objective, run.latent_space)
+    batches = Batches(config, training_data, contexts, run.objective, accelerator, start, run.latent_space)
     reporter = Reporter(config, run.run_dir, start, run.samples_per_step, accelerator)
     reporter.announce_snapshots(state.averages)
     done, bad, held_out_loss = start, 0, progress.get("held_out_loss")
@@ -82,7 +93,7 @@ def _train(run: Run, lock: RunLock) -> Path:
 
             done = step + 1
             reporter.log(done, loss, gradient_norm, rate)
-            interrupted = interruption.noted() and done < config.train.max_steps
+            interrupted = interruption.requested() and done < config.train.max_steps
             leaving = interrupted or done == config.train.max_steps
             if not interrupted:  # before the checkpoint, after which a resumed run continues
                 found = _validate_and_sample(done, config, validator, reporter, state, pipe, accelerator)
@@ -91,7 +102,7 @@ def _train(run: Run, lock: RunLock) -> Path:
             snapshot_due = is_snapshot_due(config.train, done, leaving)
             if (checkpoint_due or snapshot_due) and _worth_saving(done, good, state, batches, accelerator):
                 progress = {"step": done, "samples_per_step": run.samples_per_step, "held_out_loss": held_out_loss}
-                progress |= {**feed.progress(), **state.progress()}
+                progress |= {**training_data.progress(), **state.progress()}
                 saver.save(done, progress if checkpoint_due else None, snapshot=snapshot_due)
                 good = None if checkpoint_due else good
             if leaving:
@@ -106,7 +117,7 @@ def _train(run: Run, lock: RunLock) -> Path:
     return reporter.log_summary(saved)
 
 
-def resume_from(run: Run, state: TrainingState, feed: Feed) -> dict[str, Any]:
+def resume_from(run: Run, state: TrainingState, training_data: TrainingData) -> dict[str, Any]:
     """Load the checkpoint that a run continues from, and move the data to where it stood; return its progress.
 
     Raises UserError where the checkpoint is not whole, or for another number of samples a step.
@@ -119,10 +130,10 @@ def resume_from(run: Run, state: TrainingState, feed: Feed) -> dict[str, Any]:
             f"resume: a step saw {progress['samples_per_step']} samples in this run and would now see "
             f"{run.samples_per_step}; keep train.batch_size x train.gradient_accumulation_steps x processes the same"
         )
-    then, now = progress["data"], feed.identity()
+    then, now = progress["data"], training_data.identity()
     if then != now:
         logger.warning("resume: the data changed: %s, now %s; continuing with the new data in a new order", then, now)
-    feed.resume(progress, progress["step"] * run.samples_per_step, same=then == now)
+    training_data.resume(progress, progress["step"] * run.samples_per_step, same=then == now)
     return progress
 
 
@@ -137,14 +148,16 @@ def end_training(accelerator: Accelerator) -> None:
         tracker.finish()
 
 
-def contexts_of(feed: Feed, text_encoder: TextEncoder, accelerator: Accelerator) -> Contexts:
+def build_text_embedder(
+    training_data: TrainingData, text_encoder: TextEncoder, accelerator: Accelerator
+) -> TextEmbedder:
     """Return captions -> contexts: a table of all that a set has, or the encoder itself for a stream, whose captions
     nobody knows in advance. Say how many captions are longer than the encoder reads.
     """
-    if isinstance(feed, CaptionedStream):
+    captions = training_data.captions()
+    if captions is None:
         return text_encoder
-    captions = feed.captions()
-    if accelerator.is_main_process and (cut := text_encoder.cut(captions)):
+    if cut := text_encoder.cut(captions):
         logger.warning(
             "%d of %d captions are longer than text.max_length (%d tokens) and are cut, for example %r",
             len(cut),
@@ -155,16 +168,16 @@ def contexts_of(feed: Feed, text_encoder: TextEncoder, accelerator: Accelerator)
     return context_table(text_encoder, captions, accelerator)
 
 
-def open_data(run: Run) -> Feed:
+def open_data(run: Run, dataset: datasets.Dataset | Sequence[Any] | None = None) -> TrainingData:
     """Return what training reads: the images, or their latents where an image always has the same."""
     config = run.config
-    if not run.space.is_latent or config.data.streaming:
-        return open_feed(config.data, config.seed, aloud=run.accelerator.is_main_process)
-    if config.data.flip or config.data.crop == "random":
-        logger.warning("data.flip or data.crop=random: latents cannot be kept, and are computed for each batch")
-        return open_feed(config.data, config.seed, aloud=run.accelerator.is_main_process)
-    files = open_captioned_files(config.data, aloud=run.accelerator.is_main_process)
-    return ShuffledSet(latent_set(files, run.space, run.accelerator), config.seed, config.data.held_out)
+    augmented = config.data.flip or config.data.crop == "random"
+    if run.latent_space.is_latent and augmented:
+        logger.warning("data.flip or data.crop=random: latents are not cached but computed for each batch")
+    if not run.latent_space.is_latent or config.data.streaming or augmented:
+        return open_training_data(config.data, config.seed, dataset)
+    files = open_captioned_files(config.data, dataset=dataset)
+    return ShuffledDataset(latent_set(files, run.latent_space, run.accelerator), config.seed, config.data.held_out)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -212,7 +225,7 @@ def is_snapshot_due(config: TrainConfig, done: int, leaving: bool) -> bool:
 def _validate_and_sample(
     done: int,
     config: Config,
-    validator: Diagnosis,
+    validator: Validator,
     reporter: Reporter,
     state: TrainingState,
     pipe: TextToImage,
@@ -227,9 +240,9 @@ def _validate_and_sample(
         return None
     loss = math.nan
     with state.ema_weights(pipe):
-        if evaluating and (findings := validator.measure(pipe.unet, accelerator)):
-            reporter.tell(done, findings)
-            loss = findings.true_caption
+        if evaluating and (result := validator.measure(pipe.unet, accelerator)):
+            reporter.log_validation(done, result)
+            loss = result.true_caption
         if drawing:
             reporter.draw(done, pipe)
     return loss if math.isfinite(loss) else None

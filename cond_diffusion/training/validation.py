@@ -13,11 +13,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cond_diffusion.config.run import Config
-from cond_diffusion.data.contexts import Contexts
-from cond_diffusion.data.dataset import Places
-from cond_diffusion.data.loader import Feed
+from cond_diffusion.data.cache import TextEmbedder
+from cond_diffusion.data.dataset import RandomDraws
+from cond_diffusion.data.loader import TrainingData
 from cond_diffusion.diffusion.objective import Network, Objective
-from cond_diffusion.models.latents import LatentSpace, x_0_of
+from cond_diffusion.models.latents import LatentSpace, encode_images
 from cond_diffusion.seeding import generator
 
 EXAMPLES = 512
@@ -26,7 +26,7 @@ SURE, LEAST = 3, 0.002  # standard errors, and share of the loss, that a differe
 
 
 @dataclass(frozen=True)
-class Findings:
+class ValidationResult:
     """Held-out losses: by timestep, in `BUCKETS` equal parts of the chain, and over all with the true captions, with
     those of other pictures, and without any.
 
@@ -46,7 +46,7 @@ class Findings:
     def text_is_used(self) -> bool:
         return self.difference > max(SURE * self.its_error, LEAST * self.true_caption)
 
-    def in_words(self) -> str:
+    def summary(self) -> str:
         """Say what was found."""
         losses = (
             f"held-out loss {self.true_caption:.4f}, with the captions of other pictures {self.other_caption:.4f}, "
@@ -59,7 +59,7 @@ class Findings:
         return f"{losses}: no difference to speak of; so far the network ignores the text"
 
 
-class Diagnosis:
+class Validator:
     """Fixed examples: held-out pictures with their captions, noise and timesteps.
 
     contexts: captions to their contexts.
@@ -68,30 +68,30 @@ class Diagnosis:
     def __init__(
         self,
         config: Config,
-        feed: Feed,
-        contexts: Contexts,
+        training_data: TrainingData,
+        contexts: TextEmbedder,
         objective: Objective,
-        space: LatentSpace,
+        latent_space: LatentSpace,
     ) -> None:
-        self.space = space
+        self.latent_space = latent_space
         self.contexts = contexts
         self.objective = objective
         self.batch_size = config.train.batch_size
         middle = torch.full((EXAMPLES,), 0.5, dtype=torch.float64)
         first_caption = torch.zeros_like(middle)
-        self.batch = feed.held_out(Places(first_caption, middle))
+        self.batch = training_data.held_out(RandomDraws(first_caption, middle))
         if self.batch is None:
             return
         self.images = self.batch.images
         draw = generator("held-out noise", config.seed)
-        self.eps = torch.randn((EXAMPLES, *space.shape(config.data)), generator=draw)
+        self.eps = torch.randn((EXAMPLES, *latent_space.shape(config.data)), generator=draw)
         # Every part of the chain alike, and in an order that has nothing to do with that of the pictures.
         order = torch.randperm(EXAMPLES, generator=generator("held-out timesteps", config.seed))
         self.t = order * objective.schedule.num_timesteps // EXAMPLES
         self.bucket = order * BUCKETS // EXAMPLES
 
     @torch.no_grad()
-    def measure(self, network: Network, accelerator: Accelerator) -> Findings | None:
+    def measure(self, network: Network, accelerator: Accelerator) -> ValidationResult | None:
         """Measure; None if no pictures are held out. All processes must ask together, and share the work."""
         if self.batch is None:
             return None
@@ -102,14 +102,14 @@ class Diagnosis:
             for indices in mine.split(self.batch_size):
                 losses[row, indices] = self._losses(network, indices, words, accelerator.device)
         total: Tensor = accelerator.reduce(losses, "sum")  # type: ignore[assignment]
-        return replace(findings(total.cpu().double(), self.bucket), captions_are_alike=len(set(captions)) == 1)
+        return replace(summarize_losses(total.cpu().double(), self.bucket), captions_are_alike=len(set(captions)) == 1)
 
     def _losses(
         self, network: Network, indices: Int64[Tensor, " b"], captions: list[str], device: torch.device
     ) -> Float[Tensor, " b"]:
         return self.objective.losses(
             network,
-            x_0_of(self.images[indices].to(device), self.space),
+            encode_images(self.images[indices].to(device), self.latent_space),
             self.t[indices],
             self.eps[indices].to(device),
             self.contexts([captions[i] for i in indices.tolist()]).to(device),
@@ -125,11 +125,11 @@ def others(captions: list[str]) -> list[str]:
     ]
 
 
-def findings(losses: Float[Tensor, "3 n"], bucket: Int64[Tensor, " n"]) -> Findings:
+def summarize_losses(losses: Float[Tensor, "3 n"], bucket: Int64[Tensor, " n"]) -> ValidationResult:
     """Sum up the losses of n examples with the true captions, with others, and with none."""
     true, other, none = losses
     worse = other - true
-    return Findings(
+    return ValidationResult(
         by_timestep=[true[bucket == number].mean().item() for number in range(BUCKETS)],
         true_caption=true.mean().item(),
         other_caption=other.mean().item(),

@@ -17,7 +17,7 @@ from measuring import free_gb, hardware, peak_memory_gb
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cond_diffusion.cli.options import CONFIGS
+from cond_diffusion.cli.main import CONFIGS
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER
 from cond_diffusion.training.preflight import check

@@ -22,8 +22,7 @@ from cond_diffusion.config.run import ObjectiveConfig
 from cond_diffusion.config.schedule import ScheduleConfig
 from cond_diffusion.config.unet import UNetConfig, to_diffusers
 from cond_diffusion.diffusion.guidance import guided
-from cond_diffusion.diffusion.objective import Objective
-from cond_diffusion.diffusion.prediction import denoiser
+from cond_diffusion.diffusion.objective import Objective, denoiser
 from cond_diffusion.diffusion.samplers import ddim
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.models.unet import UNet

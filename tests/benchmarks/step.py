@@ -14,11 +14,11 @@ from pathlib import Path
 from measuring import finished, hardware
 
 from cond_diffusion.config.run import Config, load_config
-from cond_diffusion.data.contexts import context_table
-from cond_diffusion.data.loader import open_feed
+from cond_diffusion.data.cache import context_table
+from cond_diffusion.data.loader import open_training_data
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.diffusion.schedule import NoiseSchedule
-from cond_diffusion.models.latents import latent_space
+from cond_diffusion.models.latents import build_latent_space
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.training.batches import Batches
 from cond_diffusion.training.setup import make_accelerator, new_optimizer, new_unet
@@ -51,15 +51,15 @@ def main() -> None:
     config = load_config(Config, arguments.config, arguments.words)
 
     accelerator = make_accelerator(config)
-    space = latent_space(config.latent)
-    feed = open_feed(config.data, config.seed, aloud=True)
+    latent_space = build_latent_space(config.latent)
+    training_data = open_training_data(config.data, config.seed)
     text_encoder = TextEncoder.from_pretrained(config.text.encoder, config.text.max_length).to(accelerator.device)
-    contexts = context_table(text_encoder, feed.captions(), accelerator)  # type: ignore[union-attr]
+    contexts = context_table(text_encoder, training_data.captions(), accelerator)  # type: ignore[union-attr]
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
-    unet = new_unet(config, text_encoder.context_dim, space).to(accelerator.device)
+    unet = new_unet(config, text_encoder.context_dim, latent_space).to(accelerator.device)
     network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
     state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train, accelerator)
-    batches = Batches(config, feed, contexts, objective, accelerator, 0, space)
+    batches = Batches(config, training_data, contexts, objective, accelerator, 0, latent_space)
 
     clock, warm_up = Clock(), 5
     for step in range(warm_up + arguments.steps):

@@ -19,12 +19,13 @@ from cond_diffusion.cli.main import command_line
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.data.dataset import CaptionedImages
+from cond_diffusion.data.loader import open_training_data
 from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation import evaluator as evaluation
-from cond_diffusion.evaluation import judges, report
+from cond_diffusion.evaluation import metrics as judges
+from cond_diffusion.evaluation import report
 from cond_diffusion.evaluation.evaluator import Evaluator, load_evaluator, load_real_images, subset
-from cond_diffusion.evaluation.judges import Classifier, ClipJudge, renumber_groups
-from cond_diffusion.evaluation.metrics import frechet_distance, nearest, prdc
+from cond_diffusion.evaluation.metrics import Classifier, ClipJudge, frechet_distance, nearest, prdc, renumber_groups
 from cond_diffusion.evaluation.report import Results
 from cond_diffusion.images import from_pillow, to_model
 from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER
@@ -79,15 +80,19 @@ def test_the_nearest_pictures_are_those_at_the_least_distance():
     assert distance.tolist() == [[0, 1]]
 
 
+def real_images(config: Config) -> tuple[CaptionedImages, CaptionedImages]:
+    return load_real_images(config, open_training_data(config.data, config.seed))
+
+
 @pytest.fixture(scope="module")
 def digits() -> tuple[CaptionedImages, CaptionedImages]:
-    return load_real_images(load_config(Config, BUILT_IN_MODEL / "config.yaml"))
+    return real_images(load_config(Config, BUILT_IN_MODEL / "config.yaml"))
 
 
 @pytest.fixture(scope="module")
 def evaluator(digits: tuple[CaptionedImages, CaptionedImages]) -> Evaluator:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "load_real_images", lambda config: digits)
+        patch.setattr(evaluation, "load_real_images", lambda *_: digits)
         return load_evaluator(TextToImage.from_pretrained(), load_config(Config, BUILT_IN_MODEL / "config.yaml"))
 
 
@@ -230,7 +235,7 @@ def test_without_test_pictures_those_that_were_held_out_are_measured_with(
         Image.fromarray(bar(i % 2, i // 2).numpy()).save(tmp_path / f"{i:02}.png")
         (tmp_path / f"{i:02}.txt").write_text(f"a bar, number {i}")
     config = load_config(Config, overrides=[f"data.source={tmp_path}", "data.resolution=8"])
-    train, test = load_real_images(config)
+    train, test = real_images(config)
     assert (len(train), len(test)) == (57, 3)
     assert "the 3 that training holds out" in caplog.text
     pictures = {tuple(picture.flatten().tolist()) for picture in torch.cat([train.images, test.images])}
@@ -287,7 +292,7 @@ def test_an_evaluation_picks_up_where_it_was_and_overwrites_nothing(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     few = slice_of(digits[0], 0, 2000), slice_of(digits[1], 0, 500)
-    monkeypatch.setattr(evaluation, "load_real_images", lambda config: few)
+    monkeypatch.setattr(evaluation, "load_real_images", lambda *_: few)
     monkeypatch.setattr(judges, "LEAST_STEPS", 20)
     monkeypatch.setattr(report, "SCALES", (1.0, 4.0))
     monkeypatch.setattr(report, "SAMPLERS", ("ddim", "unipc"))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_samplers import mixture_denoiser
+from oracles import mixture_denoiser
 
 from cond_diffusion.config.schedule import ScheduleConfig, Variance
 from cond_diffusion.diffusion.schedule import NoiseSchedule

@@ -1,0 +1,103 @@
+"""What the network predicts, against the definitions in the papers and diffusers' own arithmetic."""
+
+import itertools
+from typing import get_args
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from cond_diffusion.config.run import PredictionKind
+from cond_diffusion.config.schedule import ScheduleConfig
+from cond_diffusion.diffusion.objective import Prediction, denoiser
+from cond_diffusion.diffusion.schedule import NoiseSchedule
+from cond_diffusion.errors import UserError
+
+KINDS: tuple[PredictionKind, ...] = get_args(PredictionKind)
+SCHEDULE = NoiseSchedule(ScheduleConfig())
+T = torch.tensor([0, 1, 500, 999])
+
+
+@pytest.fixture
+def x_0_and_eps() -> tuple[Tensor, Tensor]:
+    x_0, eps = torch.randn(2, 4, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return x_0, eps
+
+
+def test_each_kind_is_what_its_paper_says(x_0_and_eps: tuple[Tensor, Tensor]):
+    x_0, eps = x_0_and_eps
+    alpha_bar = SCHEDULE.alpha_bar[T].reshape(-1, 1, 1, 1)
+    x_t = SCHEDULE.q_sample(x_0, T, eps).requires_grad_()
+    log_density = -((x_t - alpha_bar.sqrt() * x_0) ** 2 / (2 * (1 - alpha_bar))).sum()
+    (score,) = torch.autograd.grad(log_density, x_t)
+    wanted = {
+        "epsilon": eps,
+        "sample": x_0,
+        "score": score,
+        "v_prediction": DDIMScheduler(beta_end=0.02, beta_schedule="linear")
+        .get_velocity(x_0.float(), eps.float(), T)
+        .double(),
+    }
+    for kind in KINDS:
+        tolerance = 1e-5 if kind == "v_prediction" else 1e-9  # diffusers' tables are fp32
+        found = Prediction(kind, SCHEDULE).of(x_0, eps, T)
+        torch.testing.assert_close(found, wanted[kind], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_back_x_0_and_eps(kind: PredictionKind, x_0_and_eps: tuple[Tensor, Tensor]):
+    x_0, eps = x_0_and_eps
+    prediction = Prediction(kind, SCHEDULE)
+    denoised = prediction.denoised(prediction.of(x_0, eps, T), SCHEDULE.q_sample(x_0, T, eps), T)
+    torch.testing.assert_close(denoised.x_0_hat, x_0)
+    torch.testing.assert_close(denoised.eps_hat, eps)
+
+
+@pytest.mark.parametrize(("kind", "other"), [*itertools.permutations(KINDS, 2)])
+def test_any_output_becomes_any_other(kind: PredictionKind, other: PredictionKind):
+    """For an output that is right for no x_0: x_t and what it is thought to be made of stay the same."""
+    output, x_t = torch.randn(2, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    here, there = Prediction(kind, SCHEDULE), Prediction(other, SCHEDULE)
+    denoised = here.denoised(output, x_t, T)
+    again = there.denoised(there.of(denoised.x_0_hat, denoised.eps_hat, T), x_t, T)
+    torch.testing.assert_close(again.x_0_hat, denoised.x_0_hat)
+    torch.testing.assert_close(here.of(again.x_0_hat, again.eps_hat, T), output)
+    torch.testing.assert_close(SCHEDULE.q_sample(denoised.x_0_hat, T, denoised.eps_hat), x_t)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_of_the_output_is_an_error_of_x_0_by_the_factor(kind: PredictionKind):
+    prediction = Prediction(kind, SCHEDULE)
+    output, x_t = torch.randn(2, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    off = prediction.denoised(output + 1, x_t, T).x_0_hat - prediction.denoised(output, x_t, T).x_0_hat
+    torch.testing.assert_close(off.abs(), prediction.x_0_error(T)[:, None].expand(4, 2))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "score"])
+def test_a_prediction_that_is_blind_without_signal_is_refused(kind: PredictionKind):
+    schedule = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
+    with pytest.raises(
+        UserError, match=f"objective.prediction: {kind} tells nothing .* expected v_prediction or sample"
+    ):
+        Prediction(kind, schedule)
+
+
+@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+def test_the_others_tell_the_picture_even_there(kind: PredictionKind, x_0_and_eps: tuple[Tensor, Tensor]):
+    x_0, eps = x_0_and_eps
+    schedule, last = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True)), torch.full((4,), 999)
+    prediction = Prediction(kind, schedule)
+    x_t = schedule.q_sample(x_0, last, eps)
+    torch.testing.assert_close(x_t, eps)
+    torch.testing.assert_close(prediction.denoised(prediction.of(x_0, eps, last), x_t, last).x_0_hat, x_0)
+
+
+def test_bounds_change_x_0_hat_and_eps_hat_follows():
+    denoise = denoiser(
+        lambda x, t: -3 * x, Prediction("epsilon", SCHEDULE), lambda x_0: x_0.clamp(-1, 1), lambda x_0: x_0 / 2
+    )
+    x_t = torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None]
+    denoised = denoise(x_t, 300)
+    assert denoised.x_0_hat.abs().max() == 0.5
+    torch.testing.assert_close(SCHEDULE.q_sample(denoised.x_0_hat, torch.full((8,), 300), denoised.eps_hat), x_t)
