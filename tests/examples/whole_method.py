@@ -1,4 +1,4 @@
-"""The whole method: train a text-to-image diffusion model, and sample from it: `python whole_method.py [STEPS]`."""
+"""Train a text-to-image diffusion model on MNIST and sample from it: `python whole_method.py [STEPS]`."""
 
 import sys
 
@@ -12,7 +12,7 @@ from cond_diffusion.images import grid, to_model, to_pillow
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
 data = load_captioned_images(DataConfig(source="mnist"))
 encoder = cd.TextEncoder.from_pretrained("builtin", max_length=16)
-contexts = torch.stack([encoder([captions[0]])[0] for captions in data.caption_groups])  # an embedding for each digit
+contexts = torch.stack([encoder([captions[0]])[0] for captions in data.caption_groups])  # one per digit
 null_context = encoder([""])[0]
 schedule = cd.NoiseSchedule(cd.ScheduleConfig(beta_schedule="cosine"))
 objective = cd.Objective(cd.ObjectiveConfig(prediction="v_prediction", loss="v_prediction"), schedule)
