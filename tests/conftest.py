@@ -38,6 +38,16 @@ from safetensors.torch import load_file
 
 from cond_diffusion.config.run import Config, load_config
 
+# Fixtures of tests that train or start processes; `pytest -m "not slow"` leaves these tests out.
+SLOW_FIXTURES = {"bars_overrides", "bars_config", "clone", "run_in_processes"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.slow)
+
+
 ROOT = Path(__file__).parent.parent
 SIDE = 8
 
@@ -142,4 +152,4 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

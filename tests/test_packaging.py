@@ -1,8 +1,13 @@
-"""A wheel alone is enough to train and to draw."""
+"""Training and sampling with an installed wheel."""
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
+import sysconfig
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,8 +15,8 @@ from conftest import ROOT
 
 
 @pytest.mark.slow
-def test_a_wheel_trains_and_draws(tmp_path: Path):
-    """Installed beside what it depends on; its commands run in a folder where nothing of the project lies."""
+def test_installed_wheel_trains_and_samples(tmp_path: Path):
+    """The commands run in a folder outside the project."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -20,27 +25,44 @@ def test_a_wheel_trains_and_draws(tmp_path: Path):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
 
-    def run(command: str, *words: str) -> str:
-        result = subprocess.run(
-            [sys.executable, site / "bin" / command, *words],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(site)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run_python(*arguments: str | Path) -> str:
+        env = {**os.environ, "PYTHONPATH": str(site)}
+        command = [sys.executable, *arguments]
+        result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    where = subprocess.run(
-        [sys.executable, "-c", "import cond_diffusion; print(cond_diffusion.__file__)"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert where.stdout.startswith(str(site))
+    assert run_python("-c", "import cond_diffusion; print(cond_diffusion.__file__)").startswith(str(site))
     short = ["train.max_steps=1", "train.batch_size=4", "train.evaluate_every=0"]
-    run("cond-diffusion-train", "--config", "mnist_fast", *short)
-    assert run("cond-diffusion-sample", "seven", "--checkpoint", "runs/mnist_fast", "--steps", "2") == "seven.png\n"
+    run_python(site / "bin" / "cond-diffusion-train", "--config", "mnist_fast", *short)
+    sample = site / "bin" / "cond-diffusion-sample"
+    assert run_python(sample, "seven", "--checkpoint", "runs/mnist_fast", "--steps", "2") == "seven.png\n"
+
+
+@pytest.mark.slow
+def test_types_are_seen_by_the_pyright_of_a_user(tmp_path: Path):
+    """The wheel in a virtual environment of its own, beside the dependencies of this one."""
+    if importlib.util.find_spec("pyright") is None:
+        assert "CI" not in os.environ
+        pytest.skip("pyright is not installed; run: pip install --group dev")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
+    venv.create(tmp_path / "venv")
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from cond_diffusion import TextToImage, train\n"
+        "reveal_type(TextToImage.from_pretrained())\n"
+        "reveal_type(train)\n"
+        "TextToImage.from_pretrained(1.5)\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "pyright", "--pythonpath", tmp_path / "venv" / "bin" / "python", script]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+    assert 'is "TextToImage"' in output
+    assert '"(config: Config, dataset: ' in output
+    assert re.search(r"script\.py:4:.*error.*float", output)
+    assert "1 error" in output
