@@ -1,218 +1,364 @@
-"""Where captioned images come from, and how their captions read: whatever a source is, `datasets` opens it."""
+"""Sources of captioned images, all opened with `datasets`, and the captions that their columns give."""
 
+import csv
 import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import datasets
+from datasets.config import HF_DATASETS_CACHE
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
 from PIL import Image
+from pyarrow import parquet
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.errors import UserError, did_you_mean, first_line, user_errors
 
 BUILT_IN_SOURCES = {"mnist": Path(__file__).parent.parent / "assets" / "mnist"}
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
-FILES = {*BUILDERS, ".csv", ".gz", ".json", ".jsonl", ".txt", ".zip"}  # endings that no hub id has by chance
+FILE_SUFFIXES = {*BUILDERS, ".csv", ".gz", ".json", ".jsonl", ".txt", ".zip"}  # unlikely at the end of a Hub id
 
 logger = logging.getLogger(__name__)
 
 
-def open_source(source: str, split: str, *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
-    """Find out what `source` is, and open its `split`; raise UserError, naming `data.source`, where that cannot be.
+def open_source(
+    source: str, split: str, *, streaming: bool = False, columns: Sequence[str] = ()
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Open a split of a source.
 
-    streaming: leave it where it is, and read it from front to back.
+    Args:
+        source: Name of a built-in dataset, a folder, a .parquet or .tar file, or a Hub id.
+        split: Name of the split.
+        streaming: Read the source sequentially, without a copy on this disk.
+        columns: Columns that are needed. Parquet files may differ in the others.
+
+    Raises:
+        UserError: If the source or the split does not exist, or cannot be read.
     """
     path = BUILT_IN_SOURCES.get(source, Path(source))
-    _tell_what_is_taken(source, path)
-    files: dict[str, list[str]] | None = None
+    _warn_if_ambiguous(source, path)
+    found = _Files(source)
     if path.is_dir():
-        there = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-        of_split = path / split if (path / split).is_dir() else path
-        here = [file for file in there if file.is_relative_to(of_split)]
-        described = any(file.name.startswith("metadata.") for file in here)
-        endings = [] if described else [ending for ending in BUILDERS if any(file.suffix == ending for file in there)]
-        if endings:
-            archives = [file for file in there if file.suffix == endings[0]]
-            builder, files = BUILDERS[endings[0]], {split: _files_of_split(source, path, archives, split)}
-        elif split != "train" and of_split == path:
-            raise UserError(f"data.source: {source} has no split {split!r}: no folder {split}")
-        elif not described and (beside := _captions_beside(of_split, here)):
-            return beside.to_iterable_dataset(max(1, len(beside) // 1000)) if streaming else beside
-        else:
-            # All that lies there: `datasets` would guess at splits from words in the names of files.
-            builder, files = "imagefolder", {split: [f"{escape(str(of_split))}/**"]}
+        found = _open_folder(source, path, split)
+        if isinstance(found, datasets.Dataset):
+            return found.to_iterable_dataset(max(1, len(found) // 1000)) if streaming else found
     elif path.is_file():
         if path.suffix not in BUILDERS:
-            raise UserError(
-                f"data.source: {source} is no Parquet file and no tar; "
-                "expected a .parquet or .tar file, a folder or a hub id"
-            )
-        builder, files = BUILDERS[path.suffix], {"train": [escape(str(path))]}
-    elif path.is_absolute() or source.startswith(".") or path.suffix in FILES or source.count("/") != 1:
+            raise UserError(f"data.source: {source}: expected a .parquet or .tar file, a folder or a Hub id")
+        found = _Files(BUILDERS[path.suffix], "train", [path])
+    elif path.is_absolute() or source.startswith(".") or path.suffix in FILE_SUFFIXES or source.count("/") != 1:
         raise UserError(
             f"data.source: no file or folder {source}{did_you_mean(source, BUILT_IN_SOURCES)}; "
-            "expected mnist, a folder, a .parquet or .tar file or a hub id such as ylecun/mnist"
+            "expected mnist, a folder, a .parquet or .tar file or a Hub id such as ylecun/mnist"
         )
-    else:
-        builder = source
+    if found.builder == "webdataset":
+        for file in found.files:
+            _check_tar(file)
+    options = _common_columns(found.files, columns) if found.builder == "parquet" else {}
     try:
-        found = datasets.load_dataset(builder, data_files=files, streaming=streaming)
+        splits = datasets.load_dataset(found.builder, data_files=found.patterns(), streaming=streaming, **options)
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
-        raise UserError(f"data.source: {source} holds no pictures, no Parquet files and no tars") from error
+        raise UserError(f"data.source: {source} contains no images, Parquet files or tar files") from error
     except (OSError, DatasetNotFoundError) as error:
+        cache = str(HF_DATASETS_CACHE)
+        if str(getattr(error, "filename", None) or "").startswith(cache):
+            hint = "set HF_DATASETS_CACHE to another folder"
+            raise UserError(
+                f"data.source: the cache {cache} cannot be written ({first_line(error)}); {hint}"
+            ) from error
         if path.exists():
-            raise UserError(f"data.source: cannot read {source}: {first_line(error)}") from error
+            raise UserError(f"data.source: cannot read {source} ({first_line(error)})") from error
         raise UserError(
-            f"data.source: cannot open {source}: there is no such file or folder, and as a hub id it cannot be fetched "
-            f"({first_line(error)}); check the name and the network, or download it and give the folder"
+            f"data.source: {source}: not a local file or folder, and could not be downloaded from the Hub "
+            f"({first_line(error)}); check the name and the network, or pass a downloaded folder"
         ) from error
     except ValueError as error:
-        if "corresponds to no data" in str(error):  # what `datasets` says of a split without rows
-            raise UserError(
-                f"data.source: {source} ({split}) holds no examples; expected at least one picture"
-            ) from error
-        raise UserError(f"data.source: cannot read {source}: {' '.join(str(error).split())[:300]}") from error
+        if "corresponds to no data" in str(error):  # the message of `datasets` for a split without rows
+            raise UserError(f"data.source: {source} ({split}) is empty; expected at least one image") from error
+        raise UserError(f"data.source: cannot read {source} ({' '.join(str(error).split())[:300]})") from error
     except (DatasetsError, tarfile.TarError, RuntimeError) as error:
-        raise UserError(f"data.source: cannot read {source}: {first_line(error.__cause__ or error)}") from error
-    if split not in found:
-        raise UserError(f"data.source: {source} has no split {split!r}; it has {', '.join(map(repr, found))}")
-    return found[split]
+        raise UserError(f"data.source: cannot read {source} ({first_line(error.__cause__ or error)})") from error
+    if split not in splits:
+        raise UserError(f"data.source: {source} has no split {split!r}; it has {', '.join(map(repr, splits))}")
+    if found.builder == "imagefolder" and not streaming:
+        _warn_left_out(source, len(splits[split]), found.files)
+    return splits[split]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What `datasets.load_dataset` receives: a builder or a Hub id, and files of a split, or folders with the files."""
+
+    builder: str
+    split: str = ""
+    files: Sequence[Path] = ()
+    folders: Sequence[Path] = ()
+
+    def patterns(self) -> dict[str, list[str]] | None:
+        if not self.files:
+            return None
+        inside = [f"{escape(str(folder))}/**" for folder in self.folders]
+        outside = [file for file in self.files if not any(file.is_relative_to(folder) for folder in self.folders)]
+        return {self.split: [*inside, *(escape(str(file)) for file in outside)]}
+
+
+def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _Files:
+    """Return the table of images with text files, or the files of another kind of folder.
+
+    Raises:
+        UserError: If the folder does not have the split, or holds several kinds of data.
+    """
+    all_files, links = _list_files(folder)
+    split_folder = folder / split if (folder / split).is_dir() else folder
+    files = [file for file in all_files if file.is_relative_to(split_folder)]
+    root_metadata = [file for file in all_files if file.parent == folder and file.name in METADATA_NAMES]
+    metadata = [file for file in files if file.name in METADATA_NAMES] or root_metadata
+    archives = {} if metadata else _archives(all_files)
+    pairs = {} if metadata else _images_with_text(files)
+    if len(archives) + bool(pairs) > 1:
+        found = [f"{len(kind)} {suffix} file(s) ({kind[0].name})" for suffix, kind in archives.items()]
+        found += [f"{len(pairs)} image(s) with text files"] * bool(pairs)
+        hint = "expected one kind; set data.source to a subfolder or a file"
+        raise UserError(f"data.source: {source} contains {' and '.join(found)}; {hint}")
+    for suffix, kind in archives.items():
+        return _Files(BUILDERS[suffix], split, _files_of_split(source, folder, kind, split))
+    if split != "train" and split_folder == folder:
+        raise UserError(f"data.source: {source} has no split {split!r}: no folder {split}")
+    if pairs:
+        _warn_unpaired(source, files, pairs)
+        texts = [read_caption(caption) for caption in pairs.values()]
+        table = datasets.Dataset.from_dict({"image": [str(image) for image in pairs], "text": texts})
+        return table.cast_column("image", datasets.Image())
+    if not files:
+        raise UserError(f"data.source: {source} contains no images, Parquet files or tar files")
+    # Folders, since `datasets` infers splits from words in file names; each link, since it does not follow links.
+    folders = [split_folder, *(link for link in links if link.is_relative_to(split_folder))]
+    return _Files("imagefolder", split, [*files, *(set(metadata) - set(files))], folders)
+
+
+def _list_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files of a folder, sorted, and its links to folders. Follow links once; skip hidden names."""
+    files, links, visited = [], [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        if Path(root).is_symlink() and Path(root) != folder:
+            links.append(Path(root))
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        files += [Path(root, name) for name in names if not _is_hidden(name)]
+    return sorted(files), links
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _archives(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Return the Parquet and tar files, without the metadata that img2dataset writes beside each tar file."""
+    tars = {file for file in files if file.suffix == ".tar"}
+    parquets = [file for file in files if file.suffix == ".parquet" and file.with_suffix(".tar") not in tars]
+    return {suffix: kind for suffix, kind in ((".parquet", parquets), (".tar", sorted(tars))) if kind}
+
+
+def _images_with_text(files: Sequence[Path]) -> dict[Path, Path]:
+    """Return each image that has a text file of the same name, and that file."""
+    texts = {file for file in files if file.suffix == ".txt"}
+    pairs = {file: file.with_suffix(".txt") for file in files if _is_image(file)}
+    return {image: text for image, text in pairs.items() if text in texts}
+
+
+def _is_image(file: Path) -> bool:
+    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
+
+
+def _warn_unpaired(source: str, files: Sequence[Path], pairs: dict[Path, Path]) -> None:
+    texts = set(pairs.values())
+    images = [file for file in files if _is_image(file) and file not in pairs]
+    captions = [file for file in files if file.suffix == ".txt" and file not in texts]
+    for kind, left_out in (("image(s) without a caption", images), ("caption(s) without an image", captions)):
+        if left_out:
+            names = ", ".join(file.name for file in left_out[:3])
+            logger.warning("data.source: %s: skipping %d %s: %s", source, len(left_out), kind, names)
+
+
+def _warn_left_out(source: str, num_examples: int, files: Sequence[Path]) -> None:
+    """Warn of images without a row in the metadata, and of rows whose image does not exist."""
+    if metadata := [file for file in files if file.name in METADATA_NAMES]:
+        images, rows = sum(map(_is_image, files)), sum(map(_num_rows, metadata))
+        for kind, count in (("image(s) that are not in the metadata", images), ("row(s) without an image", rows)):
+            if count > num_examples:
+                logger.warning("data.source: %s: skipping %d %s", source, count - num_examples, kind)
+
+
+def _num_rows(metadata: Path) -> int:
+    if metadata.suffix == ".parquet":
+        return parquet.read_metadata(metadata).num_rows
+    with metadata.open(encoding="utf-8-sig", newline="") as lines:
+        if metadata.suffix == ".csv":
+            return max(0, sum(1 for row in csv.reader(lines) if row) - 1)
+        return sum(1 for line in lines if line.strip())
+
+
+def read_caption(file: Path) -> str:
+    """Return the text of a caption file.
+
+    Raises:
+        UserError: If the file cannot be read or is not UTF-8.
+    """
+    with user_errors(f"data.source: {file} cannot be read", OSError):
+        content = file.read_bytes()
+    with user_errors(f"data.source: {file} is not UTF-8", UnicodeDecodeError, hint="; convert it"):
+        text = content.decode("utf-8-sig")
+    if "\0" in text:
+        raise UserError(f"data.source: {file} is not UTF-8 (it contains NUL characters); convert it")
+    return text.strip()
+
+
+def _check_tar(file: Path) -> None:
+    """Raise UserError for a tar file that was cut short between two members, which `tarfile` does not notice."""
+    with user_errors(f"data.source: {file} cannot be read", OSError), file.open("rb") as content:
+        content.seek(257)
+        if content.read(5) != b"ustar":
+            return  # compressed, or of an old format
+        content.seek(0, os.SEEK_END)
+        size = content.tell()
+        content.seek(max(0, size - 1024))
+        if size % 512 or content.read().strip(b"\0"):
+            raise UserError(f"data.source: {file} was cut short: its end-of-archive marker is missing; copy it again")
+
+
+def _common_columns(files: Sequence[Path], columns: Sequence[str]) -> dict[str, Any]:
+    """Return the option that reads only `columns` if the Parquet files differ in others."""
+    if len(files) < 2:
+        return {}
+    names = []
+    for file in files:
+        with user_errors(f"data.source: {file} cannot be read", OSError, ValueError):
+            names.append({*parquet.read_schema(file).names})
+    differ = any(other != names[0] for other in names)
+    return {"columns": [*dict.fromkeys(columns)]} if differ and all(set(columns) <= each for each in names) else {}
 
 
 def as_table(dataset: datasets.Dataset | Sequence[Any], config: DataConfig) -> datasets.Dataset:
-    """Return a data set that a caller gave as a table with the columns of the config.
+    """Convert a dataset that was passed from Python to a table with the columns of the config.
 
     Args:
-        dataset: A `datasets.Dataset`, or pairs (image, caption): the image as PIL's, an array, bytes or a path; the
-            caption as a text or a list of texts.
+        dataset: A `datasets.Dataset`, or pairs (image, caption). An image is a PIL image, an array, bytes or a path; a
+            caption is a string or a list of strings.
         config: Names the columns.
 
     Raises:
-        UserError: If an item is no such pair.
+        UserError: If an item is not such a pair.
     """
     if isinstance(dataset, datasets.Dataset):
         return dataset
     images, captions = [], []
     for i, pair in enumerate(dataset):
-        with user_errors(f"dataset: item {i} is {pair!r:.60}; expected a pair (image, caption)", Exception):
+        try:
             image, caption = pair
             images.append(datasets.Image().encode_example(image))
-            captions.append(caption)
+        except Exception as error:  # of a dozen kinds, depending on what was passed
+            raise UserError(f"dataset: item {i} is {pair!r:.60}; expected a pair (image, caption)") from error
+        captions.append([caption] if isinstance(caption, str) else caption)
     table = datasets.Dataset.from_dict({config.image_column: images, config.caption_column: captions})
     return table.cast_column(config.image_column, datasets.Image())
 
 
-def _tell_what_is_taken(source: str, path: Path) -> None:
-    """Say which is read where a name could mean two things."""
+def _warn_if_ambiguous(source: str, path: Path) -> None:
     if source in BUILT_IN_SOURCES and Path(source).exists():
-        logger.warning("data.source: %s is the built-in set; what lies here by that name is ./%s", source, source)
+        logger.warning("data.source: using the built-in %s; for the local path pass ./%s", source, source)
     elif path.is_dir() and source.count("/") == 1 and not source.startswith((".", "/")) and not source.endswith("/"):
-        logger.warning("data.source: %s is a folder here and is taken as such, not as a hub id", source)
+        logger.warning("data.source: %s is a local folder and is not used as a Hub id", source)
 
 
-def _files_of_split(source: str, folder: Path, files: list[Path], split: str) -> list[str]:
-    """Return those of the files whose names, or folders' names, begin with the split; for training those that are named
-    after none.
-    """
+def _files_of_split(source: str, folder: Path, files: list[Path], split: str) -> list[Path]:
+    """Return the files whose path has a part that begins with `split`; for training otherwise those of no split."""
 
-    def named(file: Path, *splits: str) -> bool:
+    def belongs_to(file: Path, *splits: str) -> bool:
         return any(part.startswith(splits) for part in file.relative_to(folder).parts)
 
-    of_split = [file for file in files if named(file, split)]
-    if not of_split and split == "train":
-        of_split = [file for file in files if not named(file, "test", "val")]
-    if not of_split:
+    split_files = [file for file in files if belongs_to(file, split)]
+    if not split_files and split == "train":
+        split_files = [file for file in files if not belongs_to(file, "test", "val")]
+    if not split_files:
         raise UserError(f"data.source: {source} has no split {split!r}: no file {split}*{files[0].suffix}")
-    return [escape(str(file)) for file in of_split]
-
-
-def _captions_beside(folder: Path, files: list[Path]) -> datasets.Dataset | None:
-    """Open a folder whose files are name.txt, a caption, beside name.png; None if there is no such pair.
-
-    Raises UserError for a picture without one.
-    """
-    endings, there = Image.registered_extensions(), set(files)
-    captions = {file: file.with_suffix(".txt") for file in files if file.suffix.lower() in endings}
-    if there.isdisjoint(captions.values()):
-        return None
-    for picture, caption in captions.items():
-        if caption not in there:
-            raise UserError(f"data.source: {picture} has no caption: there is no {caption.name} beside it")
-    try:
-        texts = [caption.read_text(encoding="utf-8").strip() for caption in captions.values()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.source: a caption in {folder} is not valid text ({error}); expected UTF-8") from error
-    columns = {"image": [str(picture) for picture in captions], "text": texts}
-    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    return split_files
 
 
 CaptionGroup = tuple[str, ...]
+"""All captions of an image."""
 
 
 def caption_reader(config: DataConfig, feature: Any) -> Callable[[Any], CaptionGroup]:
-    """Return the function from a cell of the caption column, whose type is `feature`, to its caption group.
+    """Return the function that maps a cell of the caption column to its caption group.
 
-    Raises UserError, as does that function, where labels, templates and names do not go together.
+    Args:
+        config: Gives the caption templates and the label names.
+        feature: Type of the column.
+
+    Raises:
+        UserError: If labels, templates and names are inconsistent; the returned function raises it, too.
     """
     if not config.caption_templates:
         if isinstance(feature, datasets.ClassLabel):
             raise UserError(
-                f"data.caption_column: {config.caption_column!r} holds labels, not text; "
-                'say how they read, for example data.caption_templates=["a picture of {label}"]'
+                f"data.caption_column: {config.caption_column!r} contains labels, not text; "
+                'expected caption templates, for example data.caption_templates=["a picture of {label}"]'
             )
-        return lambda value: _texts(value, config.caption_column)
+        return lambda value: _captions_of_cell(value, config.caption_column)
 
     names = dict(config.label_names)
     if isinstance(feature, datasets.ClassLabel):
         names.setdefault("label", feature.names)
     for template in config.caption_templates:
-        for word in _words_in_braces(template):
-            if word not in names:
+        for field in _template_fields(template):
+            if field not in names:
                 raise UserError(
-                    f"data.caption_templates: {template!r} asks for {word!r}, which data.label_names does not list; "
-                    f"it lists {', '.join(map(repr, names)) or 'nothing'}"
+                    f"data.caption_templates: {template!r} uses {field!r}, which is not in data.label_names "
+                    f"({', '.join(map(repr, names)) or 'empty'})"
                 )
 
     def fill_in(value: Any) -> CaptionGroup:
         if not isinstance(value, int) or not all(0 <= value < len(values) for values in names.values()):
             raise UserError(
-                f"data.label_names: no name for the label {value!r} of column {config.caption_column!r}; "
-                f"labels run from 0 to {min(map(len, names.values()), default=0) - 1}"
+                f"data.label_names: no name for label {value!r} of column {config.caption_column!r}; "
+                f"expected 0 to {min(map(len, names.values()), default=0) - 1}"
             )
-        return tuple(
-            t.format(**{word: values[value] for word, values in names.items()}) for t in config.caption_templates
-        )
+        fields = {field: values[value] for field, values in names.items()}
+        return tuple(template.format(**fields) for template in config.caption_templates)
 
     return fill_in
 
 
 def pick_captions(groups: Iterable[CaptionGroup], draws: Iterable[float]) -> list[str]:
-    """Return of each group the caption that stands at its place, from 0 to 1."""
-    return [group[int(place * len(group))] for group, place in zip(groups, draws, strict=True)]
+    """Return one caption of each group, chosen by a random number in [0, 1)."""
+    return [group[int(draw * len(group))] for group, draw in zip(groups, draws, strict=True)]
 
 
-def _words_in_braces(template: str) -> list[str]:
-    try:
+def _template_fields(template: str) -> list[str]:
+    with user_errors(f"data.caption_templates: {template!r} is malformed", ValueError):
         parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(f"data.caption_templates: {template!r}: {error}") from error
     if any(form or conversion for _, _, form, conversion in parts):
-        raise UserError(f"data.caption_templates: {template!r}: expected only a word in braces, such as {{word}}")
-    return [word for _, word, _, _ in parts if word is not None]
+        raise UserError(f"data.caption_templates: {template!r}: expected plain fields such as {{word}}")
+    return [field for _, field, _, _ in parts if field is not None]
 
 
-def _texts(value: Any, column: str) -> CaptionGroup:
-    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
-    if not texts or not all(isinstance(text, str) for text in texts):
-        labels = "; for labels give data.caption_templates and data.label_names" if isinstance(value, int) else ""
+def _captions_of_cell(value: Any, column: str) -> CaptionGroup:
+    captions = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        hint = "; for labels set data.caption_templates and data.label_names" if isinstance(value, int) else ""
         raise UserError(
-            f"data.caption_column: {column!r} holds {repr(value)[:60]}; expected a text or a list of texts{labels}"
+            f"data.caption_column: {column!r} contains {repr(value)[:60]}; expected a string or a list of strings{hint}"
         )
-    return texts
+    return tuple(caption.removeprefix("\ufeff") for caption in captions)

@@ -1,15 +1,19 @@
-"""`python train.py --check`: what one would like to have known before a long run, in less than a minute.
+"""Checks before a long run (`python train.py --check`), in less than a minute.
 
-It looks at the data and at a batch of them, estimates memory and time, and learns one batch by heart: a network that
-cannot do that will not learn anything else.
+Inspects the data, estimates memory and time, and overfits one batch: a network that cannot overfit one batch will not
+learn a data set.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+import shutil
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from textwrap import wrap
-from time import monotonic
+from timeit import repeat
 
+import psutil
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
@@ -21,32 +25,38 @@ from cond_diffusion.data.loader import TrainingData, open_training_data
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import enlarged, grid, to_model, to_pillow
 from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.generate import reserve_path
 from cond_diffusion.training.batches import Batches
 from cond_diffusion.training.setup import build_run, make_accelerator, summary
 
-LOOKED_AT, PER_BATCH = 1000, 100  # pictures
-SHOWN, WIDTH = 8, 160  # pictures, and pixels of each
-SECONDS, MOST_STEPS = 25, 200  # for learning a batch by heart
-LEARNS = 0.7  # to which share of itself the loss of one batch falls within that time if all is well
+MAX_INSPECTED, INSPECTION_BATCH = 1000, 100  # images
+MAX_TRUNCATED, MAX_UNKNOWN, MAX_HOURS = 0.01, 0.05, 24  # shares of captions and words; hours
+OTHER_ENCODER = "text.encoder=openai/clip-vit-base-patch32, or pretrain a CLIP on these captions"
+GRID_IMAGES, GRID_WIDTH = 8, 160  # images of the grid, and width of each in pixels
+OVERFIT_SECONDS, MAX_OVERFIT_STEPS = 25, 200
+MAX_LOSS_RATIO = 0.7  # last loss / first loss of the overfitting test that passes
 
 
 def check(config: Config) -> Iterator[str]:
-    """Yield, a line each, what was found, and write a picture of a batch on the way.
+    """Inspect the data and the cost of a step, overfit one batch, and write a grid of images with their captions.
 
-    Raises UserError for what training would refuse at once.
+    Yields:
+        One line per finding.
+
+    Raises:
+        UserError: If training would fail at once.
     """
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:
-        raise UserError("--check inspects the work of one process; type: python train.py --check")
+        raise UserError("--check: supports one process only; run: python train.py --check")
     run = build_run(config, accelerator)
-    config, text_encoder, unet = run.config, run.text_encoder, run.unet
-    # All images are inspected, also those that training would hold out.
+    config = run.config
+    # Inspect all images, including those that training holds out.
     training_data = open_training_data(replace(config.data, held_out=0, memory_gb=0), config.seed)
-    yield from _data_summary(config, training_data, text_encoder)
-    batch = next(
-        Batches(config, training_data, text_encoder, run.objective, accelerator, 0, run.latent_space).next_step()
-    )
+    problems = yield from _data_summary(config, training_data, run.text_encoder)
+    batches = Batches(config, training_data, run.text_encoder, run.objective, accelerator, 0, run.latent_space)
+    batch = next(batches.next_step())
 
     def loss() -> Tensor:
         return run.objective.loss(run.network, batch.x_0, batch.t, batch.eps, batch.context)
@@ -57,100 +67,138 @@ def check(config: Config) -> Iterator[str]:
         accelerator.clip_grad_norm_(run.network.parameters(), config.train.max_grad_norm)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        return value.item()  # waits for the accelerator
+        return value.item()  # synchronizes with the accelerator
 
-    yield f"network: {summary(unet)}"
-    kept = bytes_kept(unet, loss) / 1e9
-    yield f"memory: {kept:.2f} GB more for what a batch of {config.train.batch_size} keeps for the backward pass"
-    seconds = _seconds_of(step)
-    of_all = seconds * config.train.gradient_accumulation_steps
-    hours = of_all * config.train.max_steps / 3600
-    yield f"time: {of_all:.2f} s a step, {hours:.1f} h for {config.train.max_steps} of them"
-    steps = max(10, min(MOST_STEPS, int(SECONDS / seconds)))
-    bar = tqdm(range(steps), desc="learning one batch by heart", unit=" steps", leave=False)
-    yield verdict([step() for _ in bar], config.train.learning_rate)
+    yield f"network: {summary(run.unet)}"
+    gigabytes = activation_bytes(run.unet, loss) / 1e9
+    yield f"memory: another {gigabytes:.2f} GB for the activations of a batch of {config.train.batch_size}"
+    seconds = min(repeat(step, number=1, repeat=3))  # the first step includes warm-up
+    per_step = seconds * config.train.gradient_accumulation_steps
+    hours = per_step * config.train.max_steps / 3600
+    yield f"time: {per_step:.2f} s per step, {hours:.1f} h for {config.train.max_steps} steps"
+    steps = max(10, min(MAX_OVERFIT_STEPS, int(OVERFIT_SECONDS / seconds)))
+    progress_bar = tqdm(range(steps), desc="overfitting one batch", unit=" steps", leave=False)
+    losses = [step() for _ in progress_bar]
+    problems += _cost_problems(config, run.unet, gigabytes, hours)
+    yield from verdict(losses, config.train.learning_rate, problems)
 
 
-def _data_summary(config: Config, training_data: TrainingData, text_encoder: TextEncoder) -> Iterator[str]:
-    """Tell what the source holds and what is wrong with it, from its first pictures in the order of training."""
+def _data_summary(
+    config: Config, training_data: TrainingData, text_encoder: TextEncoder
+) -> Generator[str, None, list[str]]:
+    """Describe the source, from the first images in training order; return its problems, the most important first."""
     data, decoder = config.data.with_captions(), training_data.decoder
     num_images = training_data.num_images
     size = "a stream" if num_images is None else f"{num_images} images"
-    count = LOOKED_AT if num_images is None else min(num_images, LOOKED_AT)
+    count = MAX_INSPECTED if num_images is None else min(num_images, MAX_INSPECTED)
     yield f"data: {data.source}, {size}; columns: {', '.join(training_data.columns)}"
 
     captions: list[str] = []
-    shown: list[Image.Image] = []
-    for first in tqdm(range(0, count, PER_BATCH), desc="looking at pictures", leave=False):
-        middle = torch.full((min(PER_BATCH, count - first),), 0.5)
+    images: list[Image.Image] = []
+    for first in tqdm(range(0, count, INSPECTION_BATCH), desc="inspecting images", leave=False):
+        center = torch.full((min(INSPECTION_BATCH, count - first),), 0.5)
         if training_data.state is not None and training_data.state["epoch"] > 0:
-            break  # it is a short one, and all of it has been seen
-        batch = training_data.read(first, RandomDraws(caption=torch.zeros_like(middle), crop=middle))
+            break  # the whole stream has been inspected
+        batch = training_data.read(first, RandomDraws(caption=torch.zeros_like(center), crop=center))
         captions += batch.captions
-        shown += to_pillow(to_model(batch.images[: SHOWN - len(shown)]))
+        images += to_pillow(to_model(batch.images[: GRID_IMAGES - len(images)]))
     training_data.resume({}, position=0, same=False)
     yield (
-        f"pictures: column {data.image_column}; of {decoder.seen} looked at, {len(decoder.bad)} cannot be read and "
-        f"{decoder.enlarged} are smaller than data.resolution ({data.resolution}) and are enlarged"
+        f"images: column {data.image_column}; {decoder.seen} inspected, {len(decoder.bad)} unreadable, "
+        f"{decoder.enlarged} smaller than data.resolution ({data.resolution}) and upscaled"
     )
     known = training_data.captions()
-    different = list(dict.fromkeys(captions)) if known is None else known[1:]
-    cut = text_encoder.cut(different)
+    unique = list(dict.fromkeys(captions)) if known is None else known[1:]
+    truncated = text_encoder.cut(unique)
     yield (
-        f"captions: column {data.caption_column}; {len(different)} different ones; {len(cut)} are longer than "
-        f"text.max_length ({text_encoder.max_length} tokens) and are cut{f', for example {cut[0]!r}' if cut else ''}"
+        f"captions: column {data.caption_column}; {len(unique)} unique, {len(truncated)} longer than text.max_length "
+        f"({text_encoder.max_length} tokens) and truncated{f', for example {truncated[0]!r}' if truncated else ''}"
     )
     with reserve_path(None, f"check {config.run_dir}", "--check", (".png",)) as path:
-        grid([_labelled(*pair) for pair in zip(shown, captions, strict=False)], columns=4).save(path)
-    yield f"wrote {path}: pictures with their captions"
+        grid([_labeled(*pair) for pair in zip(images, captions, strict=False)], columns=4).save(path)
+    yield f"saved {path}: images with their captions"
+    problems = []
+    if len(truncated) > MAX_TRUNCATED * len(unique):
+        length, longest = text_encoder.max_length_for(unique, 0.99), text_encoder.clip.config.max_position_embeddings
+        change = f"text.max_length={length}" if length <= longest else OTHER_ENCODER
+        problems.append(f"{len(truncated) / len(unique):.0%} of the captions are truncated; set {change}")
+    words = {word for caption in unique for word in re.findall(r"[^\W\d_]{3,}", caption)}
+    unknown = text_encoder.unknown_words(unique)
+    if len(unknown) > MAX_UNKNOWN * len(words):
+        share, examples = len(unknown) / len(words), ", ".join(unknown[:3])
+        problems.append(f"{share:.0%} of the words are unknown to text.encoder ({examples}); set {OTHER_ENCODER}")
+    if decoder.bad:
+        problems.append(f"{len(decoder.bad)} of {decoder.seen} images are unreadable; mend them or accept it")
+    if decoder.enlarged > decoder.seen / 2:
+        problems.append(f"most images are smaller than data.resolution; set data.resolution below {data.resolution}")
+    return problems
 
 
-def _seconds_of(step: Callable[[], float]) -> float:
-    """Return what a step takes: the least of three, since the first warms things up."""
-    times = []
-    for _ in range(3):
-        begun = monotonic()
-        step()
-        times.append(monotonic() - begun)
-    return min(times)
+def _cost_problems(config: Config, unet: UNet, activations: float, hours: float) -> list[str]:
+    """Return the problems of time, memory and disk."""
+    problems, train = [], config.train
+    if hours > MAX_HOURS:
+        problems.append(f"training takes {hours:.0f} h; set train.max_steps, unet.channels or data.resolution lower")
+    weights = 4e-9 * sum(parameter.numel() for parameter in unet.parameters())
+    device = unet.conv_in.weight.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if activations > 0.9 * free / 1e9:
+        change = "set train.batch_size lower or train.gradient_checkpointing=true"
+        problems.append(f"a batch needs {activations:.1f} GB of memory and {free / 1e9:.1f} GB are free; {change}")
+    disk = weights * ((train.keep_checkpoints + 1) * 4 + train.snapshots * 2)
+    folder = next(parent for parent in Path(config.run_dir).absolute().parents if parent.exists())
+    if disk > 0.9 * (available := shutil.disk_usage(folder).free / 1e9):
+        change = "set train.keep_checkpoints or train.snapshots lower, or another run_dir"
+        problems.append(f"checkpoints take {disk:.1f} GB and {available:.1f} GB of the disk are free; {change}")
+    return problems
 
 
-def bytes_kept(network: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Return the size of what the forward pass of `loss` keeps for the backward pass, beside the network's weights.
+def activation_bytes(network: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Return the bytes of activations that the forward pass of `loss` saves for the backward pass, without weights.
 
-    Of a part that gradient checkpointing computes again it is the part's input.
+    For modules under gradient checkpointing only their inputs count.
     """
     sizes: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        value = loss()  # alive until the end, so that no storage makes room for another at its address
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        value = loss()  # stays alive until the end, so that no address is reused by another storage
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     del value
     return sum(size for pointer, size in sizes.items() if pointer not in weights)
 
 
-def verdict(losses: Sequence[float], rate: float) -> str:
-    """Say what the losses of one batch, step by step, mean."""
+def verdict(losses: Sequence[float], learning_rate: float, problems: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the result of the overfitting test, and what to change before the run, the most important first."""
+    option, changes = f"train.learning_rate ({learning_rate})", [*problems]
     if not all(math.isfinite(value) for value in losses):
-        return f"verdict: the loss of one batch is no number any more; train.learning_rate ({rate}) is too high"
-    fell = f"the loss of one batch went from {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps"
-    share = losses[-1] / losses[0]
-    if share < LEARNS:
-        return f"verdict: {fell}: it learns; start the run"
-    if share < 1:
-        return f"verdict: {fell}: it learns slowly; train.learning_rate ({rate}) may be low"
-    return f"verdict: {fell}: it does not learn; train.learning_rate ({rate}) may be too high"
+        change = "the loss of one batch is not finite"
+        changes.insert(0, f"{option} is too high")
+    else:
+        change, ratio = (
+            f"loss of one batch {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps",
+            losses[-1] / losses[0],
+        )
+        if ratio >= 1:
+            changes.insert(0, f"the network does not learn; {option} may be too high")
+        elif ratio >= MAX_LOSS_RATIO:
+            changes.append(f"the network learns slowly; {option} may be too low")
+    if not changes:
+        yield f"verdict: {change}: the network learns; start the run"
+        return
+    yield f"verdict: {change}; before you start the run, change:"
+    yield from (f"  {number}. {change}" for number, change in enumerate(changes, 1))
 
 
-def _labelled(picture: Image.Image, caption: str) -> Image.Image:
-    """Write the caption under the picture."""
-    large = enlarged(picture.convert("RGB"), WIDTH).resize((WIDTH, WIDTH), Image.Resampling.NEAREST)
-    sheet = Image.new("RGB", (WIDTH, WIDTH + 48), "white")
-    sheet.paste(large)
-    ImageDraw.Draw(sheet).text((4, WIDTH + 4), "\n".join(wrap(caption, WIDTH // 7)[:3]), fill="black")
-    return sheet
+def _labeled(image: Image.Image, caption: str) -> Image.Image:
+    """Return the image with its caption below."""
+    large = enlarged(image.convert("RGB"), GRID_WIDTH).resize((GRID_WIDTH, GRID_WIDTH), Image.Resampling.NEAREST)
+    labeled = Image.new("RGB", (GRID_WIDTH, GRID_WIDTH + 48), "white")
+    labeled.paste(large)
+    text = "\n".join(wrap(caption, GRID_WIDTH // 7)[:3])
+    ImageDraw.Draw(labeled).text((4, GRID_WIDTH + 4), text, fill="black")
+    return labeled

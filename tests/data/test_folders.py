@@ -1,0 +1,220 @@
+"""Folders, tars and Parquet files as users have them: read correctly, or refused by name."""
+
+import io
+import logging
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cond_diffusion.config.data import DataConfig
+from cond_diffusion.config.run import Config
+from cond_diffusion.data.dataset import load_captioned_images
+from cond_diffusion.data.loader import open_training_data
+from cond_diffusion.data.stream import CaptionedStream, RandomDraws
+from cond_diffusion.errors import UserError
+
+
+def write_image(file: Path, value: int = 200) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), (value,) * 3).save(file)
+
+
+def write_pairs(folder: Path, count: int = 3) -> Path:
+    for i in range(count):
+        write_image(folder / f"{i:03}.png")
+        (folder / f"{i:03}.txt").write_text(f"caption {i}", encoding="utf-8")
+    return folder
+
+
+def write_tar(file: Path, count: int, caption: Callable[[int], bytes] = lambda i: b"caption %d" % i) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for i in range(count):
+            image = io.BytesIO()
+            Image.new("RGB", (16, 16), (i,) * 3).save(image, "PNG")
+            for suffix, content in (("png", image.getvalue()), ("txt", caption(i))):
+                member = tarfile.TarInfo(f"{i:05}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def captions_of(folder: Path, **options: object) -> list[str]:
+    config = DataConfig(source=str(folder), resolution=8, channels=3, **options)  # type: ignore[arg-type]
+    data = load_captioned_images(config)
+    return sorted(data.caption_groups[group][0] for group in data.group_of.tolist())
+
+
+PAIRS = ["caption 0", "caption 1", "caption 2"]
+TAR = {"image_column": "png", "caption_column": "txt"}
+
+
+@pytest.mark.parametrize(
+    "hidden", ["._000.png", "._000.txt", "__MACOSX/._000.png", ".ipynb_checkpoints/000-checkpoint.png", ".DS_Store"]
+)
+def test_hidden_files_are_skipped(tmp_path: Path, hidden: str):
+    file = write_pairs(tmp_path) / hidden
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"\x00\x05\x16\x07\xff")
+    assert captions_of(tmp_path) == PAIRS
+
+
+@pytest.mark.parametrize("metadata", [False, True])
+def test_links_to_folders_are_followed_and_cycles_are_not(tmp_path: Path, metadata: bool):
+    target, folder = tmp_path / "target", tmp_path / "folder"
+    if metadata:
+        for i in range(3):
+            write_image(target / f"{i}.png")
+        lines = [f'{{"file_name": "{i}.png", "text": "caption {i}"}}\n' for i in range(3)]
+        (target / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    else:
+        write_pairs(target)
+    folder.mkdir()
+    (folder / "link").symlink_to(target)
+    (folder / "cycle").symlink_to(folder)
+    assert captions_of(folder) == PAIRS
+
+
+def test_a_byte_order_mark_is_removed(tmp_path: Path):
+    write_pairs(tmp_path / "folder")
+    (tmp_path / "folder" / "000.txt").write_bytes(b"\xef\xbb\xbfcaption 0")
+    assert captions_of(tmp_path / "folder") == PAIRS
+    write_tar(tmp_path / "tars" / "a.tar", 3, lambda i: b"\xef\xbb\xbfcaption %d" % i)
+    assert captions_of(tmp_path / "tars", **TAR) == PAIRS
+
+
+@pytest.mark.parametrize("content", ["Bär".encode("latin1"), "Bär".encode("utf-16"), "bear".encode("utf-16-le")])
+def test_a_caption_in_another_encoding_is_refused_by_name(tmp_path: Path, content: bytes):
+    (write_pairs(tmp_path) / "001.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"^data\.source: .*001\.txt"):
+        captions_of(tmp_path)
+
+
+def test_a_caption_that_cannot_be_read_is_refused_by_name(tmp_path: Path):
+    (write_pairs(tmp_path) / "001.txt").unlink()
+    (tmp_path / "001.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"^data\.source: .*001\.txt"):
+        captions_of(tmp_path)
+
+
+def test_what_has_no_partner_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    write_pairs(tmp_path)
+    write_image(tmp_path / "alone.png")
+    (tmp_path / "lost.txt").write_text("no image", encoding="utf-8")
+    (tmp_path / "photo.heic").write_bytes(b"heic")
+    (tmp_path / "photo.txt").write_text("unsupported", encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        assert captions_of(tmp_path) == PAIRS
+    assert re.search(r"data\.source: .* 1 image.*: alone\.png", caplog.text)
+    assert re.search(r"data\.source: .* 2 caption.*: lost\.txt, photo\.txt", caplog.text)
+
+
+def test_what_the_metadata_lacks_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for i in range(3):
+        write_image(tmp_path / f"{i}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a\n1.png,b\n", encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        assert captions_of(tmp_path) == ["a", "b"]
+    assert re.search(r"data\.source: .* 1 image", caplog.text)
+
+
+@pytest.mark.parametrize("name", ["metadata.txt", "metadata.png"])
+def test_other_files_named_metadata_do_not_decide_the_kind(tmp_path: Path, name: str):
+    write_pairs(tmp_path)
+    if name.endswith("png"):
+        write_image(tmp_path / name)
+    else:
+        (tmp_path / name).write_text("notes", encoding="utf-8")
+    assert captions_of(tmp_path) == PAIRS
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".tar"])
+def test_a_folder_of_two_kinds_is_refused(tmp_path: Path, suffix: str):
+    write_pairs(tmp_path)
+    if suffix == ".tar":
+        write_tar(tmp_path / "stray.tar", 1)
+    else:
+        datasets.Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "stray.parquet")
+    with pytest.raises(UserError, match=rf"^data\.source: .*1 {suffix}.*\(stray{suffix}\).* 3 image"):
+        captions_of(tmp_path)
+
+
+def test_the_output_of_img2dataset_is_read(tmp_path: Path):
+    write_tar(tmp_path / "00000.tar", 3)
+    datasets.Dataset.from_dict({"key": ["00000"]}).to_parquet(tmp_path / "00000.parquet")
+    (tmp_path / "00000_stats.json").write_text("{}", encoding="utf-8")
+    assert captions_of(tmp_path, **TAR) == PAIRS
+
+
+@pytest.mark.parametrize("folder", ["train", "images"])
+def test_metadata_in_the_root_names_images_in_folders(tmp_path: Path, folder: str):
+    for i in range(3):
+        write_image(tmp_path / folder / f"{i}.png")
+    rows = "".join(f"{folder}/{i}.png,caption {i}\n" for i in range(3))
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{rows}", encoding="utf-8")
+    assert captions_of(tmp_path) == PAIRS
+
+
+@pytest.mark.parametrize("members", [1, 2, 3])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_tar_that_was_cut_between_members_is_refused_by_name(tmp_path: Path, members: int, streaming: bool):
+    write_tar(tmp_path / "cut.tar", 4)
+    with tarfile.open(tmp_path / "cut.tar") as tar:
+        end = tar.getmembers()[2 * members].offset
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "cut.tar").read_bytes()[:end])
+    config = DataConfig(source=str(tmp_path), channels=3, streaming=streaming, **TAR)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^data\.source: .*cut\.tar"):
+        open_training_data(config, 0)
+
+
+def test_parquet_files_may_differ_in_columns_that_are_not_read(tmp_path: Path):
+    write_image(tmp_path / "image.png")
+    image = {"bytes": (tmp_path / "image.png").read_bytes(), "path": None}
+    for i, column in enumerate(("x", "y", "z")):
+        table = datasets.Dataset.from_dict({"image": [image], "text": [f"caption {i}"], column: [i]})
+        table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "set" / f"{i}.parquet")
+    assert captions_of(tmp_path / "set") == PAIRS
+
+
+@pytest.mark.parametrize("array", [np.full((16, 16), 0.5, np.float32), np.full((16, 16), 128, np.int32)])
+def test_32_bit_values_are_refused(tmp_path: Path, array: np.ndarray):
+    write_pairs(tmp_path)
+    Image.fromarray(array).save(tmp_path / "deep.tif")
+    (tmp_path / "deep.txt").write_text("deep", encoding="utf-8")
+    with pytest.raises(UserError, match=r"^data\.image_column: .*deep\.tif \(32-bit"):
+        captions_of(tmp_path)
+
+
+def test_16_bit_values_are_read(tmp_path: Path):
+    Image.fromarray(np.full((16, 16), 128 * 257, np.uint16)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("grey", encoding="utf-8")
+    data = load_captioned_images(DataConfig(source=str(tmp_path), resolution=8))
+    assert data.images.unique().tolist() == [128]
+
+
+def test_null_captions_of_a_stream_are_skipped_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    images = [{"bytes": image.getvalue(), "path": None}] * 40
+    captions = [None if i == 17 else f"caption {i}" for i in range(40)]
+    table = datasets.Dataset.from_dict({"image": images, "text": captions}).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "set" / "a.parquet")
+    config = DataConfig(source=str(tmp_path / "set"), resolution=8, channels=3, streaming=True, held_out=0)
+    with caplog.at_level(logging.WARNING):
+        batch = CaptionedStream(config, 0).read(0, RandomDraws(torch.zeros(40), torch.zeros(40)))
+    assert len(batch.captions) == 40
+    assert set(batch.captions) <= {caption for caption in captions if caption}
+    assert re.search(r"data\.caption_column: 'text' .*None", caplog.text)
+
+
+def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_pairs(tmp_path / "images")
+    assert captions_of(Path("~/images")) == PAIRS
+    assert Config(run_dir="~/runs/x").run_dir == str(tmp_path / "runs" / "x")
