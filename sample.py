@@ -1,4 +1,4 @@
-"""Sample images: python sample.py "a digit seven"."""
+"""Generate images: python sample.py "a digit seven"."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train: accelerate launch train.py [--config FILE] [key=value ...]; python train.py --check before a long run."""
+"""Train a model: accelerate launch train.py [--config FILE] [key=value ...]. Check a run: python train.py --check."""
 
 import sys
 

@@ -46,31 +46,22 @@ __all__ = [
     "unipc",
 ]
 
-# Imported when they are asked for, so that `--help` and a misspelt option do not wait for torch (PEP 562).
-_MODULE_OF = {
-    "Config": "config.run",
-    "ObjectiveConfig": "config.run",
-    "load_config": "config.run",
-    "SamplingOptions": "config.sampling",
-    "ScheduleConfig": "config.schedule",
-    "UNetConfig": "config.unet",
-    "drop_captions": "diffusion.guidance",
-    "guided": "diffusion.guidance",
-    "Objective": "diffusion.objective",
-    "Prediction": "diffusion.prediction",
-    "denoiser": "diffusion.prediction",
-    "ddim": "diffusion.samplers",
-    "ddpm": "diffusion.samplers",
-    "dpm_solver": "diffusion.samplers",
-    "euler": "diffusion.samplers",
-    "heun": "diffusion.samplers",
-    "unipc": "diffusion.samplers",
-    "NoiseSchedule": "diffusion.schedule",
-    "TextEncoder": "models.text_encoder",
-    "UNet": "models.unet",
-    "TextToImage": "pipeline.text_to_image",
-    "train": "training.trainer",
+# Imported on first access (PEP 562), so that `--help` and errors in the arguments do not wait for torch.
+_NAMES_IN = {
+    "config.run": ("Config", "ObjectiveConfig", "load_config"),
+    "config.sampling": ("SamplingOptions",),
+    "config.schedule": ("ScheduleConfig",),
+    "config.unet": ("UNetConfig",),
+    "diffusion.guidance": ("drop_captions", "guided"),
+    "diffusion.objective": ("Objective", "Prediction", "denoiser"),
+    "diffusion.samplers": ("ddim", "ddpm", "dpm_solver", "euler", "heun", "unipc"),
+    "diffusion.schedule": ("NoiseSchedule",),
+    "models.text_encoder": ("TextEncoder",),
+    "models.unet": ("UNet",),
+    "pipeline.text_to_image": ("TextToImage",),
+    "training.trainer": ("train",),
 }
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m cond_diffusion COMMAND`."""
+"""Entry point of `python -m cond_diffusion COMMAND`."""
 
 import sys
 

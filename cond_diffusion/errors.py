@@ -1,4 +1,4 @@
-"""What a user can cause and mend: one clear line, and exit code 2 instead of a traceback."""
+"""Errors that a user can cause and fix. A command prints them as one line, without a traceback, and exits with 2."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -7,9 +7,11 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input. The message says what is wrong, where, what was expected and what to type; it is one line.
+    """Invalid input. The message is one line: key, value, and what is expected.
 
-    of_this_process: of several processes the others may have nothing to say.
+    Args:
+        of_this_process: The error concerns this process only; otherwise all processes of a run raise it, and only the
+            main process prints it.
     """
 
     def __init__(self, message: str, *, of_this_process: bool = False) -> None:
@@ -18,7 +20,7 @@ class UserError(ValueError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that ended the work; the message says what was saved."""
+    """The work was ended by a signal. The message describes what was saved."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -26,29 +28,29 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def user_errors(what: str, *kinds: type[Exception], hint: str = "") -> Iterator[None]:
-    """Raise a UserError in the place of a library's errors: `what`, the first line of their message, `hint`."""
+def user_errors(what: str, *exception_types: type[Exception], hint: str = "") -> Iterator[None]:
+    """Convert exceptions of a library to a UserError with the message "`what` (first line of the exception)`hint`"."""
     try:
         yield
     except UserError:
         raise
-    except kinds as error:
+    except exception_types as error:
         raise UserError(f"{what} ({first_line(error)}){hint}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" for the known name that is nearest to `name`, or nothing if none is near."""
+    """Return " (did you mean 'x'?)" for the known name closest to `name`, or "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's message, or the error's name where it has none."""
+    """Return the first line of an exception's message, or the name of its type if the message is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def refuse_other_values(fields: dict[str, Any], only: dict[str, Any], where: str) -> None:
-    """Take the fields of `only` out of `fields`; raise UserError if one of them is there with another value."""
+    """Remove the keys of `only` from `fields`; raise UserError if one of them has another value than in `only`."""
     for key, expected in only.items():
         if (value := fields.pop(key, expected)) != expected:
             raise UserError(f"{where}: {key}: {value!r} is not supported; expected {expected!r}")

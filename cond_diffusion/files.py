@@ -1,4 +1,4 @@
-"""Files: written completely or not at all, hashed, and cached."""
+"""Atomic writes, hashes, and the cache folder."""
 
 import os
 from collections.abc import Iterable
@@ -12,14 +12,15 @@ from torch import Tensor
 
 
 def cache_folder() -> Path:
-    """Return where this machine keeps what is computed once."""
+    """Return the folder of cached results on this machine."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cond_diffusion"
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, all of it or nothing; OSError or SafetensorError where that fails.
+    """Write a safetensors file atomically. Several processes may write the same file at once.
 
-    Several processes may write the same one at once.
+    Raises:
+        OSError, SafetensorError: The file cannot be written; no partial file is left.
     """
     unfinished = file.with_suffix(f".{os.getpid()}")
     try:
@@ -34,16 +35,16 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str
 
 
 def hash_weights(digest: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Add names and values to a hash of `hashlib`'s."""
+    """Update a hash of `hashlib` with names and values of tensors."""
     for name, weight in weights:
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().numpy().data)
 
 
 def flush(path: Path) -> None:
-    """Ask the system to have `path` on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)

@@ -1,5 +1,6 @@
-"""What is fetched from others: safetensors, JSON and text, never a pickle, which can run code when it is loaded."""
+"""Downloads from and uploads to the Hugging Face Hub. Pickle files are refused, because they can execute code."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,114 +11,134 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
-from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.errors import UserError, first_line, user_errors
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
-# Of each part the one file that is read: pipelines of others hold the same weights in more precisions and formats.
+SHARDS = (".safetensors.index.json", "-*-of-*.safetensors")
+# Files of a pipeline that are used. Repositories often store the same weights in other precisions and formats too.
 FILES = [
     *("model_index.json", "config.yaml", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"),
     *(f"{part}/{name}" for part, weights in WEIGHTS.items() for name in ("config.json", weights)),
+    # Shards of large weights, listed in an index.
+    *(f"{part}/{Path(weights).stem}{end}" for part, weights in WEIGHTS.items() for end in SHARDS),
 ]
-CANNOT_REACH = (OSError, ValueError, RuntimeError, HTTPError)  # what the hub's client raises
+HUB_ERRORS = (OSError, ValueError, RuntimeError, HTTPError)  # raised by huggingface_hub
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Say whether a source that is no folder here can name a repository: owner/name."""
+    """Return whether a source that is not a local folder can be a repository on the Hub: owner/name."""
     return str(source).count("/") == 1 and not str(source).startswith((".", "/", "~"))
 
 
 def download(repo_id: str, files: Sequence[str] = FILES, **options: Any) -> Path:
-    """Fetch a pipeline from the hub, or find it where it was fetched before; return its folder.
+    """Download a pipeline from the Hub into huggingface_hub's cache.
 
-    files: what to fetch of it. options: huggingface_hub's revision, token, cache_dir and local_files_only.
+    Weights that a repository stores only in half precision are downloaded as such.
 
-    Of weights that are there in half precision alone that file is fetched.
+    Args:
+        files: Names or patterns of the files to download.
+        options: huggingface_hub's revision, token, cache_dir and local_files_only.
 
-    Raises UserError where it cannot be fetched, or has weights as pickles only.
+    Returns:
+        The local folder.
+
+    Raises:
+        UserError: The repository is not available, or has only pickled weights.
     """
     try:
         folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=[*files], **options))
-        lacking = _lacking(folder, files)
-        if lacking and not options.get("local_files_only"):
+        missing = _missing_weights(folder, files)
+        if missing and not options.get("local_files_only"):
             api = huggingface_hub.HfApi(token=options.get("token"))
             names = api.list_repo_files(repo_id, revision=options.get("revision"))
-            halves = [in_half(file) for file in lacking if in_half(file) in names]
-            if halves:
+            if halves := [half for file in missing if (half := in_half(file)) in names]:
                 folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=halves, **options))
-            for file in map(PurePosixPath, _lacking(folder, files)):
-                beside = [name for name in names if PurePosixPath(name).parent == file.parent]
-                _refuse(str(PurePosixPath(repo_id, file.parent)), beside, file.name)
-    except LocalEntryNotFoundError as error:
-        why = "local_files_only" if options.get("local_files_only") else first_line(error.__cause__ or error)
-        raise UserError(
-            f"there is no folder {repo_id}, and as a hub id it is not on this disk and cannot be fetched ({why}); "
-            "check the name and the network"
-        ) from error
+            for file in map(PurePosixPath, _missing_weights(folder, files)):
+                siblings = [name for name in names if PurePosixPath(name).parent == file.parent]
+                _refuse_pickle(str(PurePosixPath(repo_id, file.parent)), siblings, file.name)
     except UserError:
         raise
-    except CANNOT_REACH as error:
+    except HUB_ERRORS as error:
+        reason = first_line(error)
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "local_files_only" if options.get("local_files_only") else first_line(error.__cause__ or error)
         raise UserError(
-            f"there is no folder {repo_id}, and as a hub id it cannot be fetched ({first_line(error)}); "
-            "check the name and the network"
+            f"{repo_id}: not a local folder, and not available from the Hub or its cache ({reason}); check the name "
+            "and the network"
         ) from error
     return folder
 
 
 def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
-    """Make a repository of a folder, or a new commit in one that is there; return its address.
+    """Upload a folder to a new or existing repository on the Hub, as one commit.
 
-    Raises UserError where the hub does not take it.
+    Returns:
+        The URL of the repository.
+
+    Raises:
+        UserError: The upload failed.
     """
     api = huggingface_hub.HfApi(token=token)
-    try:
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
+    hint = "; check the name, the network and the token (hf auth login)"
+    with user_errors(f"{repo_id}: could not be uploaded to the Hub", *HUB_ERRORS, hint=hint):
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a cond_diffusion pipeline")
-    except CANNOT_REACH as error:
-        raise UserError(
-            f"{repo_id}: the hub does not take it ({first_line(error)}); check the name, the network, and the token "
-            "(hf auth login)"
-        ) from error
-    return str(address)
+    return str(url)
 
 
 def in_half(name: str) -> str:
-    """Return diffusers' and transformers' name for the same weights in half precision."""
+    """Return the file name that diffusers and transformers use for the same weights in half precision."""
     stem, _, suffix = name.rpartition(".")
     return f"{stem}.fp16.{suffix}"
 
 
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """Return the safetensors files of weights: one, in half precision if there is no other, or the shards of an index.
+
+    Raises:
+        UserError: The index is damaged.
+    """
+    index = folder / f"{name}.index.json"
+    if not (folder / name).exists() and index.exists():
+        with user_errors(f"{index} is damaged", ValueError, TypeError, KeyError, AttributeError):
+            shards = sorted(
+                {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+            )
+        return [folder / PurePosixPath(shard).name for shard in shards]
+    return [folder / (in_half(name) if variant_of(folder, name) else name)]
+
+
 def variant_of(folder: Path, name: str) -> str | None:
-    """Return "fp16", as diffusers and transformers call it, if the weights are there in half precision alone."""
+    """Return the `variant` argument of diffusers and transformers: "fp16" if there are only half-precision weights."""
     return "fp16" if _has_weights(folder, name) and not (folder / name).exists() else None
 
 
 def _has_weights(folder: Path, name: str) -> bool:
-    """Say whether the weights of this name are in a folder, in whatever precision."""
-    return any((folder / found).exists() for found in (name, in_half(name), f"{name}.index.json"))
+    """Return whether a folder contains these weights, in any precision, as one file or sharded."""
+    return any((folder / file).exists() for file in (name, in_half(name), f"{name}.index.json"))
 
 
-def _lacking(folder: Path, files: Sequence[str]) -> list[str]:
-    """Return the weights among `files` that are in no precision in a folder that has the rest of their part."""
-    weights = [name for name in files if name.endswith(".safetensors")]
-    gone = [name for name in weights if not _has_weights(folder, name)]
-    return [name for name in gone if gone == weights or ("/" in name and (folder / name).parent.is_dir())]
+def _missing_weights(folder: Path, files: Sequence[str]) -> list[str]:
+    """Return the weights among `files` that are missing from existing subfolders, or all if no weights exist."""
+    weights = [name for name in files if name.endswith(".safetensors") and "*" not in name]
+    missing = [name for name in weights if not _has_weights(folder, name)]
+    return [name for name in missing if missing == weights or ("/" in name and (folder / name).parent.is_dir())]
 
 
 def refuse_pickles(folder: Path, expected: str) -> None:
-    """Raise UserError if a folder has pickled weights in the place of the file that is `expected`."""
+    """Raise UserError if a folder contains pickled weights instead of the file `expected`."""
     if folder.is_dir() and not _has_weights(folder, expected):
-        _refuse(str(folder), (file.name for file in sorted(folder.iterdir())), expected)
+        _refuse_pickle(str(folder), (file.name for file in sorted(folder.iterdir())), expected)
 
 
-def _refuse(where: str, names: Iterable[str], expected: str) -> None:
+def _refuse_pickle(where: str, names: Iterable[str], expected: str) -> None:
     for name in names:
         if name.endswith(PICKLES):
             raise UserError(
-                f"{where} has its weights in {Path(name).name}, a pickle, which can run any code when it is loaded; "
-                f"expected {expected}"
+                f"{where}: {Path(name).name} is a pickle file, which can execute code when loaded; expected {expected}"
             )

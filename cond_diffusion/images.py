@@ -1,78 +1,92 @@
-"""Images: bytes outside, [-1, 1] inside; preprocessing, and grids of them."""
+"""Conversion between PIL images (bytes) and tensors in [-1, 1], preprocessing, and image grids."""
 
+import importlib.util
 import io
+import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 from textwrap import wrap
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from cond_diffusion.errors import UserError, first_line
 
+logger = logging.getLogger(__name__)
+
 PILLOW_MODES = {1: "L", 3: "RGB"}
-CANNOT_READ = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)  # Pillow's words
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)
 LABEL_WIDTH, LINE_HEIGHT = 112, 13  # pixels
 
 
 def to_model(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Map bytes 0..255 to [-1, 1], where diffusion happens."""
+    """Map bytes 0..255 to [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_bytes(x_0: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
-    """Map [-1, 1] back to bytes, rounding to the nearest and clipping what lies outside."""
+    """Map [-1, 1] to bytes, rounding to the nearest and clipping values outside."""
     return ((x_0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def to_pillow(images: Float[Tensor, "b c h w"]) -> list[Image.Image]:
-    """Turn pictures in [-1, 1] into PIL's, grey or RGB."""
+    """Convert images in [-1, 1] to PIL images, grayscale or RGB."""
     arrays = rearrange(to_bytes(images), "b c h w -> b h w c").cpu().numpy()
     return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in arrays]
 
 
-def from_pillow(picture: Image.Image) -> Float[Tensor, "c h w"]:
-    """Turn a grey or RGB picture of PIL's into one in [-1, 1]."""
-    shape = (picture.height, picture.width, len(picture.getbands()))
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(shape)
+def from_pillow(image: Image.Image) -> Float[Tensor, "c h w"]:
+    """Convert a grayscale or RGB PIL image to a tensor in [-1, 1]."""
+    shape = (image.height, image.width, len(image.getbands()))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(shape)
     return to_model(rearrange(pixels, "h w c -> 1 c h w"))[0]
 
 
-def normalize_image(picture: Image.Image, background: str = "black") -> Image.Image:
-    """Turn upright what a camera marked as rotated, in grey or RGB of 8 bits; transparent ones lie on `background`."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow would cut them at 255
-        picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture.convert("RGBA"))
-    return picture if picture.mode in PILLOW_MODES.values() else picture.convert("L" if picture.mode == "1" else "RGB")
+def normalize_image(image: Image.Image, background: str = "black") -> Image.Image:
+    """Apply the EXIF orientation, composite transparency on `background`, and convert to 8-bit grayscale or RGB.
+
+    Raises:
+        ValueError: For 32-bit values, which have no agreed range.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # of these "I" is 16 bits
+        raise ValueError(f"32-bit values (mode {image.mode}) have no agreed range; convert the image to 8 or 16 bits")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits per pixel; Pillow would clip at 255
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
+    return image if image.mode in PILLOW_MODES.values() else image.convert("L" if image.mode == "1" else "RGB")
 
 
 def fit(
-    picture: Image.Image, size: tuple[int, int], channels: int, background: str = "black", place: float = 0.5
+    image: Image.Image, size: tuple[int, int], channels: int, background: str = "black", place: float = 0.5
 ) -> Image.Image:
-    """Turn upright, resize the short side to the size (width, height) with antialiasing, and crop what is too long.
+    """Normalize an image, resize its shorter side with antialiasing, and crop its longer side.
 
-    place: what is kept of it, from 0, the left or upper end, over the centre to 1, the right or lower one.
+    Args:
+        size: (width, height) in pixels.
+        place: Position of the crop: 0 keeps the left or upper end, 0.5 the center, 1 the right or lower end.
     """
-    picture = normalize_image(picture, background).convert(PILLOW_MODES[channels])
-    if picture.size == size:
-        return picture
-    return ImageOps.fit(picture, size, Image.Resampling.LANCZOS, centering=(place, place))
+    image = normalize_image(image, background).convert(PILLOW_MODES[channels])
+    if image.size == size:
+        return image
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=(place, place))
 
 
 class Pictures(list[Image.Image]):
-    """PIL images, which a notebook shows as a grid."""
+    """List of PIL images that a notebook displays as a grid."""
 
     def __init__(self, images: Iterable[Image.Image] = (), columns: int = 1) -> None:
         super().__init__(images)
         self.columns = columns
 
     def _repr_png_(self) -> bytes | None:
-        """Return what a notebook displays (IPython's name for it): small pictures enlarged."""
+        """Return the grid as PNG for IPython; small images are enlarged."""
         if not self:
             return None
         file = io.BytesIO()
@@ -81,7 +95,11 @@ class Pictures(list[Image.Image]):
 
 
 def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None) -> Image.Image:
-    """Lay equally large pictures out row by row, two pixels apart; with a label each, on the left of the rows."""
+    """Arrange images of equal size in rows, with gaps of two pixels.
+
+    Args:
+        labels: One text per row, shown on its left.
+    """
     width, height = images[0].size
     rows = -(-len(images) // columns)
     left = LABEL_WIDTH if labels else 0
@@ -90,31 +108,52 @@ def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | No
     for i, label in enumerate(labels or ()):
         lines = wrap(label, 22, max_lines=max(1, height // LINE_HEIGHT), placeholder="…")
         top = i * (height + 2) + (height - LINE_HEIGHT * len(lines)) // 2
-        draw.multiline_text((2, top), "\n".join(lines), fill="white", font_size=10, spacing=2)
-    for i, image in enumerate(images):  # over the end of a label in wide letters
+        font = ImageFont.load_default(10) if label.isascii() else _unicode_font()
+        draw.multiline_text((2, top), "\n".join(lines), fill="white", font=font, spacing=2)
+    for i, image in enumerate(images):  # after the labels, because wide letters can exceed LABEL_WIDTH
         sheet.paste(image, (left + (i % columns) * (width + 2), (i // columns) * (height + 2)))
     return sheet
 
 
-def enlarged(picture: Image.Image, width: int) -> Image.Image:
-    """Repeat the pixels of a small picture until it is at least so wide."""
-    factor = max(1, -(-width // picture.width))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+@cache
+def _unicode_font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Return DejaVu Sans, of the system or of matplotlib; the default font has no letters beyond ASCII."""
+    matplotlib = importlib.util.find_spec("matplotlib")
+    folder = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" if matplotlib and matplotlib.origin else None
+    for path in ("DejaVuSans.ttf", *([] if folder is None else [str(folder / "DejaVuSans.ttf")])):
+        with suppress(OSError):
+            return ImageFont.truetype(path, 10)
+    logger.warning("labels: no font with letters beyond ASCII was found; install DejaVu Sans or matplotlib")
+    return ImageFont.load_default(10)
+
+
+def enlarged(image: Image.Image, width: int) -> Image.Image:
+    """Enlarge an image by the smallest integer factor that makes it at least `width` pixels wide."""
+    factor = max(1, -(-width // image.width))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def open_image(path: str, option: str) -> Image.Image:
-    """Read the picture at `path`, upright; raise UserError, naming the option that gave it, where there is none."""
-    with opened_image(path, option) as picture:
-        return normalize_image(picture)
+    """Load an image file and normalize it.
+
+    Args:
+        option: Prefix of the error message.
+
+    Raises:
+        UserError: The file does not exist or is not a readable image.
+    """
+    with opened_image(path, option) as image:
+        return normalize_image(image)
 
 
 @contextmanager
 def opened_image(path: str, option: str) -> Iterator[Image.Image]:
+    """Open an image file as PIL does and load its pixels; raises the errors of `open_image`."""
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            yield picture
+        with Image.open(path) as image:
+            image.load()
+            yield image
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{option}: there is no file {path}") from error
-    except CANNOT_READ as error:
-        raise UserError(f"{option}: {path} holds no picture that can be read ({first_line(error)})") from error
+    except PILLOW_ERRORS as error:
+        raise UserError(f"{option}: {path} is not a readable image ({first_line(error)})") from error

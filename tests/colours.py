@@ -79,14 +79,14 @@ def write(folder: Path, kind: str, count: int) -> list[str]:
     for name, png, text in rows:
         (folder / f"{name}.png").write_bytes(png)
         if kind == "beside":
-            (folder / f"{name}.txt").write_text(f"{text}\n")
+            (folder / f"{name}.txt").write_text(f"{text}\n", encoding="utf-8")
     names, texts = [f"{name}.png" for name, _, _ in rows], [text for _, _, text in rows]
     match kind:
         case "jsonl":
             lines = [json.dumps({"file_name": n, "text": t}) for n, t in zip(names, texts, strict=True)]
-            (folder / "metadata.jsonl").write_text("\n".join(lines))
+            (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
         case "csv":
-            with (folder / "metadata.csv").open("w", newline="") as file:
+            with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("file_name", "text"), *zip(names, texts, strict=True)])
         case "metadata.parquet":
             datasets.Dataset.from_dict({"file_name": names, "text": texts}).to_parquet(folder / "metadata.parquet")

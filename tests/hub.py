@@ -1,4 +1,4 @@
-"""Stand-ins for the hub on this machine; the one here serves a folder as the data set someone/pictures."""
+"""Local servers that implement the parts of the Hub's HTTP API that the tests need: for models and for a data set."""
 
 import base64
 import hashlib
@@ -17,21 +17,21 @@ API = "/api/datasets/someone/pictures"
 COMMIT = "0" * 40
 
 
-class Answering(BaseHTTPRequestHandler):
-    """How every stand-in for the hub answers."""
+class HubHandler(BaseHTTPRequestHandler):
+    """Base class of the servers: JSON and file responses."""
 
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Disable the request log."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def _json(self, value: Any) -> None:
-        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        self._respond(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _answer(self, code: int, content: bytes, headers: dict[str, str]) -> None:
+    def _respond(self, code: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(code)
         for name, value in {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT, **headers}.items():
             self.send_header(name, value)
@@ -40,8 +40,8 @@ class Answering(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-class ModelHub(Answering):
-    """Takes and gives models, in memory: repository -> path -> content; takes with the token "secret" only."""
+class ModelHub(HubHandler):
+    """Hub for models, in memory: repository -> path -> content. Uploads require the token "secret"."""
 
     repositories: dict[str, dict[str, bytes]] = {}  # noqa: RUF012
     asked: list[str] = []  # noqa: RUF012
@@ -49,20 +49,20 @@ class ModelHub(Answering):
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
         self.asked.append(path)
-        if of_api := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(\w+))?", path):
-            if (repository := self.repositories.get(of_api[1])) is None or of_api[2] == "nowhere":
+        if api_match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(\w+))?", path):
+            if (repository := self.repositories.get(api_match[1])) is None or api_match[2] == "nowhere":
                 code = "RepoNotFound" if repository is None else "RevisionNotFound"
-                return self._answer(404, b"{}", {"X-Error-Code": code})
+                return self._respond(404, b"{}", {"X-Error-Code": code})
             siblings = [{"rfilename": name} for name in repository]
-            return self._json({"_id": "1", "id": of_api[1], "sha": COMMIT, "tags": [], "siblings": siblings})
-        if of_tree := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/\w+", path):
-            sizes = {name: len(content) for name, content in self.repositories[of_tree[1]].items()}
+            return self._json({"_id": "1", "id": api_match[1], "sha": COMMIT, "tags": [], "siblings": siblings})
+        if tree_match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/\w+", path):
+            sizes = {name: len(content) for name, content in self.repositories[tree_match[1]].items()}
             return self._json([{"type": "file", "path": name, "size": n, "oid": name} for name, n in sizes.items()])
-        of_file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/\w+/(.+)", path)
-        content = self.repositories.get(of_file[1], {}).get(of_file[2]) if of_file else None
+        file_match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/\w+/(.+)", path)
+        content = self.repositories.get(file_match[1], {}).get(file_match[2]) if file_match else None
         if content is not None:
-            return self._answer(200, content, {"ETag": f'"{abs(hash(content)):x}"'})
-        return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+            return self._respond(200, content, {"ETag": f'"{abs(hash(content)):x}"'})
+        return self._respond(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -70,20 +70,20 @@ class ModelHub(Answering):
         if path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
         if self.headers.get("Authorization") != "Bearer secret":
-            return self._answer(401, b"{}", {})
+            return self._respond(401, b"{}", {})
         if path == "/api/repos/create":
             name = "/".join(filter(None, (json.loads(body).get("organization"), json.loads(body)["name"])))
             self.repositories.setdefault(name, {})
             return self._json({"url": f"http://{self.headers['Host']}/{name}"})
-        repository = path.removeprefix("/api/models/").split("/")
-        name, what = "/".join(repository[:2]), repository[2]
-        if what == "preupload":
+        owner, repository, action = path.removeprefix("/api/models/").split("/")[:3]
+        name = f"{owner}/{repository}"
+        if action == "preupload":
             files = [
                 {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
                 for file in json.loads(body)["files"]
             ]
             return self._json({"files": files})
-        assert what == "commit"
+        assert action == "commit"
         for line in body.splitlines():
             entry = json.loads(line)
             if entry["key"] == "file":
@@ -91,8 +91,8 @@ class ModelHub(Answering):
         return self._json({"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
 
 
-class Hub(Answering):
-    """Answers what `datasets` and `huggingface_hub` ask of a data set: what is in it, and its files, in ranges."""
+class DatasetHub(HubHandler):
+    """Serves the files of a folder as the data set someone/pictures, with range requests."""
 
     def __init__(self, folder: Path, *connection: Any) -> None:
         self.folder = folder
@@ -107,20 +107,20 @@ class Hub(Answering):
         elif "/resolve/" in path and (file := self.folder / path.split("/")[-1]).is_file():
             self._file(file)
         else:
-            self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+            self._respond(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
     def _entry(self, file: Path) -> dict[str, Any]:
         return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": _hash(file)}
 
     def _file(self, file: Path) -> None:
         content, headers = file.read_bytes(), {"ETag": f'"{_hash(file)}"', "Accept-Ranges": "bytes"}
-        if wanted := self.headers.get("Range"):
-            first, last = wanted.removeprefix("bytes=").split("-")
+        if byte_range := self.headers.get("Range"):
+            first, last = byte_range.removeprefix("bytes=").split("-")
             stop = min(int(last or len(content)) + 1, len(content))
             headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(content)}"
-            self._answer(206, content[int(first) : stop], headers)
+            self._respond(206, content[int(first) : stop], headers)
         else:
-            self._answer(200, content, headers)
+            self._respond(200, content, headers)
 
 
 def _hash(file: Path) -> str:
@@ -129,8 +129,8 @@ def _hash(file: Path) -> str:
 
 @contextmanager
 def hub(folder: Path) -> Iterator[str]:
-    """Serve the files of `folder`; give the address for HF_ENDPOINT."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder)) as server:
+    """Serve the files of `folder` as the data set someone/pictures; yield the URL for HF_ENDPOINT."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(DatasetHub, folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()

@@ -1,4 +1,4 @@
-"""Models whose answer is known in closed form, and all samplers that are tested with them."""
+"""Closed-form denoisers, and the samplers that are tested with them."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ SAMPLERS: dict[str, Sampler] = {
 def mixture_denoiser(
     schedule: NoiseSchedule, means: list[float], deviations: list[float], weights: list[float]
 ) -> Denoiser:
-    """The best x_0_hat for data that is a mixture of Gaussians: E[x_0 | x_t], each part's by Bayes."""
+    """Return the optimal denoiser, x_0_hat = E[x_0 | x_t], of data that is a mixture of Gaussians."""
     mean, variance, weight = (
         torch.tensor(values, dtype=torch.float64) for values in (means, [d**2 for d in deviations], weights)
     )
@@ -38,9 +38,9 @@ def mixture_denoiser(
         alpha_bar = schedule.alpha_bar[t]
         alpha = alpha_bar.sqrt()
         noised = alpha_bar * variance + 1 - alpha_bar
-        off = x_t[..., None].double() - alpha * mean
-        share = (weight.log() - noised.log() / 2 - off**2 / (2 * noised)).softmax(-1)
-        x_0 = (share * (mean + alpha * variance / noised * off)).sum(-1)
+        distance = x_t[..., None].double() - alpha * mean
+        responsibility = (weight.log() - noised.log() / 2 - distance**2 / (2 * noised)).softmax(-1)
+        x_0 = (responsibility * (mean + alpha * variance / noised * distance)).sum(-1)
         eps = (x_t.double() - alpha * x_0) / (1 - alpha_bar).sqrt()
         return DenoiserOutput(x_0.to(x_t), eps.to(x_t))
 

@@ -1,4 +1,4 @@
-"""A small Stable Diffusion with random weights, written by diffusers alone."""
+"""A small Stable Diffusion pipeline with random weights, created with diffusers only."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ SIDE = 32
 
 
 def autoencoder() -> AutoencoderKL:
-    """A random one that makes pictures half as wide and high."""
+    """Return an autoencoder with random weights and a downsampling factor of 2."""
     torch.manual_seed(0)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -24,27 +24,27 @@ def autoencoder() -> AutoencoderKL:
 
 
 def stable_diffusion(folder: Path, prediction: str, **scheduler: Any) -> Path:
-    """Write a small Stable Diffusion with random weights by diffusers alone."""
+    """Write a small Stable Diffusion pipeline with random weights with diffusers; return its folder."""
     torch.manual_seed(1)
-    text = TextEncoder.from_pretrained(BUILT_IN_ENCODER, 16)
+    text_encoder = TextEncoder.from_pretrained(BUILT_IN_ENCODER, 16)
     unet = UNet2DConditionModel(
         sample_size=SIDE // 2,
         layers_per_block=1,
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=text.context_dim,
+        cross_attention_dim=text_encoder.context_dim,
         attention_head_dim=4,
         norm_num_groups=8,
     )
-    stable = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-    text.tokenizer.model_max_length = 16
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    text_encoder.tokenizer.model_max_length = 16
     StableDiffusionPipeline(
         vae=autoencoder(),
-        text_encoder=text.clip,
-        tokenizer=text.tokenizer,
+        text_encoder=text_encoder.clip,
+        tokenizer=text_encoder.tokenizer,
         unet=unet,
-        scheduler=DDPMScheduler(**stable, steps_offset=1, prediction_type=prediction, **scheduler),
+        scheduler=DDPMScheduler(**schedule, steps_offset=1, prediction_type=prediction, **scheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -1,4 +1,4 @@
-"""Nothing that is loaded can run code: not a checkpoint, a text encoder, an autoencoder, a LoRA, or a repository."""
+"""Loading a checkpoint, text encoder, autoencoder, LoRA or Hub repository never executes code from it."""
 
 import ast
 import json
@@ -25,7 +25,7 @@ from cond_diffusion.training.trainer import train
 
 LIBRARIES = {"transformers", "diffusers", "peft"}
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "DiffusionPipeline")
-# diffusers' class does not know trust_remote_code; `latents.py` reads its config.json before.
+# This diffusers class has no trust_remote_code option; `latents.py` checks its config.json first.
 CONCRETE = {"AutoencoderKL"}
 
 CODE = """
@@ -61,30 +61,30 @@ POISONS: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.fixture
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that the code of `poison` makes; whoever is asked whether to run it says yes."""
+    """Path of the file that the code added by `poison` creates. Prompts whether to run code are answered with yes."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "ran"
 
 
 def poison(folder: Path, marker: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Put code beside every file of a folder and its sub-folders, and point the JSON there to it."""
+    """Add code to a folder and its sub-folders, and reference it from the JSON files there."""
     for part in {folder, *(path for path in folder.rglob("*") if path.is_dir())}:
-        (part / "evil.py").write_text(CODE.format(marker=str(marker)))
+        (part / "evil.py").write_text(CODE.format(marker=str(marker)), encoding="utf-8")
         for name, fields in files.items():
-            before = json.loads((part / name).read_text()) if (part / name).exists() else {}
-            (part / name).write_text(json.dumps(before | fields))
+            before = json.loads((part / name).read_text(encoding="utf-8")) if (part / name).exists() else {}
+            (part / name).write_text(json.dumps(before | fields), encoding="utf-8")
 
 
-def load(marker: Path, way_in: Callable[[], object]) -> None:
-    """Load what is poisoned: a UserError or not, its code does not run."""
+def load(marker: Path, load_poisoned: Callable[[], object]) -> None:
+    """Load a poisoned object, which may raise UserError, and assert that its code did not run."""
     with suppress(UserError):
-        way_in()
+        load_poisoned()
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("name", POISONS)
-def test_a_poisoned_folder_runs_no_code(
+def test_poisoned_folder_runs_no_code(
     name: str, marker: Path, tmp_path: Path, bars_overrides: list[str], model_hub: type[ModelHub]
 ):
     checkpoint, clip = tmp_path / "checkpoint", tmp_path / "clip"
@@ -101,16 +101,18 @@ def test_a_poisoned_folder_runs_no_code(
         load(marker, lambda source=source: TextEncoder.from_pretrained(source, 16))
         load(marker, lambda source=source: ClipJudge.from_pretrained(source))
     for key in ("text.encoder", "init_from"):
-        own = [f"{key}={checkpoint}", "train.max_steps=1", f"run_dir={tmp_path / key}"]
-        load(marker, lambda own=own: train(load_config(Config, overrides=[*bars_overrides, *own])))
+        overrides = [f"{key}={checkpoint}", "train.max_steps=1", f"run_dir={tmp_path / key}"]
+        load(marker, lambda overrides=overrides: train(load_config(Config, overrides=[*bars_overrides, *overrides])))
 
 
 @pytest.mark.parametrize("name", POISONS)
-def test_a_poisoned_autoencoder_runs_no_code(name: str, marker: Path, tmp_path: Path, model_hub: type[ModelHub]):
+def test_poisoned_autoencoder_runs_no_code(name: str, marker: Path, tmp_path: Path, model_hub: type[ModelHub]):
     folder = stable_diffusion(tmp_path / "stable", "epsilon")
     poison(folder, marker, POISONS[name])
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["evil", "Evil"], "unet": ["evil", "Evil"]}))
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"vae": ["evil", "Evil"], "unet": ["evil", "Evil"]}), encoding="utf-8"
+    )
     files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     model_hub.repositories["someone/stable"] = files
     for source in (folder, "someone/stable"):
@@ -118,14 +120,14 @@ def test_a_poisoned_autoencoder_runs_no_code(name: str, marker: Path, tmp_path: 
         load(marker, lambda source=source: VAE.from_pretrained(source))
 
 
-def test_a_poisoned_lora_runs_no_code(marker: Path, tmp_path: Path, model_hub: type[ModelHub]):
+def test_poisoned_lora_runs_no_code(marker: Path, tmp_path: Path, model_hub: type[ModelHub]):
     matrix = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     unet = load_file(BUILT_IN_MODEL / "unet" / "diffusion_pytorch_model.safetensors")
     weight = unet[f"{matrix.removeprefix('unet.')}.weight"]
     lora = {f"{matrix}.lora_A.weight": weight[:2].clone(), f"{matrix}.lora_B.weight": weight[:, :2].clone()}
     evil = POISONS["an adapter"]["adapter_config.json"]
-    told = json.dumps({f"unet.{key}": value for key, value in evil.items()})
-    save_file(lora, tmp_path / "pytorch_lora_weights.safetensors", metadata={"lora_adapter_metadata": told})
+    adapter_metadata = json.dumps({f"unet.{key}": value for key, value in evil.items()})
+    save_file(lora, tmp_path / "pytorch_lora_weights.safetensors", metadata={"lora_adapter_metadata": adapter_metadata})
     poison(tmp_path, marker, POISONS["an adapter"])
     model_hub.repositories["someone/lora"] = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     for source in (tmp_path, "someone/lora"):
@@ -139,19 +141,19 @@ def _imported(tree: ast.AST) -> set[str]:
 
 
 def _is_safe(call: ast.Call) -> bool:
-    said = {keyword.arg: keyword.value for keyword in call.keywords}.get("trust_remote_code")
-    return isinstance(said, ast.Constant) and said.value is False
+    value = {keyword.arg: keyword.value for keyword in call.keywords}.get("trust_remote_code")
+    return isinstance(value, ast.Constant) and value.value is False
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "cond_diffusion").rglob("*.py")), ids=lambda file: file.name)
-def test_every_call_that_loads_says_that_no_code_is_to_be_run(file: Path):
-    tree = ast.parse(file.read_text())
+def test_every_loading_call_disables_remote_code(file: Path):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     imported = _imported(tree)
     assert not imported & set(AUTO_CLASSES)
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         match call.func:
             case ast.Attribute(value=ast.Name(id=owner), attr="from_pretrained" | "from_config" | "load_config"):
-                # A class in a variable (`kind`, `cls`) counts as one of theirs, unless it is a method's own.
+                # A class in a variable is assumed to be a library's, unless it is `cls` in a class method.
                 ours = owner not in imported and owner[0].isupper()
                 assert ours or owner in (*CONCRETE, "cls") or _is_safe(call), f"{file.name}:{call.lineno}"
             case ast.Attribute(attr="load" | "loads", value=ast.Name(id="torch" | "pickle" | "dill")):

@@ -1,24 +1,24 @@
-"""The training order: random, endless, and readable from anywhere."""
+"""Seeding and the training order."""
 
 import torch
 
 from cond_diffusion.seeding import generator, permute_indices, sample_indices
 
 
-def test_each_epoch_is_a_permutation_of_its_own():
+def test_each_epoch_is_a_different_permutation():
     order = sample_indices(10, seed=3, start=0, count=30).reshape(3, 10)
     assert order.sort(dim=1).values.tolist() == [[*range(10)]] * 3
     assert len({tuple(epoch) for epoch in order.tolist()}) == 3
     assert order.flatten().tolist() != sample_indices(10, seed=4, start=0, count=30).tolist()
 
 
-def test_any_position_is_reached_without_those_before_it():
+def test_any_range_of_the_order_is_computed_independently():
     whole = sample_indices(7, seed=0, start=0, count=100)
     for start, count in ((0, 5), (5, 4), (6, 1), (7, 7), (13, 20), (93, 7)):
         assert torch.equal(sample_indices(7, seed=0, start=start, count=count), whole[start : start + count])
 
 
-def test_permutations_and_streams_depend_on_purpose_and_counters_alone():
+def test_permutations_and_generators_depend_only_on_purpose_and_counters():
     torch.manual_seed(1)
     first = permute_indices(torch.arange(50), 50, "held out")
     torch.manual_seed(2)

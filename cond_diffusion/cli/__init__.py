@@ -1,1 +1,1 @@
-"""The commands: parsing and printing."""
+"""Commands: argument parsing and output."""

@@ -1,4 +1,4 @@
-"""The commands `evaluate`, which measures samples beside real images, and `likelihood`, the bits per dimension."""
+"""The commands `evaluate`, which compares samples with real images, and `likelihood`, a bound in bits per dimension."""
 
 import argparse
 import importlib.util
@@ -8,6 +8,7 @@ from pathlib import Path
 from cond_diffusion.cli.main import add_options
 from cond_diffusion.config.run import Config
 from cond_diffusion.config.sampling import SamplingOptions
+from cond_diffusion.config.schema import expand_home, local_path
 from cond_diffusion.data.loader import open_training_data
 from cond_diffusion.diffusion.samplers import sampling_timesteps
 from cond_diffusion.errors import UserError
@@ -26,28 +27,32 @@ from cond_diffusion.pipeline.text_to_image import TextToImage
 
 
 def evaluate_command(arguments: list[str] | None = None) -> None:
-    """Measure a checkpoint's samples, print the table, and write a folder with all results."""
-    parser = _parser("Measure a checkpoint's samples beside real images.")
+    """Evaluate samples of a checkpoint, print a table, and write all results to a folder."""
+    parser = _parser("Compare samples of a checkpoint with real images.")
     parser.add_argument("--samples", type=int, default=1000, help="number of images to generate (default: %(default)s)")
-    parser.add_argument("--paraphrases", action="store_true", help="use all captions but the first of each group")
+    parser.add_argument("--paraphrases", action="store_true", help="use all captions except the first of each group")
     add_options(parser, SamplingOptions, only=REPORTED_OPTIONS, defaults=reported(DEFAULT_SAMPLING))
-    parser.add_argument("--features", metavar="CLIP", help="folder or hub id of a CLIP to measure distances with")
+    parser.add_argument(
+        "--features", type=expand_home, metavar="CLIP", help="folder or Hub id of a CLIP for feature distances"
+    )
     parser.add_argument("--sweep", action="store_true", help="also sweep over guidance scales, samplers and steps")
-    parser.add_argument("--output", type=Path, default=Path("evaluation"), help="a folder (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=local_path, default=Path("evaluation"), help="output folder (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     _check_minimum("samples", options.samples, 10)
     for package in ("torchmetrics", "matplotlib"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f'evaluation needs {package}; install it: pip install "cond_diffusion[eval]"')
-    typed = {name: value for name, value in vars(options).items() if name in REPORTED_OPTIONS}
-    sampling = SamplingOptions(**{**reported(DEFAULT_SAMPLING), **typed})
+            raise UserError(f'evaluate: requires {package}; install it with: pip install "cond_diffusion[eval]"')
+    given = {name: value for name, value in vars(options).items() if name in REPORTED_OPTIONS}
+    sampling = SamplingOptions(**{**reported(DEFAULT_SAMPLING), **given})
     pipe, config = _load(options.checkpoint)
     sampling_timesteps(sampling.sampler, pipe.schedule, sampling.steps)
     for name in ("guidance_scale", "seed"):
         sampling.per_prompt(name, 1)
     features = load_clip_judge(options.features, config.data) if options.features else None
     settings = {
-        # A run folder stands for its newest checkpoint, which changes while it trains.
+        # A run folder refers to its newest checkpoint, which changes during training.
         "checkpoint": str(pipe.folder) if Path(options.checkpoint).is_dir() else options.checkpoint,
         **{name: getattr(options, name) for name in ("samples", "paraphrases", "features")},
         **reported(sampling),
@@ -62,16 +67,16 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
     print(format_table(samples, results.part("held-out loss", lambda: held_out_loss(pipe, config, training_data))))
     if options.sweep:
         sweep(evaluator, generate, sampling, results, count, pipe.schedule.num_timesteps)
-    print(f"\nwrote {options.output}")
+    print(f"\nsaved {options.output}")
 
 
 def likelihood_command(arguments: list[str] | None = None) -> None:
-    """Print the variational bound of a checkpoint's own data."""
-    parser = _parser("The variational bound of real images, in bits per dimension.")
-    parser.add_argument("--split", default="test", help="of the checkpoint's own data (default: %(default)s)")
-    parser.add_argument("--samples", type=int, help="number of images, from the first one (default: all)")
-    parser.add_argument("--batch-size", type=int, default=250, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    """Print the variational bound of the data that a checkpoint was trained on."""
+    parser = _parser("Compute the variational bound of real images, in bits per dimension.")
+    parser.add_argument("--split", default="test", help="split of the training data (default: %(default)s)")
+    parser.add_argument("--samples", type=int, help="number of images, starting at the first (default: all)")
+    parser.add_argument("--batch-size", type=int, default=250, help="images per batch (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     options = parser.parse_args(arguments)
     _check_minimum("samples", options.samples, 1)
     _check_minimum("batch-size", options.batch_size, 1)
@@ -83,14 +88,14 @@ def likelihood_command(arguments: list[str] | None = None) -> None:
 
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    where = "a run folder, a checkpoint folder or a hub id (default: %(default)s)"
-    parser.add_argument("--checkpoint", default="builtin", help=where)
+    checkpoint_help = "a run folder, a checkpoint folder or a Hub id (default: %(default)s)"
+    parser.add_argument("--checkpoint", type=expand_home, default="builtin", help=checkpoint_help)
     return parser
 
 
 def _check_minimum(option: str, value: int | None, minimum: int) -> None:
     if value is not None and value < minimum:
-        raise UserError(f"--{option}: {value} must be at least {minimum}")
+        raise UserError(f"--{option}: {value}; expected at least {minimum}")
 
 
 def _load(checkpoint: str) -> tuple[TextToImage, Config]:

@@ -1,6 +1,6 @@
-"""`cond-diffusion COMMAND`, also as `python -m cond_diffusion COMMAND`; train.py and sample.py run two of them.
+"""The command line: `cond-diffusion COMMAND`, `python -m cond_diffusion COMMAND`, train.py and sample.py.
 
-A command's module is imported when it runs, so that `--help` answers at once.
+The module of a command is imported when the command runs, so that `--help` is fast.
 """
 
 import argparse
@@ -14,57 +14,59 @@ from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
+from cond_diffusion.config.schema import local_path
 from cond_diffusion.errors import Interrupted, UserError, did_you_mean
 
 COMMANDS = {
-    "train": ("main:train", "train a model, or check a run beforehand"),
-    "sample": ("sample:sample", "sample images of prompts"),
-    "evaluate": ("evaluate:evaluate_command", "measure a checkpoint's samples beside real images"),
-    "likelihood": ("evaluate:likelihood_command", "bound the likelihood of real images, in bits per dimension"),
+    "train": ("main:train", "train a model, or check a run before training"),
+    "sample": ("sample:sample", "generate images from prompts"),
+    "evaluate": ("evaluate:evaluate_command", "compare samples of a checkpoint with real images"),
+    "likelihood": ("evaluate:likelihood_command", "compute a likelihood bound of real images, in bits per dimension"),
     "pretrain-clip": ("main:pretrain_clip", "train a small CLIP on a captioned data set"),
-    "demo": ("demo:demo", "open a page in the browser that samples"),
+    "demo": ("demo:demo", "open a web page that generates images"),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; return its exit code."""
+    """Run the command that the arguments name, and return its exit code."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print("usage: cond-diffusion COMMAND [-h] ...\n\ncommands:")
-        print("\n".join(f"  {command:15}{purpose}" for command, (_, purpose) in COMMANDS.items()))
+        print("\n".join(f"  {command:15}{description}" for command, (_, description) in COMMANDS.items()))
         return 0
     if name not in COMMANDS:
-        print(f"error: {name} is none of {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}", file=sys.stderr)
+        print(f"error: {name}{did_you_mean(name, COMMANDS)}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    sys.argv[0] = f"cond-diffusion {name}"  # what usage lines show
+    sys.argv[0] = f"cond-diffusion {name}"  # shown in usage lines
     return run(name, rest)
 
 
 def run(name: str, arguments: list[str] | None = None) -> int:
-    """Run a command by its name, with the process's own arguments if none are given; return its exit code."""
+    """Run a command by name, by default with the arguments of the process, and return its exit code."""
     module, function = COMMANDS[name][0].split(":")
     return command_line(lambda: getattr(importlib.import_module(f"cond_diffusion.cli.{module}"), function)(arguments))
 
 
 def command_line(command: Callable[[], None]) -> int:
-    """Set up logging, and run a command: bad input becomes one line and exit code 2, a signal 128 and its number.
+    """Set up logging, run a command, and return its exit code.
 
-    Of several processes the one of rank 0 logs.
+    A UserError is printed as one line and gives exit code 2; a signal gives 128 plus its number. Only the process of
+    rank 0 logs.
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     is_main = os.environ.get("RANK", "0") == "0"
-    ours, on_screen = logging.getLogger("cond_diffusion"), logging.StreamHandler()
-    before = ours.level
-    ours.setLevel(logging.INFO if is_main else logging.ERROR)
-    ours.addHandler(on_screen)
-    # The hub's client logs each of its retries; that it cannot be reached is one line of ours.
+    logger, handler = logging.getLogger("cond_diffusion"), logging.StreamHandler()
+    previous_level = logger.level
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    logger.addHandler(handler)
+    # huggingface_hub logs each retry; an unreachable Hub is reported as a UserError.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        with logging_redirect_tqdm([ours]):
+        with logging_redirect_tqdm([logger]):
             command()
     except UserError as error:
-        # Of several processes that all have the same error, one prints it.
+        # An error that all processes share is printed once.
         if error.of_this_process or is_main:
             print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,20 +75,20 @@ def command_line(command: Callable[[], None]) -> int:
             print(str(interruption) or "interrupted", file=sys.stderr)
         return 128 + (interruption.signal if isinstance(interruption, Interrupted) else SIGINT)
     finally:
-        ours.removeHandler(on_screen)
-        ours.setLevel(before)
+        logger.removeHandler(handler)
+        logger.setLevel(previous_level)
     return 0
 
 
 def train(arguments: list[str] | None = None) -> None:
-    """Train a model, or check a run beforehand."""
+    """Train a model, or check a run before training."""
     from cond_diffusion.config.run import Config, load_config
 
     parser = config_parser("Train a text-to-image model.", Path("mnist"))
-    parser.add_argument("--check", action="store_true", help="inspect the data, overfit one batch, and train nothing")
-    given = parser.parse_intermixed_args(arguments)
-    config = load_config(Config, config_file(given.config), given.overrides)
-    if given.check:
+    parser.add_argument("--check", action="store_true", help="check the data and overfit one batch, without training")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(Config, config_file(options.config), options.overrides)
+    if options.check:
         from cond_diffusion.training.preflight import check
 
         for line in check(config):
@@ -107,26 +109,26 @@ def pretrain_clip(arguments: list[str] | None = None) -> None:
     """Train a small CLIP on a captioned data set."""
     from cond_diffusion.config.run import ClipPretrainingConfig, load_config
 
-    given = config_parser("Train a small CLIP on a captioned data set.").parse_intermixed_args(arguments)
-    config = load_config(ClipPretrainingConfig, given.config and config_file(given.config), given.overrides)
+    options = config_parser("Train a small CLIP on a captioned data set.").parse_intermixed_args(arguments)
+    config = load_config(ClipPretrainingConfig, options.config and config_file(options.config), options.overrides)
     from cond_diffusion.training.clip_pretraining import pretrain
 
     for caption, accuracy in pretrain(config).items():
-        print(f"zero-shot accuracy on the {config.test_split} images, captions like {caption!r}: {accuracy:.2%}")
-    print(f"saved {config.run_dir}; train with it by text.encoder={config.run_dir}")
+        print(f"zero-shot accuracy on the {config.test_split} split, captions such as {caption!r}: {accuracy:.2%}")
+    print(f"saved {config.run_dir}; use it for training with text.encoder={config.run_dir}")
 
 
 def sample_command() -> int:
-    """The command `cond-diffusion-sample`."""
+    """Entry point of `cond-diffusion-sample`."""
     return run("sample")
 
 
 def train_command() -> int:
-    """The command `cond-diffusion-train`."""
+    """Entry point of `cond-diffusion-train`."""
     return run("train")
 
 
-# Beside the package in a clone, in it in a wheel.
+# Next to the package in a clone, inside the package in a wheel.
 CONFIGS = next(folder for parent in Path(__file__).parents[1:3] if (folder := parent / "configs").is_dir())
 
 
@@ -138,58 +140,51 @@ def add_options(
     only: Collection[str] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add an option for each field of a config dataclass. Values stay text; the dataclass parses them.
+    """Add an argument for each field of a config dataclass. Values remain text, which the dataclass parses.
 
-    An option that was not typed is absent from the parsed arguments, so that the declared default applies.
+    Arguments that are not given are absent from the parsed namespace, so that the defaults of the dataclass apply.
 
     Args:
-        without, only: Fields to leave out, or the only ones to add.
-        defaults: What the help names as the default in place of the declared one.
+        without, only: Fields to exclude, or the only fields to include.
+        defaults: Defaults shown in the help instead of those of the dataclass.
     """
     groups: dict[Any, Any] = {group.title: group for group in parser._action_groups}
-    declared = schema.__pydantic_fields__
     for name in (field.name for field in dataclasses.fields(schema)):
         if name in without or (only is not None and name not in only):
             continue
-        info = declared[name]
-        extra = info.json_schema_extra or {}
-        default = (defaults or {}).get(name, info.default)
-        shown = "" if default in (None, "") else f" (default: {default})"
-        title = extra.get("group", "options")
+        field = schema.__pydantic_fields__[name]
+        default = (defaults or {}).get(name, field.default)
+        suffix = "" if default in (None, "") else f" (default: {default})"
+        title = field.json_schema_extra["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         groups[title].add_argument(
             f"--{name.replace('_', '-')}",
             default=argparse.SUPPRESS,
-            metavar=extra.get("metavar"),
-            help=f"{info.description}{shown}".replace("%", "%%"),
+            metavar=field.json_schema_extra["metavar"],
+            help=f"{field.description}{suffix}".replace("%", "%%"),
         )
 
 
 def config_parser(description: str, default: Path | None = None) -> argparse.ArgumentParser:
-    """Return a parser for `[--config FILE] [key=value ...]`, whose `config` and `overrides` go to `load_config`."""
+    """Return a parser of `[--config FILE] [key=value ...]`, with the results `config` and `overrides`."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=default,
-        metavar="FILE",
-        help=f"a YAML file, or the name of one of the project's (default: {default})",
-    )
+    config_help = "a YAML file, or the name of one in configs/" + (f" (default: {default})" if default else "")
+    parser.add_argument("--config", type=local_path, default=default, metavar="FILE", help=config_help)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.batch_size=64")
     return parser
 
 
-def config_file(given: Path) -> Path:
-    """Return the file that --config names; a bare name is one of the project's configs.
+def config_file(path: Path) -> Path:
+    """Return the file that --config refers to. A name without folder and suffix refers to a file in configs/.
 
-    Raises UserError for a bare name that none has.
+    Raises:
+        UserError: There is no config of this name.
     """
-    if given.parent != Path() or given.suffix:
-        return given
+    if path.parent != Path() or path.suffix:
+        return path
     names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
-    if given.name not in names:
-        raise UserError(
-            f"--config: {given} is none of {', '.join(names)}{did_you_mean(given.name, names)}, and no .yaml file"
-        )
-    return CONFIGS / f"{given.name}.yaml"
+    if path.name not in names:
+        hint = did_you_mean(path.name, names)
+        raise UserError(f"--config: {path}{hint}; expected a .yaml file, or one of {', '.join(names)}")
+    return CONFIGS / f"{path.name}.yaml"

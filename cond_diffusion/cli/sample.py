@@ -1,4 +1,4 @@
-"""`sample`: images of prompts, into one PNG or into a folder. torch is imported after the command line was parsed."""
+"""The command `sample`, which generates images from prompts. torch is imported after the arguments are parsed."""
 
 import argparse
 import sys
@@ -7,47 +7,50 @@ from typing import Any
 
 from cond_diffusion.cli.main import add_options
 from cond_diffusion.config.sampling import IMAGE_OPTIONS, SAMPLERS_OF, GenerationSettings, SamplingOptions
-from cond_diffusion.errors import UserError
+from cond_diffusion.config.schema import expand_home
+from cond_diffusion.errors import UserError, user_errors
 
 FILES = ("output", "no_labels", "film", "attention_maps")
 
 
 def sample_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Sample images of prompts: one row of the PNG for each.", allow_abbrev=False
-    )
+    """Return the argument parser of the command."""
+    description = "Generate images from prompts, as one PNG with a row per prompt or as a folder of PNGs."
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help='for example "a digit seven"')
-    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line; - is standard input")
+    parser.add_argument(
+        "--prompts-file", type=expand_home, metavar="FILE", help="more prompts, one per line; - is standard input"
+    )
     add_options(parser, GenerationSettings, without=("prompts", "sampling"))
     add_options(parser, SamplingOptions)
-    parser.add_argument("--batch-size", type=int, help="images in one batch (default: as many as fit, at most 64)")
-    parser.add_argument(
-        "--from-image",
-        metavar="PNG",
-        help="PNG to regenerate from its embedded settings; other options override them",
-    )
+    parser.add_argument("--batch-size", type=int, help="images per batch (default: as many as fit, at most 64)")
+    from_image_help = "PNG to regenerate from its embedded settings; other options override them"
+    parser.add_argument("--from-image", type=expand_home, metavar="PNG", help=from_image_help)
     files = parser.add_argument_group("files to write")
-    files.add_argument("--output", metavar="PNG", help="the images (default: a free name made of the prompt)")
-    files.add_argument("--no-labels", action="store_true", help="no prompts beside the rows of several")
     files.add_argument(
-        "--output-dir", metavar="FOLDER", help="write one PNG per image into this folder; existing files are skipped"
+        "--output", type=expand_home, metavar="PNG", help="all images (default: an unused name based on the prompt)"
     )
-    files.add_argument("--film", metavar="FILE", help="a .gif or .webp of the sampling: x_t and x_0_hat")
-    files.add_argument("--attention-maps", metavar="PNG", help="where each word is attended to")
+    files.add_argument("--no-labels", action="store_true", help="omit the prompts beside the rows")
+    output_dir_help = "write one PNG per image into this folder; existing files are skipped"
+    files.add_argument("--output-dir", type=expand_home, metavar="FOLDER", help=output_dir_help)
+    files.add_argument(
+        "--film", type=expand_home, metavar="FILE", help="animation of x_t and x_0_hat during sampling, .gif or .webp"
+    )
+    files.add_argument("--attention-maps", type=expand_home, metavar="PNG", help="cross-attention maps of each word")
     return parser
 
 
 def sample(arguments: list[str] | None = None) -> None:
-    """Sample images of prompts."""
+    """Generate images from prompts."""
     parser = sample_parser()
-    typed = vars(parser.parse_intermixed_args(arguments))
+    given = vars(parser.parse_intermixed_args(arguments))
     from cond_diffusion.pipeline.generate import from_flat, generate_to_file, generate_to_folder
 
-    files = {name: typed.pop(name) for name in FILES}
-    folder, batch_size = typed.pop("output_dir"), typed.pop("batch_size")
-    prompts = typed.pop("prompts") + prompts_of(typed.pop("prompts_file"))
-    recorded = recorded_settings(typed.pop("from_image"), typed)
-    settings = from_flat({**recorded, **typed, **({"prompts": prompts} if prompts else {})})
+    files = {name: given.pop(name) for name in FILES}
+    folder, batch_size = given.pop("output_dir"), given.pop("batch_size")
+    prompts = given.pop("prompts") + read_prompts(given.pop("prompts_file"))
+    recorded = recorded_settings(given.pop("from_image"), given)
+    settings = from_flat({**recorded, **given, **({"prompts": prompts} if prompts else {})})
     if not settings.prompts:
         parser.error('no PROMPT; expected at least one, for example "a digit seven"')
     if folder is None:
@@ -55,31 +58,33 @@ def sample(arguments: list[str] | None = None) -> None:
         for path in generate_to_file(settings, labels=labels, batch_size=batch_size, **files):
             print(path)
         return
-    if given := next((name for name, value in files.items() if value), None):
-        raise UserError(f"--{given.replace('_', '-')}: does not apply to --output-dir; leave one out")
+    if conflicting := next((name for name, value in files.items() if value), None):
+        raise UserError(f"--{conflicting.replace('_', '-')}: does not support --output-dir; remove one of them")
     generate_to_folder(settings, folder, batch_size=batch_size)
     print(folder)
 
 
-def recorded_settings(path: str | None, typed: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a PNG was made with, without what belonged to a sampler or image that is replaced."""
+def recorded_settings(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings stored in a PNG, without options of a sampler or input image that `given` replaces."""
     if path is None:
         return {}
     from cond_diffusion.pipeline.generate import read_settings
 
-    found = read_settings(path, "--from-image")
-    replaced = {*(SAMPLERS_OF if "sampler" in typed else ()), *(IMAGE_OPTIONS if "image" in typed else ())}
-    return {name: value for name, value in found.items() if name not in replaced}
+    replaced = {*(SAMPLERS_OF if "sampler" in given else ()), *(IMAGE_OPTIONS if "image" in given else ())}
+    return {name: value for name, value in read_settings(path, "--from-image").items() if name not in replaced}
 
 
-def prompts_of(file: str | None) -> list[str]:
-    """Return the lines of a file, or of standard input, that are not empty; raise UserError if it cannot be read."""
+def read_prompts(file: str | None) -> list[str]:
+    """Return the non-empty lines of a file, or of standard input for "-".
+
+    Raises:
+        UserError: The file cannot be read or contains no prompts.
+    """
     if file is None:
         return []
-    try:
+    hint = "; expected prompts, one per line"
+    with user_errors(f"--prompts-file: {file} cannot be read", OSError, UnicodeDecodeError, hint=hint):
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts-file: {file} cannot be read ({error}); expected prompts, one a line") from error
     if not (prompts := [line.strip() for line in text.splitlines() if line.strip()]):
-        raise UserError(f"--prompts-file: {file} holds no prompts; expected one a line")
+        raise UserError(f"--prompts-file: {file} contains no prompts; expected one per line")
     return prompts

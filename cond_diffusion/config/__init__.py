@@ -1,1 +1,1 @@
-"""Every option of a run and of sampling, as dataclasses."""
+"""Options of training and sampling, as dataclasses."""

@@ -1,17 +1,17 @@
-"""Which images a run is trained on, their captions, and how they are preprocessed. Imports no torch."""
+"""Options of the training data: source, captions and preprocessing. Does not import torch."""
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from PIL import ImageColor
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from cond_diffusion.config.schema import section
-from cond_diffusion.errors import UserError
+from cond_diffusion.config.schema import Fraction, LocalPath, NonNegativeInt, PositiveInt, option, section
+from cond_diffusion.errors import UserError, user_errors
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# The captions that a built-in source brings along: column, templates, names of its labels.
+# The default captions of built-in data sets.
 BUILT_IN_CAPTIONS: dict[str, dict[str, Any]] = {
     "mnist": {
         "caption_column": "label",
@@ -28,59 +28,46 @@ BUILT_IN_CAPTIONS: dict[str, dict[str, Any]] = {
 @section("data")
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = Field(
-        default="mnist",
-        description="`mnist`, a folder (images with metadata, `a.txt` beside `a.png`, Parquet files, WebDataset tars), "
-        "a `.parquet` or `.tar` file, or a hub id",
+    """Training images, their captions and their preprocessing."""
+
+    source: LocalPath = option(
+        "mnist",
+        "`mnist`, a folder (images with metadata, `a.txt` beside `a.png`, Parquet files, WebDataset tars), a "
+        "`.parquet` or `.tar` file, or a Hub id",
     )
-    streaming: bool = Field(default=False, description="read the source sequentially, without a copy on this disk")
-    shuffle_buffer: Annotated[int, Field(ge=1)] = Field(
-        default=1000, description="rows of a stream that are shuffled among each other"
-    )
-    image_column: str = Field(default="image", description="column with the images; in a tar the file's ending: `png`")
-    caption_column: str = Field(
-        default="text", description="column with the captions: texts, lists of texts, or labels"
-    )
-    resolution: Annotated[int, Field(ge=1)] = Field(
-        default=28, description="side in pixels; the short side is resized to it, the rest cropped"
-    )
-    channels: int = Field(default=1, description="1 for grey, 3 for RGB")
-    crop: Literal["center", "random"] = Field(
-        default="center", description="where to crop: `center`, or `random` each time"
-    )
-    flip: bool = Field(default=False, description="mirror half of the images at random")
-    caption_templates: tuple[str, ...] = Field(
-        default=(), description="for labels: captions such as `a digit {word}`; one is picked at random each time"
+    streaming: bool = option(False, "read the source sequentially, without a local copy")
+    shuffle_buffer: PositiveInt = option(1000, "size of the shuffle buffer when streaming, in rows")
+    image_column: str = option("image", "column with the images; in a tar, the file extension: `png`")
+    caption_column: str = option("text", "column with the captions: texts, lists of texts, or labels")
+    resolution: PositiveInt = option(28, "image size in pixels; the shorter side is resized to it, the rest is cropped")
+    channels: int = option(1, "1 for grayscale, 3 for RGB")
+    crop: Literal["center", "random"] = option("center", "position of the crop: `center`, or `random` in each epoch")
+    flip: bool = option(False, "flip images horizontally with probability 0.5")
+    caption_templates: tuple[str, ...] = option(
+        (), "for labels: captions such as `a digit {word}`; one is picked at random each time"
     )
     label_names: dict[str, list[str]] = Field(
         default_factory=dict,
-        description="for each word in braces, the labels' names by number; `{label}` is the data set's own name",
+        description="for each word in braces, the name of each label; `{label}` is the data set's own name",
     )
-    background: str = Field(default="black", description="color that transparent images are composited on")
-    max_bad_fraction: float = Field(
-        default=0.01, ge=0, le=1, description="share of images that may be unreadable; skipped"
+    background: str = option("black", "color that transparent images are composited on")
+    max_bad_fraction: Fraction = option(0.01, "fraction of images that may be unreadable; these are skipped")
+    memory_gb: float = option(
+        4.0, "decoded images up to this size are cached in memory by each process; not with random crops", ge=0
     )
-    memory_gb: float = Field(
-        default=4.0,
-        ge=0,
-        description="decoded images up to this size are held in memory by each process; not with random crops",
-    )
-    held_out: Annotated[int, Field(ge=0)] = Field(
-        default=512, description="images that are held out for validation; at most one in twenty, of a stream 64"
+    held_out: NonNegativeInt = option(
+        512, "number of images held out for validation; at most one in twenty, or 64 when streaming"
     )
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
-            raise UserError(f"data.channels: {self.channels}; expected 1 (grey) or 3 (RGB)")
-        try:
+            raise UserError(f"data.channels: {self.channels}; expected 1 (grayscale) or 3 (RGB)")
+        hint = "; expected a name such as white, or #rrggbb"
+        with user_errors(f"data.background: {self.background!r} is not a color", ValueError, hint=hint):
             ImageColor.getrgb(self.background)
-        except ValueError as error:
-            raise UserError(
-                f"data.background: {self.background!r} is not a color; expected a name such as white, or #rrggbb"
-            ) from error
 
     def with_captions(self) -> "DataConfig":
-        """Return the config with the captions of a built-in source, unless it gives captions of its own."""
+        """Return the config with the default captions of a built-in source, unless captions are set."""
         if (self.caption_column, self.caption_templates, self.label_names) == ("text", (), {}):
             return replace(self, **BUILT_IN_CAPTIONS.get(self.source, {}))
         return self

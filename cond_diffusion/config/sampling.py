@@ -1,4 +1,4 @@
-"""The options of sampling: of the command line, PNG metadata, `TextToImage`, evaluation and the page."""
+"""Sampling options, shared by the command line, PNG metadata, `TextToImage`, evaluation and the demo."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,149 +6,97 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from cond_diffusion.config.schedule import Variance
-from cond_diffusion.config.schema import Integer, section
+from cond_diffusion.config.schema import Fraction, Integer, LocalPath, PositiveInt, option, section
 from cond_diffusion.errors import UserError
 
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"]
-HIGHEST_SCALE = 10_000  # far beyond use, and far below where fp32 overflows
+MAX_GUIDANCE_SCALE = 10_000  # far above useful values, and far below fp32 overflow
 
-# The samplers that an option belongs to, and the input that it needs.
+# Options that apply only to some samplers, and options that require an input image.
 SAMPLERS_OF = {"variance": ("ddpm",), "eta": ("ddim", "dpm_solver"), "order": ("dpm_solver", "unipc")}
 IMAGE_OPTIONS = ("mask", "strength", "resamplings")
-_HIGHEST_ORDER = {"dpm_solver": 2, "unipc": 3}
+_MAX_ORDER = {"dpm_solver": 2, "unipc": 3}
 
 
-def _split(value: Any) -> Any:
-    """Read "2,5" as two values, as on the command line."""
+def _split_commas(value: Any) -> Any:
+    """Parse "2,5" from the command line as two values."""
     return value.split(",") if isinstance(value, str) and "," in value else value
 
 
-Scale = Annotated[float, Field(ge=0, le=HIGHEST_SCALE, allow_inf_nan=False)]
+GuidanceScale = Annotated[float, Field(ge=0, le=MAX_GUIDANCE_SCALE, allow_inf_nan=False)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 
 
 @section("")
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What decides the images of a prompt, beside the model and input images.
+    """Options that, together with the model and input images, determine the images of a prompt."""
 
-    Each field's extra says in which group of the command line it stands.
-    """
-
-    num_images: int = Field(default=1, ge=1, description="number of images per prompt")
-    seed: Annotated[Integer | tuple[Integer, ...], Field(union_mode="left_to_right")] = Field(
-        default=0, description="seed of each prompt's first image; image i has seed + i"
+    num_images: PositiveInt = option(1, "number of images per prompt")
+    seed: Annotated[Integer | tuple[Integer, ...], Field(union_mode="left_to_right")] = option(
+        0, "seed of each prompt's first image; image i has seed + i"
     )
-    sampler: SamplerName = Field(
-        default="ddpm",
-        description="ddpm, ddim, euler, heun, dpm_solver or unipc",
-        json_schema_extra={"group": "sampling"},
+    sampler: SamplerName = option("ddpm", "ddpm, ddim, euler, heun, dpm_solver or unipc", group="sampling")
+    steps: PositiveInt | None = option(None, "number of timesteps to visit (default: all)", group="sampling")
+    variance: Variance | None = option(None, "ddpm: posterior or beta (default: the model's)", group="sampling")
+    eta: Fraction | None = option(
+        None, "ddim and dpm_solver: amount of added noise, 0 to 1 (default: 0)", group="sampling"
     )
-    steps: int | None = Field(
-        default=None,
-        ge=1,
-        description="number of timesteps to visit (default: all)",
-        json_schema_extra={"group": "sampling"},
+    order: PositiveInt | None = option(None, "dpm_solver (1, 2) and unipc (1 to 3) (default: 2)", group="sampling")
+    guidance_scale: Annotated[
+        GuidanceScale | tuple[GuidanceScale, ...], Field(union_mode="left_to_right"), BeforeValidator(_split_commas)
+    ] = option(3.0, "1 disables guidance; 2,5 sets one scale for each of two prompts", group="guidance", metavar="W")
+    negative_prompt: str | tuple[str, ...] = option("", "text to guide away from", group="guidance")
+    guidance_interval: Annotated[tuple[Integer, Integer] | None, BeforeValidator(_split_commas)] = option(
+        None, "range of timesteps with guidance (default: all)", group="guidance", metavar="FIRST,LAST"
     )
-    variance: Variance | None = Field(
-        default=None,
-        description="ddpm: posterior or beta (default: the model's)",
-        json_schema_extra={"group": "sampling"},
+    guidance_rescale: Fraction = option(
+        0.0, "reduce the contrast that high scales add, 0 to 1", group="guidance", metavar="PHI"
     )
-    eta: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="ddim and dpm_solver: share of fresh noise, 0 to 1 (default: 0)",
-        json_schema_extra={"group": "sampling"},
+    dynamic_thresholding: PositiveFraction | None = option(
+        None, "clip x_0_hat to this quantile of its pixels (e.g. 0.995) and rescale", group="guidance", metavar="SHARE"
     )
-    order: int | None = Field(
-        default=None,
-        ge=1,
-        description="dpm_solver (1, 2) and unipc (1 to 3) (default: 2)",
-        json_schema_extra={"group": "sampling"},
+    strength: Fraction | None = option(
+        None, "strength of the change, 0 to 1 (default: 0.8; with --mask 1)", group="input images"
     )
-    guidance_scale: Annotated[Scale | tuple[Scale, ...], Field(union_mode="left_to_right"), BeforeValidator(_split)] = (
-        Field(
-            default=3.0,
-            description="1 is unguided; 2,5 gives each of two prompts its own",
-            json_schema_extra={"group": "guidance", "metavar": "W"},
-        )
-    )
-    negative_prompt: str | tuple[str, ...] = Field(
-        default="", description="what to guide away from", json_schema_extra={"group": "guidance"}
-    )
-    guidance_interval: Annotated[tuple[Integer, Integer] | None, BeforeValidator(_split)] = Field(
-        default=None,
-        description="timesteps to guide at (default: all)",
-        json_schema_extra={"group": "guidance", "metavar": "FIRST,LAST"},
-    )
-    guidance_rescale: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="take back the contrast that high scales add, 0 to 1",
-        json_schema_extra={"group": "guidance", "metavar": "PHI"},
-    )
-    dynamic_thresholding: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="clip x_0_hat at this quantile of its pixels and rescale, for example 0.995",
-        json_schema_extra={"group": "guidance", "metavar": "SHARE"},
-    )
-    strength: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="strength of the change, 0 to 1 (default: 0.8; with --mask 1)",
-        json_schema_extra={"group": "input images"},
-    )
-    resamplings: int = Field(
-        default=1, ge=1, description="RePaint's resamplings, for --mask", json_schema_extra={"group": "input images"}
-    )
+    resamplings: PositiveInt = option(1, "number of RePaint resamplings, with --mask", group="input images")
 
     def __post_init__(self) -> None:
-        for option, samplers in SAMPLERS_OF.items():
-            if (value := getattr(self, option)) is not None and self.sampler not in samplers:
-                raise UserError(f"{option}: {value} applies only to {' and '.join(samplers)}, not to {self.sampler}")
-        if self.order is not None and self.order > (highest := _HIGHEST_ORDER[self.sampler]):
-            raise UserError(f"order: {self.order}; expected 1 to {highest} for the sampler {self.sampler}")
+        for name, samplers in SAMPLERS_OF.items():
+            if (value := getattr(self, name)) is not None and self.sampler not in samplers:
+                raise UserError(f"{name}: {value} applies only to {' and '.join(samplers)}, not to {self.sampler}")
+        if self.order is not None and self.order > (max_order := _MAX_ORDER[self.sampler]):
+            raise UserError(f"order: {self.order}; expected 1 to {max_order} for the sampler {self.sampler}")
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] <= self.guidance_interval[1]:
             first, last = self.guidance_interval
-            raise UserError(f"guidance_interval: {first} to {last} holds no timestep; expected the lower one first")
+            raise UserError(f"guidance_interval: {first},{last} is empty; expected 0 <= FIRST <= LAST")
 
     def per_prompt(self, name: str, count: int) -> list[Any]:
-        """Return an option's values for each of `count` prompts; raise UserError for another number of values."""
+        """Return the values of an option for `count` prompts; a single value is repeated.
+
+        Raises:
+            UserError: The option has another number of values.
+        """
         value = getattr(self, name)
         values = list(value) if isinstance(value, tuple) else [value] * count
         if len(values) != count:
-            raise UserError(f"{name}: {len(values)} values for {count} prompts; expected one, or one for each")
+            raise UserError(f"{name}: {len(values)} values for {count} prompts; expected one, or one per prompt")
         return values
 
 
 @section("")
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Everything that a PNG remembers of how it was made, input images as paths."""
+    """Settings that a PNG stores to reproduce it. Input images are stored as paths."""
 
     prompts: tuple[str, ...] = ()
     sampling: SamplingOptions = Field(default_factory=SamplingOptions)
-    checkpoint: str = Field(default="builtin", description="a run folder, a checkpoint folder or a hub id")
-    ema_width: float | None = Field(
-        default=None, description="average over this share of the training, 0.03 to 0.25 (default: as trained)"
+    checkpoint: LocalPath = option("builtin", "a run folder, a checkpoint folder or a Hub id")
+    ema_width: float | None = option(
+        None, "average the weights over this fraction of the training, 0.03 to 0.25 (default: as trained)"
     )
-    lora: str | None = Field(
-        default=None,
-        description="a LoRA to add to the network: a file, a folder or a hub id",
-        json_schema_extra={"metavar": "FILE"},
-    )
-    image: str | None = Field(
-        default=None,
-        description="an image to begin with",
-        json_schema_extra={"group": "input images", "metavar": "FILE"},
-    )
-    mask: str | None = Field(
-        default=None,
-        description="white is generated anew, black stays",
-        json_schema_extra={"group": "input images", "metavar": "FILE"},
+    lora: LocalPath | None = option(None, "LoRA to add to the network: a file, a folder or a Hub id", metavar="FILE")
+    image: LocalPath | None = option(None, "image to start from", group="input images", metavar="FILE")
+    mask: LocalPath | None = option(
+        None, "white areas are regenerated, black areas are kept", group="input images", metavar="FILE"
     )

@@ -1,49 +1,49 @@
-"""Which noise schedule, and its form on disk: the `scheduler_config.json` of diffusers' `DDPMScheduler`.
+"""Options of the noise schedule, and their conversion to and from diffusers' `scheduler_config.json`.
 
-What other schedulers of diffusers keep of a schedule is read as well: which of them it is says how somebody would draw,
-and that is chosen anew for each picture here.
+Configs are written for `DDPMScheduler`. Those of diffusers' other schedulers are read too; the sampler that they imply
+is ignored, because the sampler is a sampling option here.
 """
 
 from typing import Any, Literal, get_args
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from cond_diffusion.config.schema import from_json, section
+from cond_diffusion.config.schema import NonNegativeInt, from_json, option, section
 from cond_diffusion.errors import UserError, refuse_other_values
 
 BetaSchedule = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 Spacing = Literal["trailing", "leading", "linspace"]
-READING_OFFSET = ("leading", None)  # the spacings that read steps_offset: None is leading for some samplers
+SPACINGS_WITH_OFFSET = ("leading", None)  # those that use steps_offset; None is leading for some samplers
 Variance = Literal["posterior", "beta"]
 
-MOST_TIMESTEPS = 1_000_000
+MAX_TIMESTEPS = 1_000_000
 
 
 @section("schedule")
 @dataclass(frozen=True)
 class ScheduleConfig:
-    num_timesteps: int = Field(default=1000, ge=1, le=MOST_TIMESTEPS, description="T, the number of timesteps")
-    beta_start: float = Field(default=1e-4, description="beta of the first step")
-    beta_end: float = Field(default=0.02, description="beta of the last step")
-    beta_schedule: BetaSchedule = Field(
-        default="linear",
-        description="how beta rises: `linear` (Ho et al. 2020), `scaled_linear` (Stable Diffusion's), `sigmoid`; or "
-        "`cosine` (Nichol and Dhariwal 2021, eq. 17)",
+    """The noise schedule, and the defaults of sampling from it."""
+
+    num_timesteps: int = option(1000, "T, the number of timesteps", ge=1, le=MAX_TIMESTEPS)
+    beta_start: float = option(1e-4, "beta of the first step")
+    beta_end: float = option(0.02, "beta of the last step")
+    beta_schedule: BetaSchedule = option(
+        "linear",
+        "`linear` (Ho et al. 2020), `scaled_linear` (Stable Diffusion), `sigmoid`, or `cosine` (Nichol and Dhariwal "
+        "2021, eq. 17)",
     )
-    betas: tuple[float, ...] = Field(default=(), description="a list of them, in place of the above")
-    zero_terminal_snr: bool = Field(
-        default=False,
-        description="leave no signal at the last timestep (Lin et al. 2023); for `v_prediction` and `sample`",
+    betas: tuple[float, ...] = option((), "list of all betas; replaces the three options above")
+    zero_terminal_snr: bool = option(
+        False, "rescale to zero SNR at the last timestep (Lin et al. 2023); for `v_prediction` and `sample`"
     )
-    spacing: Spacing | None = Field(
-        default="trailing",
-        description="which timesteps fewer steps visit: `trailing`, `leading`, `linspace`; `null`: as diffusers' "
-        "scheduler of the sampler does by default",
+    spacing: Spacing | None = option(
+        "trailing",
+        "timesteps visited when sampling with fewer steps: `trailing`, `leading`, `linspace`; `null`: the default of "
+        "diffusers' scheduler for the sampler",
     )
-    steps_offset: int = Field(default=0, ge=0, description="offset of `leading`")
-    variance: Variance = Field(default="posterior", description="variance of a DDPM step: `posterior` or `beta`")
-    clip_x_0: bool = Field(default=True, description="clip x_0_hat to [-1, 1] while sampling")
+    steps_offset: NonNegativeInt = option(0, "offset of `leading`")
+    variance: Variance = option("posterior", "variance of a DDPM step: `posterior` or `beta`")
+    clip_x_0: bool = option(True, "clip x_0_hat to [-1, 1] while sampling")
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_start <= self.beta_end < 1:
@@ -54,23 +54,22 @@ class ScheduleConfig:
         if self.betas and len(self.betas) != self.num_timesteps:
             raise UserError(
                 f"schedule.betas: {len(self.betas)} values for schedule.num_timesteps={self.num_timesteps}; "
-                "expected one for each"
+                "expected one per timestep"
             )
         for t, beta in enumerate(self.betas):
-            at_the_end = 0 < t == self.num_timesteps - 1
-            if not (0 < beta < 1 or (beta == 1 and at_the_end)):
-                raise UserError(f"schedule.betas: number {t} is {beta}; expected above 0 and below 1, or 1 at the end")
+            if not (0 < beta < 1 or (beta == 1 and 0 < t == self.num_timesteps - 1)):
+                raise UserError(f"schedule.betas[{t}]: {beta}; expected 0 < beta < 1, or 1 for the last")
         if self.zero_terminal_snr and self.num_timesteps < 2:
-            raise UserError("schedule.zero_terminal_snr: needs at least 2 timesteps, got 1")
-        if self.steps_offset and self.spacing not in READING_OFFSET:
+            raise UserError("schedule.zero_terminal_snr: requires at least 2 timesteps, got 1")
+        if self.steps_offset and self.spacing not in SPACINGS_WITH_OFFSET:
             raise UserError(
                 f"schedule.steps_offset: {self.steps_offset} applies only to schedule.spacing=leading, "
                 f"not to {self.spacing}"
             )
 
 
-# The field of diffusers' JSON and the one of ours that mean the same.
-_SAME = {
+# Fields of diffusers' config and the equivalent fields of ScheduleConfig.
+_EQUIVALENT = {
     "num_train_timesteps": "num_timesteps",
     "beta_start": "beta_start",
     "beta_end": "beta_end",
@@ -80,27 +79,28 @@ _SAME = {
 _BETA_SCHEDULES = {name: name for name in get_args(BetaSchedule)} | {"cosine": "squaredcos_cap_v2"}
 _VARIANCE_TYPES = {"posterior": "fixed_small", "beta": "fixed_large"}
 
-# What diffusers' schedulers can be told, and ours does in one way only.
-_DOES_ONLY = {
+# Fields of diffusers' config of which one value is supported.
+_ONLY_SUPPORTED = {
     "clip_sample_range": 1.0,
     "thresholding": False,
     "use_flow_sigmas": False,
     "timestep_type": "discrete",
-    "predict_epsilon": True,  # of old files
+    "predict_epsilon": True,  # in old files
 }
-# Of no consequence beside the values above, or options of one way to draw.
+# Fields without effect given the values above, and options of samplers.
 _IGNORED = {
+    "tensor_format",  # of old files
     *("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "use_dynamic_shifting", "time_shift_type"),
     *("shift_terminal", "set_alpha_to_one", "skip_prk_steps", "interpolation_type", "use_karras_sigmas"),
     *("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "sigma_min", "sigma_max", "final_sigmas_type"),
     *("lambda_min_clipped", "algorithm_type", "solver_order", "solver_type", "solver_p", "lower_order_final"),
     *("euler_at_final", "predict_x0", "disable_corrector"),
 }
-# Those that begin with noise of deviation 1 and know alpha_bar: the others mean something else by their betas, or have
-# none. The first two clip x_0_hat unless they are told not to.
-_THEY_CLIP = ("DDPMScheduler", "DDIMScheduler")
-_THEIRS = (
-    *(*_THEY_CLIP, "PNDMScheduler"),
+# Schedulers that start from noise of standard deviation 1 and are defined by alpha_bar; the others define betas
+# differently, or have none. The first two clip x_0_hat by default.
+_CLIP_BY_DEFAULT = ("DDPMScheduler", "DDIMScheduler")
+_SUPPORTED_SCHEDULERS = (
+    *(*_CLIP_BY_DEFAULT, "PNDMScheduler"),
     *(f"{name}DiscreteScheduler" for name in ("LMS", "Euler", "EulerAncestral", "Heun", "KDPM2", "KDPM2Ancestral")),
     *(f"DPMSolver{name}Scheduler" for name in ("Multistep", "Singlestep")),
     *(f"{name}MultistepScheduler" for name in ("UniPC", "DEIS")),
@@ -108,16 +108,16 @@ _THEIRS = (
 
 
 def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
-    """Return the `scheduler_config.json` that `DDPMScheduler` reads, but for what the network predicts."""
+    """Return the config of diffusers' `DDPMScheduler`, without the prediction type."""
     return {
-        **{theirs: getattr(config, ours) for theirs, ours in _SAME.items()},
+        **{theirs: getattr(config, ours) for theirs, ours in _EQUIVALENT.items()},
         "beta_schedule": _BETA_SCHEDULES[config.beta_schedule],
         "trained_betas": list(config.betas) or None,
         "variance_type": _VARIANCE_TYPES[config.variance],
-        # Without the field each of their schedulers has its own.
+        # Without the field, each of diffusers' schedulers has its own default.
         **({} if config.spacing is None else {"timestep_spacing": config.spacing}),
-        # StableDiffusionPipeline insists on 1; only leading reads it.
-        "steps_offset": config.steps_offset if config.spacing in READING_OFFSET else 1,
+        # StableDiffusionPipeline requires 1; only leading uses it.
+        "steps_offset": config.steps_offset if config.spacing in SPACINGS_WITH_OFFSET else 1,
         "_class_name": "DDPMScheduler",
         "clip_sample_range": 1.0,
         "thresholding": False,
@@ -125,39 +125,44 @@ def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
 
 
 def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
-    """Invert `to_diffusers`; raise UserError, naming the field, for what our schedule does not do."""
-    kind = fields.get("_class_name", "DDPMScheduler")
-    if kind not in _THEIRS:
-        raise UserError(f"scheduler config: _class_name: {kind!r:.60} is not supported; expected {', '.join(_THEIRS)}")
-    fields = {"clip_sample": kind in _THEY_CLIP, **fields}
-    refuse_other_values(fields, _DOES_ONLY, "scheduler config")
+    """Convert the config of a diffusers scheduler; inverse of `to_diffusers`.
+
+    Raises:
+        UserError: A field or value is not supported.
+    """
+    name = fields.get("_class_name", "DDPMScheduler")
+    if name not in _SUPPORTED_SCHEDULERS:
+        supported = ", ".join(_SUPPORTED_SCHEDULERS)
+        raise UserError(f"scheduler config: _class_name: {name!r:.60} is not supported; expected {supported}")
+    fields = {"clip_sample": name in _CLIP_BY_DEFAULT, **fields}
+    refuse_other_values(fields, _ONLY_SUPPORTED, "scheduler config")
     fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
-    ours: dict[str, Any] = {ours: fields.pop(theirs) for theirs, ours in _SAME.items() if theirs in fields}
+    ours: dict[str, Any] = {ours: fields.pop(theirs) for theirs, ours in _EQUIVALENT.items() if theirs in fields}
     spacing, offset = fields.pop("timestep_spacing", None), fields.pop("steps_offset", 0)
     if spacing not in (*get_args(Spacing), None):
         raise UserError(
             f"scheduler config: timestep_spacing: {spacing!r} is not supported; expected {', '.join(get_args(Spacing))}"
         )
-    ours["steps_offset"] = offset if spacing in READING_OFFSET else 0
+    ours["steps_offset"] = offset if spacing in SPACINGS_WITH_OFFSET else 0
     ours["beta_schedule"] = _translate(fields, "beta_schedule", _BETA_SCHEDULES, "linear")
-    if fields.get("variance_type") is None:  # as solvers have it that draw no noise
+    if fields.get("variance_type") is None:  # in configs of deterministic solvers
         fields["variance_type"] = "fixed_small"
     ours["variance"] = _translate(fields, "variance_type", _VARIANCE_TYPES, "fixed_small")
     betas = fields.pop("trained_betas", None) or []
     if not isinstance(betas, list) or not all(isinstance(beta, float | int) for beta in betas):
-        raise UserError(f"scheduler config: trained_betas: {betas!r:.60} is no list of numbers")
+        raise UserError(f"scheduler config: trained_betas: {betas!r:.60}; expected a list of numbers")
     ours["betas"] = tuple(betas)
     if betas:
         ours["num_timesteps"] = len(ours["betas"])
-    if fields:
-        raise UserError(f"scheduler config: {min(fields)} is not a field that this schedule knows")
+    if unknown := [key for key, value in fields.items() if value not in (None, False)]:  # options that are off
+        raise UserError(f"scheduler config: {min(unknown)}: this field is not supported")
     return from_json(ScheduleConfig, {**ours, "spacing": spacing}, "scheduler config")
 
 
 def _translate(fields: dict[str, Any], key: str, names: dict[str, str], default: str) -> str:
-    """Take `key` out of `fields`; return our name for their value, or raise UserError where we have none."""
-    of_theirs = {theirs: ours for ours, theirs in names.items()}
+    """Remove `key` from `fields`, and return the name in `names` that maps to its value."""
+    from_theirs = {theirs: ours for ours, theirs in names.items()}
     value = fields.pop(key, default)
-    if not isinstance(value, str) or value not in of_theirs:
-        raise UserError(f"scheduler config: {key}: {value!r} is not supported; expected {', '.join(of_theirs)}")
-    return of_theirs[value]
+    if not isinstance(value, str) or value not in from_theirs:
+        raise UserError(f"scheduler config: {key}: {value!r} is not supported; expected {', '.join(from_theirs)}")
+    return from_theirs[value]

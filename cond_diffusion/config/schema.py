@@ -1,12 +1,13 @@
-"""Frozen dataclasses that check their values: pydantic's, with errors of one line, read from YAML by the fields' types.
+"""Frozen dataclasses whose values are checked by pydantic, with one-line errors, and their conversion from and to YAML.
 
-YAML's own typing is not used: a text field receives the text that was typed (`no`, `007`, `a dog: red`), every other
-field is parsed by its type. `null` is None where a field allows it.
+Values are parsed by the type of their field, not by YAML's rules: a text field keeps the text as typed (`no`, `007`,
+`a dog: red`). `null` is None where a field allows it.
 """
 
 import dataclasses
 import json
 import operator
+import os
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from cond_diffusion.errors import UserError, did_you_mean
+from cond_diffusion.errors import UserError, did_you_mean, user_errors
 
 Schema = TypeVar("Schema")
 
@@ -26,18 +27,48 @@ def _index(value: Any) -> Any:
     try:
         return operator.index(value)
     except TypeError:
-        return value  # text, or something that pydantic refuses
+        return value  # text, or a value that pydantic rejects
 
 
 Integer = Annotated[int, BeforeValidator(_index)]
-"""An integer of any kind, NumPy's and torch's too."""
+"""An integer of any kind, including NumPy's and torch's."""
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def option(
+    default: Any, description: str, *, group: str = "options", metavar: str | None = None, **constraints: Any
+) -> Any:
+    """Declare a field with a default, a description, and constraints of pydantic's `Field`.
+
+    Args:
+        description: Text in `--help` and in the config reference.
+        group, metavar: Argument group and value name on the command line.
+    """
+    extra: Any = {"group": group, "metavar": metavar}
+    return Field(default=default, description=description, json_schema_extra=extra, **constraints)
+
+
+def expand_home(value: Any) -> Any:
+    """Expand ~ at the beginning of a path."""
+    return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111 - Path would change the rest, too
+
+
+def local_path(text: str) -> Path:
+    """Convert an argument of the command line."""
+    return Path(text).expanduser()
+
+
+LocalPath = Annotated[str, BeforeValidator(expand_home)]
+"""Text that can be a path: ~ is expanded."""
 
 
 def section(name: str) -> Callable[[type[Schema]], type[Schema]]:
-    """Make a pydantic dataclass raise UserError, which is one line, in place of pydantic's ValidationError.
+    """Return a decorator that makes a pydantic dataclass raise a one-line UserError instead of a ValidationError.
 
     Args:
-        name: What precedes the fields' names in messages: "train" gives `train.batch_size`; "" gives the field alone.
+        name: Prefix of the field names in messages: "train" gives `train.batch_size`, "" the field name alone.
     """
 
     def decorate(cls: type[Schema]) -> type[Schema]:
@@ -58,7 +89,7 @@ def section(name: str) -> Callable[[type[Schema]], type[Schema]]:
 
 def _user_error(error: ValidationError, name: str, schema: Any) -> UserError:
     """Return the first problem as one line: key, value, expectation."""
-    # Of a union each member reports; the one that came farthest is the one that was meant.
+    # Each member of a union reports its own problem; the one with the longest path is the intended member.
     problem = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
     if isinstance(raised := problem.get("ctx", {}).get("error"), UserError):
         return raised
@@ -72,15 +103,21 @@ def _user_error(error: ValidationError, name: str, schema: Any) -> UserError:
             key = f"{key}[{part}]"
     if problem["type"] == "unexpected_keyword_argument":
         raise TypeError(f"{schema.__name__} has no field {problem['loc'][-1]!r}") from error
-    expected = {"missing": "one more value"}.get(problem["type"], problem["msg"].replace("Input should be ", ""))
-    known = re.findall("'([^']*)'", expected) if problem["type"] == "literal_error" else []
-    return UserError(
-        f"{key}: {problem['input']!r:.80}{did_you_mean(str(problem['input']), known)}; expected {expected}"
-    )
+    expected = "one more value" if problem["type"] == "missing" else problem["msg"].replace("Input should be ", "")
+    choices = re.findall("'([^']*)'", expected) if problem["type"] == "literal_error" else []
+    value = problem["input"]
+    return UserError(f"{key}: {value!r:.80}{did_you_mean(str(value), choices)}; expected {expected}")
 
 
 def from_json(schema: type[Schema], fields: Mapping[str, Any], where: str) -> Schema:
-    """Construct a dataclass from fields of a JSON file, without reading text as numbers; UserError, naming the file."""
+    """Construct a dataclass from the fields of a JSON file. Values are not converted, for example text to numbers.
+
+    Args:
+        where: Prefix of the error message.
+
+    Raises:
+        UserError: A field is missing or has the wrong type or an invalid value.
+    """
     try:
         return TypeAdapter(schema).validate_json(json.dumps(fields), strict=True)
     except ValidationError as error:
@@ -88,51 +125,58 @@ def from_json(schema: type[Schema], fields: Mapping[str, Any], where: str) -> Sc
 
 
 def from_yaml(schema: type, text: str, where: str) -> dict[str, Any]:
-    """Read the fields of `schema` from YAML text, as keyword arguments of it.
+    """Parse YAML text into keyword arguments of `schema`.
 
-    Raises UserError, with the full key, for a key that the schema does not have or a value of another shape.
+    Args:
+        where: Prefix of errors that concern the whole text.
+
+    Raises:
+        UserError: The text is not YAML, has an unknown key, or a value where a section is expected.
     """
     try:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where}: cannot be parsed as YAML: {_one_line(error)}") from error
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{where}: holds no `key: value` lines")
+        raise UserError(f"{where}: contains no `key: value` lines")
     return _convert(schema, node, text, "", schema)
 
 
 def from_override(schema: type, override: str) -> dict[str, Any]:
-    """Read `key=value`, the key with its section, as keyword arguments of `schema`; UserError as in `from_yaml`."""
+    """Parse `key=value`, with the full key, into keyword arguments of `schema`.
+
+    Raises:
+        UserError: As in `from_yaml`.
+    """
     key, equals, value = override.partition("=")
     if not equals:
-        raise UserError(f"{override!r} is no override; expected key=value, for example train.batch_size=64")
+        raise UserError(f"{override!r} is not an override; expected key=value, for example train.batch_size=64")
     kind: Any = schema
     allows_none = False
     for name in key.split("."):
         fields = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if name not in fields:
-            raise _unknown(key, schema)
+            raise _unknown_key(key, schema)
         kind, allows_none = _without_none(fields[name])
     if dataclasses.is_dataclass(kind):
-        raise UserError(f"{key}: is a section; expected one of its keys, {key}.{dataclasses.fields(kind)[0].name}=...")
-    if kind is str:
-        found = None if allows_none and value == "null" else value
-    else:
+        first = dataclasses.fields(kind)[0].name
+        raise UserError(f"{key}: {value!r:.80} is set for a section; expected one of its keys, as {key}.{first}=...")
+    parsed: Any = None if allows_none and value == "null" else value
+    if kind is not str:
         try:
             node = yaml.compose(value, Loader=yaml.BaseLoader) or yaml.ScalarNode("", "")
         except yaml.YAMLError as error:
-            raise UserError(f"{override!r} cannot be read as key=value: {' '.join(str(error).split())}") from error
-        found = _convert(kind | None if allows_none else kind, node, value, key, schema)
-    fields_of: Any = found
+            raise UserError(f"{override!r} cannot be parsed as key=value: {_one_line(error)}") from error
+        parsed = _convert(kind | None if allows_none else kind, node, value, key, schema)
     for name in reversed(key.split(".")):
-        fields_of = {name: fields_of}
-    return fields_of
+        parsed = {name: parsed}
+    return parsed
 
 
 def merge(first: Mapping[str, Any], second: Mapping[str, Any], schema: Any) -> dict[str, Any]:
-    """Return the fields of both, those of the second winning; sections are merged field by field."""
+    """Return the fields of both; the second takes precedence. Sections are merged recursively."""
     merged = dict(first)
     for name, value in second.items():
         kind = get_type_hints(schema)[name]
@@ -141,67 +185,54 @@ def merge(first: Mapping[str, Any], second: Mapping[str, Any], schema: Any) -> d
 
 
 def to_yaml(config: Any) -> str:
-    """Return every field of a config, defaults too, as YAML that `from_yaml` reads back equal."""
-    return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def keys_of(schema: Any, prefix: str = "") -> list[str]:
-    """Return the full keys of all sections and fields."""
-    found = []
-    for name, kind in get_type_hints(schema).items():
-        found.append(f"{prefix}{name}")
-        if dataclasses.is_dataclass(kind):
-            found += keys_of(kind, f"{prefix}{name}.")
-    return found
+    """Return all fields of a config, including defaults, as YAML. `from_yaml` restores equal values."""
+    return yaml.dump(_to_builtin(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes floats as Python does, which reads them back equal."""
+    """Writes floats as `repr` does, so that they are restored exactly."""
 
 
 _Dumper.add_representer(float, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:float", repr(value)))
 
 
-def _plain(value: Any) -> Any:
-    """Return nested dicts and lists of what YAML has a form for."""
+def _to_builtin(value: Any) -> Any:
+    """Convert tuples to lists, recursively."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {name: _to_builtin(item) for name, item in value.items()}
+    return [_to_builtin(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _without_none(kind: Any) -> tuple[Any, bool]:
-    """Return a type without Annotated and without None, and whether None is one of its values."""
+    """Return a type without Annotated and None, and whether it allowed None."""
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     if get_origin(kind) not in (Union, types.UnionType):
         return kind, False
     members = [_without_none(member)[0] for member in get_args(kind) if member is not types.NoneType]
-    return Union[tuple(members)], types.NoneType in get_args(kind)  # noqa: UP007 - made at run time
+    return Union[tuple(members)], types.NoneType in get_args(kind)  # noqa: UP007 - members are known at run time only
 
 
 def _convert(kind: Any, node: Any, text: str, key: str, schema: Any) -> Any:
-    """Return a node as what pydantic parses into `kind`: text, or lists and dicts of it."""
+    """Convert a YAML node to input of pydantic for the type `kind`: text, or nested lists and dicts of text."""
     kind, allows_none = _without_none(kind)
     content: Any = node.value
     is_empty = node.id == "scalar" and node.style is None and node.value in ("null", "~", "")
     if allows_none and is_empty:
         return None
     if dataclasses.is_dataclass(kind):
+        if is_empty:
+            return {}
         if node.id != "mapping":
-            if is_empty:
-                return {}
             raise UserError(f"{key}: {_source(node, text)!r:.80}; expected a section of `key: value` lines")
-        fields, found = get_type_hints(kind), {}
+        fields, converted = get_type_hints(kind), {}
         for name, value in content:
-            full = f"{key}.{name.value}" if key else str(name.value)
+            full_key = f"{key}.{name.value}" if key else str(name.value)
             if name.value not in fields:
-                raise _unknown(full, schema)
-            found[name.value] = _convert(fields[name.value], value, text, full, schema)
-        return found
-    if kind is str:
-        return _source(node, text)
-    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    for member in members:
+                raise _unknown_key(full_key, schema)
+            converted[name.value] = _convert(fields[name.value], value, text, full_key, schema)
+        return converted
+    for member in get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,):
         origin, parts = get_origin(member), get_args(member)
         if origin in (list, tuple) and node.id == "sequence":
             return [_convert(parts[0], item, text, f"{key}[{i}]", schema) for i, item in enumerate(content)]
@@ -211,20 +242,40 @@ def _convert(kind: Any, node: Any, text: str, key: str, schema: Any) -> Any:
 
 
 def _source(node: Any, text: str) -> str:
-    """Return a scalar's text; of anything else, which YAML took for a list or a mapping, what was typed."""
+    """Return the text of a scalar; for lists and mappings, their source text."""
     return node.value if node.id == "scalar" else text[node.start_mark.index : node.end_mark.index].strip()
 
 
-def _unknown(key: str, schema: Any) -> UserError:
-    return UserError(f"there is no config key {key!r}{did_you_mean(key, keys_of(schema))}")
+def _unknown_key(key: str, schema: Any) -> UserError:
+    return UserError(f"{key}: there is no such config key{did_you_mean(key, _all_keys(schema))}")
+
+
+def _all_keys(schema: Any, prefix: str = "") -> list[str]:
+    """Return the full keys of all sections and fields."""
+    keys = []
+    for name, kind in get_type_hints(schema).items():
+        keys.append(f"{prefix}{name}")
+        if dataclasses.is_dataclass(kind):
+            keys += _all_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def read_text(file: Path, option: str) -> str:
-    """Return a file's text; raise UserError, naming the option that gave it, where it cannot be read."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        there = sorted(map(str, file.parent.glob("*.yaml"))) if file.parent.is_dir() else []
-        raise UserError(f"{option}: no file {file}{did_you_mean(str(file), there)}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{option}: {file} cannot be read: {' '.join(str(error).split())}") from error
+    """Return the text of a file.
+
+    Args:
+        option: Prefix of the error message.
+
+    Raises:
+        UserError: The file does not exist or cannot be read.
+    """
+    with user_errors(f"{option}: {file} cannot be read", OSError, UnicodeDecodeError):
+        try:
+            return file.read_text(encoding="utf-8-sig")
+        except FileNotFoundError as error:
+            existing = sorted(map(str, file.parent.glob("*.yaml"))) if file.parent.is_dir() else []
+            raise UserError(f"{option}: there is no file {file}{did_you_mean(str(file), existing)}") from error

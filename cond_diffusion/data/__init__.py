@@ -1,1 +1,1 @@
-"""Captioned images in a fixed order."""
+"""Captioned images: sources, datasets, streams, the order of training, and the cache."""

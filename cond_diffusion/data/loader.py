@@ -1,6 +1,6 @@
-"""What training reads, by its position in an endless order: a set, shuffled anew each epoch, or a stream.
+"""Training data, read by position in an endless order: a dataset that is reshuffled each epoch, or a stream.
 
-Reading a position gives the same sample in every run, on any number of processes.
+A position gives the same sample in every run and for any number of processes.
 """
 
 import hashlib
@@ -34,7 +34,18 @@ logger = logging.getLogger(__name__)
 
 
 class ShuffledDataset:
-    """A set in the order of training, but for the samples that are held out."""
+    """A dataset in training order, without the samples that are held out for validation.
+
+    A fixed permutation splits the dataset, because sources are often sorted: its first `num_trained_on` entries are
+    trained on, the others are held out.
+
+    Args:
+        data: The dataset.
+        seed: Determines the order of training, not the split.
+        held_out: Number of samples to hold out; at most a twentieth of the dataset.
+    """
+
+    state = None  # only streams have one
 
     def __init__(self, data: CaptionedImages | CaptionedFiles | LatentSet, seed: int, held_out: int) -> None:
         self.data = data
@@ -46,56 +57,58 @@ class ShuffledDataset:
         self._digest = digest.hexdigest()
 
     def read(self, first: int, draws: RandomDraws) -> CaptionedBatch:
-        """Return the samples from position `first` on."""
+        """Return one sample per draw, from position `first` on."""
         numbers = sample_indices(self.num_trained_on, self.seed, first, len(draws.crop))
         return self._read(numbers, 0, self.num_trained_on, draws)
 
     def indices(self, first: int, count: int) -> Int64[Tensor, " count"]:
-        """Return which samples stand at positions first .. first + count - 1."""
-        return self._of(sample_indices(self.num_trained_on, self.seed, first, count))
+        """Return the dataset indices of the samples at positions first .. first + count - 1."""
+        return self._split_permutation(sample_indices(self.num_trained_on, self.seed, first, count))
 
     def held_out(self, draws: RandomDraws) -> CaptionedBatch | None:
-        """Return samples that are not trained on, as many as there are places, again and again if they are fewer."""
+        """Return one held-out sample per draw, repeating them if there are fewer; None if there are none."""
         if not self.num_held_out:
             return None
         numbers = torch.arange(self.num_trained_on, len(self.data))[: len(draws.crop)]
-        few = RandomDraws(draws.caption[: len(numbers)], draws.crop[: len(numbers)])
-        return self._read(numbers, self.num_trained_on, len(self.data), few).repeated(len(draws.crop))
+        first_draws = RandomDraws(draws.caption[: len(numbers)], draws.crop[: len(numbers)])
+        return self._read(numbers, self.num_trained_on, len(self.data), first_draws).repeated(len(draws.crop))
 
     def held_out_indices(self) -> Int64[Tensor, " n"]:
-        """Return which samples are not trained on."""
-        return self._of(torch.arange(self.num_trained_on, len(self.data)))
+        """Return the dataset indices of the held-out samples."""
+        return self._split_permutation(torch.arange(self.num_trained_on, len(self.data)))
 
-    def _read(self, numbers: Int64[Tensor, " b"], first: int, stop: int, draws: RandomDraws) -> CaptionedBatch:
-        """Return samples by their numbers; where one cannot be read, of those from `first` to `stop` the next."""
-        return self.data.read(lambda attempt: self._of(first + (numbers - first + attempt) % (stop - first)), draws)
+    def _read(self, numbers: Int64[Tensor, " b"], start: int, stop: int, draws: RandomDraws) -> CaptionedBatch:
+        """Read entries of the split permutation; an unreadable one is replaced by the next in [start, stop)."""
+        return self.data.read(
+            lambda attempt: self._split_permutation(start + (numbers - start + attempt) % (stop - start)), draws
+        )
 
     def captions(self) -> list[str] | None:
-        """Return each caption once, and the empty one."""
+        """Return the distinct captions, preceded by the empty one."""
         return list(dict.fromkeys(["", *(caption for group in self.data.caption_groups for caption in group)]))
 
     def progress(self) -> dict[str, Any]:
-        """Return what a resumed run wants to know of the data; the step tells the position."""
+        """Return what a checkpoint stores about the data; the position follows from the step."""
         return {"data": self.identity()}
 
     def sample_names(self, first: int, count: int) -> str:
-        """Name the samples at positions first .. first + count - 1: their rows."""
+        """Return the dataset indices of the samples at positions first .. first + count - 1, as text."""
         return str(self.indices(first, count).tolist())
 
     def in_memory(self) -> CaptionedImages:
-        """Return the whole set, held-out images included, in memory."""
+        """Return the whole dataset in memory, including held-out samples."""
         assert not isinstance(self.data, LatentSet)
         return self.data.in_memory()
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder of a set of files."""
+        """The decoder of a dataset of files."""
         assert isinstance(self.data, CaptionedFiles)
         return self.data.decoder
 
     @property
     def columns(self) -> list[str]:
-        """The columns of a set of files."""
+        """The columns of a dataset of files."""
         assert isinstance(self.data, CaptionedFiles)
         return self.data.columns
 
@@ -105,23 +118,20 @@ class ShuffledDataset:
 
     @property
     def is_in_memory(self) -> bool:
-        """Whether reading needs no decoding."""
+        """Whether reading requires no decoding."""
         return isinstance(self.data, CaptionedImages)
 
-    state = None  # a set is read at any position, a stream from its state on
-
     def consumed(self, state: None) -> None:
-        """Note that samples were trained on, which a set need not know."""
+        """Do nothing; a stream records its state here."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells one set from another, as far as counts and captions do."""
+        """Return what identifies the dataset: the number of images and a hash of the captions."""
         return {"pictures": len(self.data), "captions": self._digest}
 
     def resume(self, progress: dict[str, Any], position: int, *, same: bool) -> None:
-        """Do nothing: any position can be read at any time."""
+        """Do nothing; a stream goes to its saved state here."""
 
-    def _of(self, numbers: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
-        """Return the samples of these numbers, the last ones being held out; sources are often sorted."""
+    def _split_permutation(self, numbers: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
         return permute_indices(numbers, len(self.data), "held-out")
 
 
@@ -131,8 +141,15 @@ TrainingData = ShuffledDataset | CaptionedStream
 def open_training_data(
     config: DataConfig, seed: int, dataset: datasets.Dataset | Sequence[Any] | None = None
 ) -> TrainingData:
-    """Open the source of `config`, or a data set that a caller gave: as a stream where the config says so, else in
-    memory where it fits.
+    """Open the training data: as a stream if `config.streaming`, otherwise in memory if it fits.
+
+    Args:
+        config: The data config.
+        seed: Determines the order of training.
+        dataset: Used instead of `config.source`; see `as_table`.
+
+    Raises:
+        UserError: If the source, a column or a caption template is invalid.
     """
     if config.streaming and dataset is None:
         return CaptionedStream(config, seed)
@@ -144,18 +161,18 @@ def open_training_data(
 
 
 def prefetch(jobs: Iterable[Callable[[], Result]], depth: int) -> Iterator[Result]:
-    """Yield the results of `jobs`, one after the other, while a thread is up to `depth` of them ahead."""
+    """Yield the results of `jobs` in order, computed by a thread that is up to `depth` jobs ahead."""
     if depth == 0:
         yield from (job() for job in jobs)
         return
     thread = ThreadPoolExecutor(1, "reading")
     try:
-        waiting: deque[Future[Result]] = deque()
+        pending: deque[Future[Result]] = deque()
         for job in jobs:
-            waiting.append(thread.submit(job))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(thread.submit(job))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         thread.shutdown(cancel_futures=True)

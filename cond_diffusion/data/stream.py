@@ -1,17 +1,16 @@
-"""Captioned images that are read from front to back, as they come: from a hub, or from files too large to copy.
+"""Captioned images that are read sequentially, from the Hub or from files that are too large to copy.
 
-A stream is shuffled twice: its shards (files) among themselves, and, in blocks of `shuffle_buffer` rows, what lies next
-to each other. The order is a function of (seed, epoch) and of the files alone. A block, unlike a buffer that is drawn
-from and filled up again, has a beginning: there `datasets` tells where in its file it stands, and a resumed run reads
-on from there.
+A stream is shuffled twice: the order of its shards (files), and the rows within blocks of `shuffle_buffer` consecutive
+rows. The order is a function of (seed, epoch) and the files only. Blocks, unlike a buffer that is refilled row by row,
+have a beginning: there `datasets` gives the position in the file, from which a resumed run continues.
 
-Every process reads the whole stream and decodes its own share of it, so the order does not depend on how many there
-are.
+Every process reads the whole stream and decodes its own share, so the order does not depend on their number.
 """
 
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import datasets
@@ -29,75 +28,79 @@ from cond_diffusion.data.dataset import (
     select_image_column,
 )
 from cond_diffusion.data.sources import caption_reader, open_source
-from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.seeding import permute_indices
 
 Row = dict[str, Any]
 State = dict[str, Any]
-"""Where a block begins: its epoch and number, its first row's position in the endless order, its place in the epoch's
-shards and, as `datasets` tells it, inside that shard. JSON can hold it."""
+"""Where a block begins, as JSON: its epoch, its number in the epoch, the position of its first row in the endless
+order, the index of its shard in the epoch's order, and the state of `datasets` inside that shard."""
 
 BEGINNING: State = {"epoch": 0, "block": 0, "position": 0, "shard": 0, "inside": None}
-MOST_HELD_OUT = 64  # rows: they are read before the first step, and twenty times as many to see that they are few
+MAX_HELD_OUT = 64  # rows; twenty times as many are read before the first step to check that they are at most 5 %
 
 
 class CaptionedStream:
-    """The rows of a streamed source, epoch after epoch, by their position.
+    """The rows of a streamed source by position, epoch after epoch.
 
-    state: the beginning of the block that is being read. last_consumed_state: of that which was trained on last; a
-    caller that reads ahead says so by `consumed`.
+    Attributes:
+        state: The beginning of the current block.
+        last_consumed_state: The beginning of the block that was trained on last; differs from `state` for a caller
+            that prefetches and reports training by `consumed`.
 
-    Raises UserError where the source, a column or a template does not fit, naming the key and what is there instead.
+    Raises:
+        UserError: If the source, a column or a caption template is invalid.
     """
-
-    def __init__(self, config: DataConfig, seed: int) -> None:
-        self.config = config = config.with_captions()
-        self.seed = seed
-        table = cast(datasets.IterableDataset, open_source(config.source, "train", streaming=True))
-        self.table: datasets.IterableDataset = select_image_column(table, config)
-        self.columns = table.column_names or list(next(iter(table), {}))
-        self.captions_of = caption_reader(config, (table.features or {}).get(config.caption_column))
-        self.decoder = Decoder(config, None)
-        wanted = min(config.held_out, MOST_HELD_OUT)
-        reader = _Reader(self, order=[0], shard=0, inside=None, skipped=0)
-        rows = reader.take(wanted)
-        count = len(rows) + sum(len(reader.take(1)) for _ in range(19 * wanted))
-        self.held_out_rows = rows[: count // 20]
-        self.go_to(BEGINNING)
-
-    def go_to(self, state: State) -> None:
-        """Begin with the block whose `state` is given."""
-        self.state = self.last_consumed_state = state
-        self.position = state["position"]
-        self._turns = self._endless(state)
 
     is_in_memory = False
     num_images = None  # unknown
 
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        self.config = config = config.with_captions()
+        self.seed = seed
+        columns = (config.image_column, config.caption_column)
+        table = cast(datasets.IterableDataset, open_source(config.source, "train", streaming=True, columns=columns))
+        self.table: datasets.IterableDataset = select_image_column(table, config)
+        self.columns = table.column_names or list(next(iter(table), {}))
+        self.captions_of = caption_reader(config, (table.features or {}).get(config.caption_column))
+        self.decoder = Decoder(config, None)
+        requested = min(config.held_out, MAX_HELD_OUT)
+        reader = _Reader(self, order=[0], shard=0, inside=None, skipped=0)
+        rows = reader.take(requested)
+        count = len(rows) + sum(len(reader.take(1)) for _ in range(19 * requested))
+        self.held_out_rows = rows[: count // 20]
+        self.go_to(BEGINNING)
+
+    def go_to(self, state: State) -> None:
+        """Continue with the block of the given state."""
+        self.state = self.last_consumed_state = state
+        self.position = state["position"]
+        self._rows = self._endless(state)
+
     def held_out_indices(self) -> None:
-        """Return None: the rows of a stream have no numbers."""
+        """Return None: the rows of a stream have no indices."""
 
     def in_memory(self) -> CaptionedImages:
-        """Open the source a second time, not as a stream, and load all of it."""
+        """Load the whole source into memory; opens it again, without streaming."""
         return load_captioned_images(self.config)
 
     def captions(self) -> None:
         """Return None: the captions of a stream are not known in advance."""
 
     def sample_names(self, first: int, count: int) -> str:
-        """Name the samples at positions first .. first + count - 1."""
-        return f"the stream's {first} to {first + count - 1}"
+        """Return a name for the samples at positions first .. first + count - 1."""
+        return f"stream positions {first} to {first + count - 1}"
 
     def consumed(self, state: State) -> None:
-        """Note the state that the samples were read in which were trained on last."""
+        """Record the state of the samples that were trained on last."""
         self.last_consumed_state = state
 
     def progress(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on behind the last batch that was trained on."""
+        """Return what a checkpoint stores to resume after the last batch that was trained on."""
         return {"data": self.identity(), "stream": self.last_consumed_state}
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells one stream from another, as far as that can be known before it is read."""
+        """Return what identifies the stream, as far as it is known before reading."""
         return {
             "source": self.config.source,
             "shards": self.table.num_shards,
@@ -106,52 +109,59 @@ class CaptionedStream:
         }
 
     def resume(self, progress: dict[str, Any], position: int, *, same: bool) -> None:
-        """Go to where `progress` was made; to the beginning, counted as `position`, if the data are no longer the
-        same.
-        """
+        """Go to the state in `progress`, or, if the data changed, to the beginning, counted as `position`."""
         self.go_to(progress["stream"] if same else {**BEGINNING, "position": position})
 
     def read(self, first: int, draws: RandomDraws) -> CaptionedBatch:
-        """Decode the samples from position `first` on, which must not lie behind what was read already; where one
-        cannot be read, the next one in its block that can. UserError if those are too many.
+        """Decode one row per draw, from position `first` on, which must not be before rows that were already read.
+
+        An unreadable image is replaced by the next readable one in its block.
+
+        Raises:
+            UserError: If too many images are unreadable.
         """
         assert first >= self.position
-        for _ in range(first - self.position):
-            self._next()
-        rows = [self._next() for _ in range(len(draws.crop))]
-        return self._decoded(rows, f"the stream's row {first} + %d, counted from 0", draws)
+        skipped, self.position = first - self.position, first + len(draws.crop)
+        rows = list(islice(self._rows, skipped, skipped + len(draws.crop)))
+        return self._decoded(rows, f"stream row {first} + %d", draws)
 
     def held_out(self, draws: RandomDraws) -> CaptionedBatch | None:
-        """Return rows that are not trained on, as many as there are places, again and again if they are fewer."""
+        """Return one held-out row per draw, repeating them if there are fewer; None if there are none."""
         if not self.held_out_rows:
             return None
-        rows = [_BlockRow(self.held_out_rows, i) for i in range(min(len(draws.crop), len(self.held_out_rows)))]
-        few = RandomDraws(draws.caption[: len(rows)], draws.crop[: len(rows)])
-        return self._decoded(rows, "held-out row %d, counted from 0", few).repeated(len(draws.crop))
+        count = min(len(draws.crop), len(self.held_out_rows))
+        rows = [_BlockRow(self.held_out_rows, i) for i in range(count)]
+        first_draws = RandomDraws(draws.caption[:count], draws.crop[:count])
+        return self._decoded(rows, "held-out row %d", first_draws).repeated(len(draws.crop))
 
-    def _decoded(self, turns: list["_BlockRow"], name: str, draws: RandomDraws) -> CaptionedBatch:
-        def images_of(numbers: list[int], attempt: int) -> list[EncodedImage]:
-            if attempt > min(len(turns[i].block) for i in numbers):
-                raise UserError(f"{self.decoder.where}: a whole block of the stream cannot be read")
-            rows = [turns[i].row(attempt) for i in numbers]
-            names = [name % i + (f", or {attempt} behind it" if attempt else "") for i in numbers]
-            return [EncodedImage(r[self.config.image_column], n) for r, n in zip(rows, names, strict=True)]
+    def _decoded(self, block_rows: list["_BlockRow"], name: str, draws: RandomDraws) -> CaptionedBatch:
+        def fetch(positions: list[int], attempt: int) -> list[EncodedImage]:
+            if attempt > min(len(block_rows[i].block) for i in positions):
+                raise UserError(f"{self.decoder.where}: no image of a whole block of the stream can be read")
+            suffix = f" (0-based), replacement {attempt}" if attempt else " (0-based)"
+            rows = [block_rows[i].row(attempt) for i in positions]
+            problems = [self._problem_of_caption(row) for row in rows]
+            contents = [row[self.config.image_column] for row in rows]
+            return [
+                EncodedImage(c, name % i + suffix, p) for i, c, p in zip(positions, contents, problems, strict=True)
+            ]
 
-        pixels, attempts = decode_all(self.decoder, len(turns), images_of, draws.crop.tolist())
-        rows = [turn.row(attempt) for turn, attempt in zip(turns, attempts, strict=True)]
+        pixels, attempts = decode_all(self.decoder, len(block_rows), fetch, draws.crop.tolist())
+        rows = [block_row.row(attempt) for block_row, attempt in zip(block_rows, attempts, strict=True)]
         return CaptionedBatch.of(pixels, [self.captions_of(row[self.config.caption_column]) for row in rows], draws)
 
-    def _next(self) -> "_BlockRow":
-        self.position += 1
-        return next(self._turns)
+    def _problem_of_caption(self, row: Row) -> str | None:
+        try:
+            self.captions_of(row[self.config.caption_column])
+        except UserError as error:
+            return str(error)
+        return None
 
     def _endless(self, state: State) -> Iterator["_BlockRow"]:
-        """Yield the rows from the beginning of a block on, each block shuffled; keep the state of the one at hand."""
+        """Yield rows from the beginning of a block on, each block shuffled; keep `self.state` at the current block."""
         while True:
-            epoch = state["epoch"]
-            shards = permute_indices(
-                torch.arange(self.table.num_shards), self.table.num_shards, "shards", self.seed, epoch
-            )
+            epoch, num_shards = state["epoch"], self.table.num_shards
+            shards = permute_indices(torch.arange(num_shards), num_shards, "shards", self.seed, epoch)
             reader = _Reader(self, shards.tolist(), state["shard"], state["inside"], skipped=len(self.held_out_rows))
             while block := reader.take(self.config.shuffle_buffer):
                 self.state = state
@@ -161,27 +171,24 @@ class CaptionedStream:
                 following = {"block": state["block"] + 1, "position": state["position"] + len(block)}
                 state = {**state, **following, **reader.place()}
             if state["block"] == 0:
-                raise UserError(f"data.source: {self.config.source} holds no examples; expected at least one picture")
+                raise UserError(f"data.source: {self.config.source} is empty; expected at least one image")
             state = {**state, "epoch": epoch + 1, "block": 0, "shard": 0, "inside": None}
 
 
 @dataclass(frozen=True)
 class _BlockRow:
-    """The row that a block shows at a place."""
+    """A row of a shuffled block."""
 
     block: list[Row]
-    place: int
+    index: int
 
     def row(self, attempt: int) -> Row:
-        """Return it, or the one so many behind it."""
-        return self.block[(self.place + attempt) % len(self.block)]
+        """Return the row, or its replacement of the given attempt: the row so many places after it."""
+        return self.block[(self.index + attempt) % len(self.block)]
 
 
 class _Reader:
-    """Reads the shards of a stream in the given order, and knows where it stands.
-
-    skipped: how many rows at the beginning of the very first shard are left out.
-    """
+    """Reads the shards of a stream in the given order, without the first `skipped` rows of shard 0."""
 
     def __init__(
         self, stream: CaptionedStream, order: list[int], shard: int, inside: dict[str, Any] | None, *, skipped: int
@@ -192,11 +199,11 @@ class _Reader:
         self._open(shard, inside)
 
     def place(self) -> dict[str, Any]:
-        """Return what the constructor needs to read on from here."""
+        """Return the arguments with which a new reader continues from here."""
         return {"shard": self.shard, "inside": self.rows_of_shard.state_dict() if self.begun else None}
 
     def take(self, count: int) -> list[Row]:
-        """Read `count` rows, or what is left."""
+        """Read `count` rows, or as many as are left."""
         rows: list[Row] = []
         while len(rows) < count and self.shard < len(self.order):
             row = self._read()
@@ -208,14 +215,13 @@ class _Reader:
         return rows
 
     def _open(self, shard: int, inside: dict[str, Any] | None) -> None:
-        self.shard, self.begun = shard, False
+        self.shard, self.begun = shard, inside is not None
         if shard == len(self.order):
             return
         number = self.order[shard]
         self.rows_of_shard = self.table.shard(self.table.num_shards, number)
         if inside is not None:
             self.rows_of_shard.load_state_dict(inside)
-            self.begun = True
         self.rows: Iterator[Row] = iter(self.rows_of_shard)
         if inside is None and number == 0:
             for _ in range(self.skipped):
@@ -223,8 +229,7 @@ class _Reader:
                 self.begun = True
 
     def _read(self) -> Row | None:
-        try:
+        # The types of exceptions depend on the format and on where the source is.
+        errors = (OSError, ValueError, TypeError, NotImplementedError, tarfile.TarError)
+        with user_errors(f"data.source: cannot read {self.source}", *errors):
             return next(self.rows, None)
-        # What it is that cannot be read depends on the format and on where it comes from.
-        except (OSError, ValueError, TypeError, NotImplementedError, tarfile.TarError) as error:
-            raise UserError(f"data.source: cannot read {self.source}: {first_line(error)}") from error

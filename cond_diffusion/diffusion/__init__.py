@@ -1,1 +1,1 @@
-"""The mathematics: schedule, prediction, loss, samplers, guidance."""
+"""The diffusion process: noise schedule, training objective, samplers, guidance."""

@@ -1,4 +1,6 @@
-"""Classifier-free guidance (Ho and Salimans 2022): one network, asked with the text and without it."""
+"""Conditioning of the sampling process: classifier-free guidance by the text (Ho and Salimans 2022), bounds on x_0_hat,
+and editing of input images, which is image-to-image generation and inpainting with any sampler.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +21,7 @@ from cond_diffusion.diffusion.schedule import NoiseSchedule, expand_like
 def drop_captions(
     context: Float[Tensor, "b l d"], null_context: Float[Tensor, "l d"], dropped: Bool[Tensor, " b"]
 ) -> Float[Tensor, "b l d"]:
-    """Put the null context in the place of those that are dropped (Ho and Salimans 2022, algorithm 1)."""
+    """Replace the context of the dropped captions by the null context (Ho and Salimans 2022, algorithm 1)."""
     return torch.where(dropped.to(context.device)[:, None, None], null_context, context)
 
 
@@ -33,54 +35,65 @@ def guided(
     rescale: float = 0.0,
     project: Callable[[Tensor], Any] = lambda context: context,
 ) -> Callable[[Tensor, int], Tensor]:
-    """Return (x_t, t) -> uncond + w (cond - uncond), w one for each example (eq. 6, whose weight is w - 1).
+    """Return the function (x_t, t) -> uncond + w (cond - uncond) (Ho and Salimans 2022, eq. 6, whose weight is w - 1).
 
-    Every prediction is a mixture of x_t and eps, so whatever the network predicts, its eps is guided by the same w.
-    Both passes go through the network in one batch, those with the text first; for examples of w = 1, and where the
-    interval says so, the unconditional one counts for nothing and is not run.
+    All prediction types are linear in x_t and eps, so guiding the output guides eps by the same w. Both passes run as
+    one batch, the conditional rows first. Rows with w = 1, and timesteps outside the interval, need no unconditional
+    pass.
 
-    interval: the first and the last timestep at which guidance acts (Kynkäänniemi et al. 2024); None is all.
-    rescale: phi, how much of the deviation that guidance adds to the output is taken back (Lin et al. 2023, section
-        3.4).
-    project: what is computed of the context once, in advance, for every call of the network.
+    Args:
+        network: (x_t, t, projected context) -> output.
+        context: Text embeddings, one row per example.
+        null_context: Embeddings of the empty caption, one row per example.
+        guidance_scale: w of each example.
+        interval: Lowest and highest timestep with guidance (Kynkäänniemi et al. 2024); None for all timesteps.
+        rescale: phi of Lin et al. 2023, section 3.4, 0 to 1; see `rescale_deviation`.
+        project: Computes what the network needs from a context; called once, before sampling.
     """
     first, last = (-math.inf, math.inf) if interval is None else interval
-    guided_rows = (guidance_scale != 1).nonzero().squeeze(1).to(context.device)  # the rows that guidance changes
+    guided_rows = (guidance_scale != 1).nonzero().squeeze(1).to(context.device)
     weight = guidance_scale.to(context)[guided_rows]
-    alone = project(context)
-    both = project(torch.cat([context, null_context[guided_rows]])) if len(guided_rows) else alone
+    cond_context = project(context)
+    both_contexts = project(torch.cat([context, null_context[guided_rows]])) if len(guided_rows) else cond_context
 
-    def unguided(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
-        return network(x_t, torch.full((len(x_t),), t, device=x_t.device), alone)
+    def unguided_forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
+        return network(x_t, torch.full((len(x_t),), t, device=x_t.device), cond_context)
 
     def guided_forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
-        twice = torch.cat([x_t, x_t[guided_rows]])
-        cond, uncond = network(twice, torch.full((len(twice),), t, device=x_t.device), both).split(
-            [len(x_t), len(guided_rows)]
-        )
+        inputs = torch.cat([x_t, x_t[guided_rows]])
+        outputs = network(inputs, torch.full((len(inputs),), t, device=x_t.device), both_contexts)
+        cond, uncond = outputs.split([len(x_t), len(guided_rows)])
         output = uncond + expand_like(weight, uncond) * (cond[guided_rows] - uncond)
         if rescale:
             output = rescale_deviation(output, cond[guided_rows], rescale)
         return cond.index_copy(0, guided_rows, output)
 
-    return lambda x_t, t: guided_forward(x_t, t) if len(guided_rows) and first <= t <= last else unguided(x_t, t)
+    return lambda x_t, t: (guided_forward if len(guided_rows) and first <= t <= last else unguided_forward)(x_t, t)
 
 
 def rescale_deviation(
     guided_output: Float[Tensor, "b *chw"], cond: Float[Tensor, "b *chw"], phi: float
 ) -> Float[Tensor, "b *chw"]:
-    """Go back by phi to the deviation that the output had without guidance (Lin et al. 2023, eq. 15 and 16).
+    """Rescale a guided output towards the standard deviation of the conditional one (Lin et al. 2023, eq. 15 and 16).
 
-    High scales widen the output, and pictures come out too bright or too dark.
+    High guidance scales increase the standard deviation, which over- or underexposes images.
+
+    Args:
+        guided_output: Output with guidance.
+        cond: Output of the conditional pass.
+        phi: Strength, 0 (none) to 1 (the deviation of `cond`).
     """
-    stretch = cond.flatten(1).std(1) / guided_output.flatten(1).std(1)
-    return expand_like(phi * stretch + 1 - phi, guided_output) * guided_output
+    deviation = guided_output.flatten(1).std(1)
+    ratio = torch.where(deviation > 0, cond.flatten(1).std(1) / deviation, 1)  # nothing to rescale in a constant
+    return expand_like(phi * ratio + 1 - phi, guided_output) * guided_output
 
 
 def threshold_dynamically(x_0_hat: Float[Tensor, "b *chw"], share: float) -> Float[Tensor, "b *chw"]:
-    """Cut each picture at s, the size that `share` of its pixels stay below, and divide by s (Saharia et al. 2022).
+    """Clip each image to [-s, s] and divide it by s (dynamic thresholding, Saharia et al. 2022, section 2.3).
 
-    s is at least 1: a picture that fits is left alone.
+    Args:
+        x_0_hat: Predicted images.
+        share: Quantile of the absolute pixel values that s is set to, but at least 1: images in [-1, 1] stay the same.
     """
     s = x_0_hat.flatten(1).abs().float().quantile(share, dim=1).clamp(min=1)
     bound = expand_like(s, x_0_hat)
@@ -89,12 +102,13 @@ def threshold_dynamically(x_0_hat: Float[Tensor, "b *chw"], share: float) -> Flo
 
 @dataclass(frozen=True)
 class Edit:
-    """What a chain begins with, and what of it stays; with no x_0 it is plain noise, and nothing does.
+    """The start of sampling from an input image, and the region of it to keep. Without x_0, sampling starts from noise.
 
-    x_0: a picture in the place of noise (SDEdit, Meng et al. 2022).
-    mask: 1 where the picture is drawn anew, 0 where it stays.
-    strength: the share of the chain that is left to go, at least a step: 1 is the whole, 0 leaves the picture as it is.
-    resamplings: see `repaint`.
+    Args:
+        x_0: Encoded input image (SDEdit, Meng et al. 2022).
+        mask: 1 where the image is generated, 0 where x_0 is kept.
+        strength: Fraction of the timesteps that are run, 0 to 1; above 0, at least one timestep is run.
+        resamplings: Number of passes through each part of the timesteps; see `repaint`.
     """
 
     x_0: Float[Tensor, "1 c h w"] | None = None
@@ -102,10 +116,10 @@ class Edit:
     strength: float = 1.0
     resamplings: int = 1
 
-    def timesteps(self, chain: list[int]) -> list[int]:
-        """Return those of the chain that are left to visit."""
-        left = max(1, round(self.strength * len(chain))) if self.strength > 0 else 0
-        return chain[len(chain) - left :]
+    def timesteps(self, timesteps: list[int]) -> list[int]:
+        """Return the last timesteps, the fraction `strength` of all."""
+        count = max(1, round(self.strength * len(timesteps))) if self.strength > 0 else 0
+        return timesteps[len(timesteps) - count :]
 
     def begin(
         self, eps: Float[Tensor, "b c h w"], schedule: NoiseSchedule, timesteps: list[int]
@@ -117,18 +131,18 @@ class Edit:
         return schedule.q_sample(x_0, torch.full((len(eps),), timesteps[0]), eps) if timesteps else x_0
 
     def apply_mask(self, x_0_hat: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Put x_0 in the place of x_0_hat wherever the mask is 0.
+        """Replace x_0_hat by x_0 where the mask is 0.
 
-        A sampler that is told x_0 there takes the forward process back: ancestral steps with the posterior's variance
-        draw from q(x_{t-1} | x_t, x_0) itself, and an ODE ends at x_0. RePaint (Lugmayr et al. 2022, eq. 8) noises x_0
-        anew at each step instead, which has the same distribution at each t, but not a multistep solver's continuity.
+        With x_0_hat = x_0, a sampler inverts the forward process: ancestral steps with the posterior variance sample
+        from q(x_{t-1} | x_t, x_0), and an ODE ends at x_0. RePaint (Lugmayr et al. 2022, eq. 8) instead adds new noise
+        to x_0 at each step; the distribution at each t is the same, but multistep solvers need a continuous trajectory.
         """
         if self.mask is None or self.x_0 is None:
             return x_0_hat
         return self.mask * x_0_hat + (1 - self.mask) * self.x_0
 
     def wrap_sampler(self, sampler: Sampler) -> Sampler:
-        """Return the sampler, resampling if so told."""
+        """Return the sampler, inside `repaint` if there are resamplings."""
         return sampler if self.resamplings == 1 else partial(repaint, sampler, times=self.resamplings)
 
 
@@ -143,25 +157,26 @@ def repaint(
     times: int,
     jump: int = 10,
 ) -> Iterator[Step]:
-    """Go through every `jump` steps `times` times, with noise up to where they began in between (RePaint, Lugmayr et
-    al. 2022, algorithm 1 and section 4.2): what is drawn and what is known get to agree with each other.
+    """Sample with RePaint's resampling, which harmonizes the generated and the kept regions (Lugmayr et al. 2022,
+    algorithm 1 and section 4.2).
 
-    Once is the sampler itself. A solver of several steps begins anew after each jump.
+    Every `jump` steps are run `times` times, and x is noised back to their first timestep in between. Multistep solvers
+    restart after each jump. Without resampling (times = 1), a single-step sampler is unchanged.
     """
     for start in range(0, len(timesteps), jump):
-        rest = timesteps[start:]
-        left_at = rest[jump] if len(rest) > jump else None
-        for time in range(times):
-            if time > 0:
-                x = _noised_further(schedule, x, left_at, rest[0], noise)
-            for step in islice(sampler(denoiser, schedule, x, rest, noise), jump):
+        remaining = timesteps[start:]
+        t_end = remaining[jump] if len(remaining) > jump else None
+        for repetition in range(times):
+            if repetition > 0:
+                x = _renoise(schedule, x, t_end, remaining[0], noise)
+            for step in islice(sampler(denoiser, schedule, x, remaining, noise), jump):
                 x = step.x
                 yield step
 
 
-def _noised_further(
+def _renoise(
     schedule: NoiseSchedule, x: Float[Tensor, "b *chw"], t: int | None, t_later: int, noise: Noise
 ) -> Float[Tensor, "b *chw"]:
-    """Draw from q(x_{t_later} | x_t) (Ho et al. 2020, eq. 2, over several steps); None is the picture."""
-    kept = schedule.level(t_later).alpha / schedule.level(t).alpha
-    return kept * x + (1 - kept**2) ** 0.5 * noise()
+    """Sample from q(x_{t_later} | x_t) (Ho et al. 2020, eq. 2, over several steps); t = None stands for x_0."""
+    alpha_ratio = schedule.level(t_later).alpha / schedule.level(t).alpha
+    return alpha_ratio * x + (1 - alpha_ratio**2) ** 0.5 * noise()

@@ -1,20 +1,20 @@
-"""The noise schedule and the algebra of the forward process (Ho et al. 2020, "Denoising Diffusion Probabilistic
+"""The noise schedule and the closed form of the forward process (Ho et al. 2020, "Denoising Diffusion Probabilistic
 Models").
 
-Vocabulary of the whole package:
+Notation of the whole package:
 
-    x_0, x_t, x_T     a picture in [-1, 1]; the same after t + 1 noising steps; (almost) pure noise
-    t                 integer timesteps, counted from 0: t = 0 is the first, least noisy step (Ho et al. count from 1)
-    num_timesteps     T, the number of steps of the chain
+    x_0, x_t, x_T     an image in [-1, 1]; the same image after t + 1 noising steps; (almost) pure noise
+    t                 integer timestep, counted from 0: t = 0 is the first, least noisy step (Ho et al. count from 1)
+    num_timesteps     T, the number of timesteps of the schedule
     betas             beta_t, the variance that step t adds
-    alpha_bar         the product of 1 - beta up to and including t; written alpha-bar in the papers
+    alpha_bar         the product of 1 - beta up to and including t
     snr               alpha_bar / (1 - alpha_bar), the signal-to-noise ratio
-    eps               the noise that was drawn
-    x_0_hat, eps_hat  what the network's output says of both (see `prediction.py`)
-    alpha, sigma      sqrt(alpha_bar) and sqrt(1 - alpha_bar), as later papers call them (`NoiseLevel`); not Ho et al.'s
+    eps               the noise in x_t
+    x_0_hat, eps_hat  the estimates of both from the network's output (see `objective.py`)
+    alpha, sigma      sqrt(alpha_bar) and sqrt(1 - alpha_bar), as in later papers (`NoiseLevel`); not Ho et al.'s
                       alpha, which is 1 - beta
     posterior         q(x_{t-1} | x_t, x_0); its variance is the beta-tilde of the paper
-    context           the text embeddings that the network reads; null_context those of the empty caption
+    context           the text embeddings that condition the network; null_context is that of the empty caption
     guidance_scale    w in uncond + w (cond - uncond): 1 is unguided, 0 unconditional
 """
 
@@ -30,21 +30,24 @@ from cond_diffusion.errors import UserError
 
 
 class NoiseSchedule:
-    """The tables of one chain, and what follows from them.
+    """The betas and alpha_bar of a schedule, and the distributions derived from them.
 
-    The tables are float64 and belong to no module. float64: half precision rounds alpha_bar[0] to 1, and the noise that
-    is left there, 1 - alpha_bar[0], to 0. No module: buffers get cast and averaged by accident.
+    The tables are float64: half precision rounds alpha_bar[0] to 1, and the noise 1 - alpha_bar[0] to 0. They are not
+    buffers of a module, since those get cast and averaged by accident.
+
+    Raises:
+        UserError: If the betas are so small or so large that float64 cannot represent alpha_bar.
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
         self.betas = _betas(config)
         self.alpha_bar = (1 - self.betas).cumprod(0)
-        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
-        if not (self.alpha_bar < before).all() or (config.num_timesteps > 1 and self.alpha_bar[-2] == 0):
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        if not (self.alpha_bar < alpha_bar_prev).all() or (config.num_timesteps > 1 and self.alpha_bar[-2] == 0):
             raise UserError(
-                "schedule: betas so small that they add no noise, or so large that no signal is left long before the "
-                f"end: alpha_bar, in float64, begins at {self.alpha_bar[0]:g} and ends at {self.alpha_bar[-1]:g}"
+                f"schedule: alpha_bar runs from {self.alpha_bar[0]:g} to {self.alpha_bar[-1]:g} in float64; it must "
+                "decrease at every step and be positive before the last: use larger or smaller betas"
             )
 
     @property
@@ -59,26 +62,29 @@ class NoiseSchedule:
     def q_sample(
         self, x_0: Float[Tensor, "b *chw"], t: Int64[Tensor, " b"], eps: Float[Tensor, "b *chw"]
     ) -> Float[Tensor, "b *chw"]:
-        """Draw x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), with eps ~ N(0, I) (eq. 4)."""
+        """Sample x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), with eps ~ N(0, I) (eq. 4)."""
         alpha, sigma = self.alpha_sigma(t)
         return expand_like(alpha, x_0) * x_0 + expand_like(sigma, x_0) * eps
 
     def alpha_sigma(self, t: Int64[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) at each t, in float64 on the CPU; `level` for one t."""
+        """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) at each t, in float64 on the CPU; see `level` for one t."""
         alpha_bar = self.alpha_bar[t.cpu()]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def level(self, t: int | None) -> "NoiseLevel":
-        """Return how much signal and noise x_t holds; None stands for the step behind t = 0, the picture."""
+        """Return the signal and noise levels of x_t; None stands for the noise-free image x_0."""
         alpha_bar = 1.0 if t is None else self.alpha_bar[t].item()
         return NoiseLevel(alpha=alpha_bar**0.5, sigma=(1 - alpha_bar) ** 0.5)
 
     def posterior(self, t: int, t_prev: int | None) -> "Posterior":
-        """Return q(x_{t_prev} | x_t, x_0) for a chain that jumps from t to t_prev (eq. 6 and 7).
+        """Return q(x_{t_prev} | x_t, x_0) for a sampling step from t to t_prev (eq. 6 and 7).
 
-        A chain that visits only some timesteps is a chain with other betas: 1 - alpha_bar_t / alpha_bar_{t_prev}
-        (Nichol and Dhariwal 2021, eq. 19). For t_prev = t - 1 that is beta_t. None stands for the step behind t = 0,
-        the picture.
+        Skipping timesteps is equivalent to a schedule with beta = 1 - alpha_bar_t / alpha_bar_{t_prev} (Nichol and
+        Dhariwal 2021, eq. 19), which is beta_t for t_prev = t - 1.
+
+        Args:
+            t: Timestep of the noisier image.
+            t_prev: Timestep of the less noisy image; None stands for x_0.
         """
         alpha_bar = self.alpha_bar[t].item()
         alpha_bar_prev = 1.0 if t_prev is None else self.alpha_bar[t_prev].item()
@@ -92,52 +98,59 @@ class NoiseSchedule:
 
     @property
     def decoder_variance(self) -> float:
-        """Return the variance of p(x_0 | x_1), the Gaussian that the chain's last step is in the likelihood.
+        """The variance of p(x_0 | x_1), the Gaussian of the last sampling step in the likelihood.
 
-        The posterior's own is 0 there; the next one stands in for it, as in the code of Ho et al. 2020 and Nichol and
-        Dhariwal 2021.
+        The posterior variance is 0 there; that of the step before replaces it, as in the code of Ho et al. 2020 and of
+        Nichol and Dhariwal 2021.
         """
         return self.posterior(1, 0).variance if self.num_timesteps > 1 else self.betas[0].item()
 
     def sampling_timesteps(
         self, steps: int | None, spacing: Spacing = "trailing", *, include_first: bool = True
     ) -> list[int]:
-        """Return the timesteps that a chain of `steps` steps visits, the noisiest first; None visits all of them.
+        """Return the timesteps that `steps` sampling steps visit, in decreasing order.
 
-        They lie in equal gaps (the names are diffusers'; Lin et al. 2023, table 2): "trailing" counts the gaps from the
-        end, so that T - 1, where sampling starts from pure noise, is always visited; "leading" counts them from
-        steps_offset up and leaves T - 1 out; "linspace" visits both ends, from two steps on.
+        Args:
+            steps: Number of steps, 1 to T; None visits every timestep.
+            spacing: As in diffusers (Lin et al. 2023, table 2). "trailing" counts equal gaps from the end, so that
+                T - 1, where sampling starts from pure noise, is always visited; "leading" counts them from steps_offset
+                and omits T - 1; "linspace" visits both ends if steps > 1.
+            include_first: If False, "leading" and "linspace" omit the least noisy timestep, for samplers whose last
+                step goes to x_0 from the timestep before.
 
-        include_first: without it "leading" and "linspace" leave out the least noisy one, for samplers whose last step
-            goes to x_0 from the next one.
+        Raises:
+            UserError: If `steps`, or "leading" with its offset, exceeds the schedule.
         """
         total = self.num_timesteps
         if steps is None or steps == total:
             return list(reversed(range(total)))
         if not 1 <= steps <= total:
-            raise UserError(f"steps: {steps} must lie between 1 and the {total} steps of the chain")
+            raise UserError(f"steps: {steps} must be between 1 and the {total} timesteps of the schedule")
         points = steps if include_first else steps + 1
         match spacing:
             case "trailing":
-                return [round(total - i * total / steps) - 1 for i in range(steps)]
+                gap = total - (total - total / steps)  # as numpy's arange, so that ties round as in diffusers
+                return [round(total - i * gap) - 1 for i in range(steps)]
             case "leading":
                 gap, offset = total // points, self.config.steps_offset
                 timesteps = [i * gap + offset for i in reversed(range(points))][:steps]
                 if timesteps[0] >= total:
                     raise UserError(
-                        f"steps: {steps} with schedule.steps_offset={offset} reach beyond the "
-                        f"{total} steps of the chain; expected fewer"
+                        f"steps: {steps} with schedule.steps_offset={offset} exceeds the {total} timesteps of the "
+                        "schedule; use fewer steps"
                     )
                 return timesteps
             case "linspace":
-                return [round(i * (total - 1) / max(1, points - 1)) for i in reversed(range(points))][:steps]
+                gap = (total - 1) / max(1, points - 1)  # as numpy's linspace
+                return [round(i * gap) for i in reversed(range(points))][:steps]
 
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """x_t = alpha x_0 + sigma eps, with alpha^2 + sigma^2 = 1, alpha^2 being alpha_bar.
+    """The scales of x_t = alpha x_0 + sigma eps, where alpha^2 + sigma^2 = 1 and alpha^2 = alpha_bar.
 
-    Solvers see the same level on two other scales, each infinite where nothing but noise or nothing but signal is left.
+    `ratio` and `half_log_snr` are the same level on the scales of ODE solvers; they are infinite where no signal or no
+    noise is left.
     """
 
     alpha: float
@@ -145,7 +158,7 @@ class NoiseLevel:
 
     @property
     def ratio(self) -> float:
-        """sigma / alpha: the noise of x_t / alpha, which is x_0 with noise added. The sigma of Karras et al. 2022."""
+        """sigma / alpha, the standard deviation of the noise in x_t / alpha: the sigma of Karras et al. 2022."""
         return self.sigma / self.alpha if self.alpha else math.inf
 
     @property
@@ -156,7 +169,7 @@ class NoiseLevel:
 
 @dataclass(frozen=True)
 class Posterior:
-    """A Gaussian with mean x_0_coefficient x_0 + x_t_coefficient x_t; `beta` is the upper choice of variance."""
+    """A Gaussian with mean x_0_coefficient x_0 + x_t_coefficient x_t; `beta` is the upper choice of its variance."""
 
     x_0_coefficient: float
     x_t_coefficient: float
@@ -165,12 +178,15 @@ class Posterior:
 
 
 def expand_like(coefficient: Float[Tensor, " n"], x: Float[Tensor, "b *chw"]) -> Float[Tensor, "n *ones"]:
-    """Shape one coefficient an example so that it multiplies `x`, in the dtype and on the device of `x`.
+    """Reshape one coefficient per example to broadcast over `x`, in the dtype and on the device of `x`.
 
-    The one door for broadcasting: (8,) against (8, 1) would silently become (8, 8).
+    All broadcasting over examples goes through this check: (8,) against (8, 1) would silently become (8, 8).
+
+    Raises:
+        ValueError: If there is not exactly one coefficient per example.
     """
     if coefficient.shape != x.shape[:1]:
-        raise ValueError(f"expected one coefficient an example, {tuple(x.shape[:1])}, not {tuple(coefficient.shape)}")
+        raise ValueError(f"coefficient: shape {tuple(coefficient.shape)} must be {tuple(x.shape[:1])}, one per example")
     return coefficient.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -185,17 +201,17 @@ def _betas(config: ScheduleConfig) -> Float[Tensor, " T"]:
                 betas = torch.linspace(start, end, steps, dtype=torch.float64)
             case "scaled_linear":
                 betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-            case "cosine":
-                share_done = torch.arange(steps + 1, dtype=torch.float64) / steps
-                alpha_bar = ((share_done + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+            case "cosine":  # Nichol and Dhariwal 2021, eq. 17
+                time = torch.arange(steps + 1, dtype=torch.float64) / steps
+                alpha_bar = ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
                 betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-            case "sigmoid":  # its flat ends are cut at -6 and 6, as diffusers does
+            case "sigmoid":  # over [-6, 6], as in diffusers
                 betas = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
-    return _with_zero_terminal_snr(betas) if config.zero_terminal_snr else betas
+    return _rescale_zero_terminal_snr(betas) if config.zero_terminal_snr else betas
 
 
-def _with_zero_terminal_snr(betas: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """Bend sqrt(alpha_bar) so that its last value is 0 and its first stays (Lin et al. 2023, algorithm 1)."""
+def _rescale_zero_terminal_snr(betas: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """Rescale sqrt(alpha_bar) to end at 0 and keep its first value (Lin et al. 2023, algorithm 1)."""
     root = (1 - betas).cumprod(0).sqrt()
     alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])

@@ -1,1 +1,1 @@
-"""How good samples are."""
+"""Evaluation of generated images: metrics, likelihood, and the report."""

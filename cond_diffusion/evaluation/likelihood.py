@@ -1,13 +1,13 @@
 """The likelihood of real images: the variational bound, term by term, in bits per dimension.
 
-The expected code length of an image is at most (Ho et al. 2020, eq. 5)
+The sum of these terms is an upper bound of -log p(x_0) (Ho et al. 2020, eq. 5):
 
     prior    KL(q(x_T | x_0) || N(0, I))
     L_t      KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))     for t from T - 1 to 1
-    decoder  -log p(x_0 | x_1)                                 of the bytes, at t = 0
+    decoder  -log p(x_0 | x_1)                                 of the 8-bit pixel values, at t = 0
 
-and the sum of these terms is an upper bound of -log p(x_0). p's variance is fixed: the posterior's, or beta. The
-network is conditioned on the image's own caption, without guidance.
+The variance of p is fixed to that of the posterior, or to beta. The network is conditioned on the image's own caption,
+without guidance.
 """
 
 import math
@@ -34,14 +34,13 @@ from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.seeding import generator
 
 VARIANCES: tuple[Variance, ...] = get_args(Variance)
-HALF_BIN = 1 / 255  # half of the distance between two bytes in [-1, 1]
+HALF_BIN = 1 / 255  # half of the distance between two 8-bit values in [-1, 1]
 
 
 def prior_bits(schedule: NoiseSchedule, x_0: Float[Tensor, "b *chw"]) -> Float[Tensor, " b"]:
     """Return KL(q(x_T | x_0) || N(0, I)) in bits per dimension."""
     alpha_bar = schedule.alpha_bar[-1].item()
-    nats = (alpha_bar * x_0.double() ** 2 - alpha_bar - math.log1p(-alpha_bar)) / 2
-    return _mean_bits(nats)
+    return _mean_bits((alpha_bar * x_0.double() ** 2 - alpha_bar - math.log1p(-alpha_bar)) / 2)
 
 
 def step_bits(
@@ -51,37 +50,45 @@ def step_bits(
     t: int,
     variance: Variance,
 ) -> Float[Tensor, " b"]:
-    """Return L_t or, at t = 0, the decoder's term in bits per dimension.
+    """Return L_t or, at t = 0, the decoder term in bits per dimension.
 
     L_t is the KL divergence of two Gaussians whose means differ by x_0_coefficient (x_0 - x_0_hat).
+
+    Args:
+        x_0: Images in [-1, 1].
+        x_0_hat: The network's predictions of x_0 from x_t.
+        variance: Variance of p, "posterior" or "beta".
     """
     if t == 0:
         return decoder_bits(x_0, x_0_hat, schedule.decoder_variance)
     posterior = schedule.posterior(t, t - 1)
-    ours = posterior.variance if variance == "posterior" else posterior.beta
-    ratio = posterior.variance / ours
-    off = posterior.x_0_coefficient * (x_0 - x_0_hat).double()
-    return _mean_bits((ratio - 1 - math.log(ratio) + off**2 / ours) / 2)
+    model_variance = posterior.variance if variance == "posterior" else posterior.beta
+    ratio = posterior.variance / model_variance
+    mean_error = posterior.x_0_coefficient * (x_0 - x_0_hat).double()
+    return _mean_bits((ratio - 1 - math.log(ratio) + mean_error**2 / model_variance) / 2)
 
 
 def decoder_bits(x_0: Float[Tensor, "b *chw"], mean: Float[Tensor, "b *chw"], variance: float) -> Float[Tensor, " b"]:
-    """Return -log of the integral of N(mean, variance) over each byte's bin, the outer two being open (eq. 13)."""
+    """Return -log of the integral of N(mean, variance) over each pixel value's bin (eq. 13), in bits per dimension.
+
+    The first and the last bin are open.
+    """
     deviation = variance**0.5
-    above = (x_0 - mean).double() / deviation + HALF_BIN / deviation
-    below = (x_0 - mean).double() / deviation - HALF_BIN / deviation
-    above = above.masked_fill(x_0 > 1 - HALF_BIN, math.inf)
-    below = below.masked_fill(x_0 < -1 + HALF_BIN, -math.inf)
-    # Where both are close to 1 their difference loses all digits; that of the mirrored values does not.
-    mirror = below > 0
-    above, below = torch.where(mirror, -below, above), torch.where(mirror, -above, below)
-    log_above, log_below = torch.special.log_ndtr(above), torch.special.log_ndtr(below)
-    return _mean_bits(-(log_above + torch.log1p(-torch.exp(log_below - log_above))))
+    upper = (x_0 - mean).double() / deviation + HALF_BIN / deviation
+    lower = (x_0 - mean).double() / deviation - HALF_BIN / deviation
+    upper = upper.masked_fill(x_0 > 1 - HALF_BIN, math.inf)
+    lower = lower.masked_fill(x_0 < -1 + HALF_BIN, -math.inf)
+    # The difference of two probabilities close to 1 loses all digits; that of the mirrored values does not.
+    mirror = lower > 0
+    upper, lower = torch.where(mirror, -lower, upper), torch.where(mirror, -upper, lower)
+    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    return _mean_bits(-(log_upper + torch.log1p(-torch.exp(log_lower - log_upper))))
 
 
 def variational_bound(
     denoise: Denoiser, schedule: NoiseSchedule, x_0: Float[Tensor, "b *chw"], noise: Noise
 ) -> Iterator[tuple[int, dict[Variance, Float[Tensor, " b"]]]]:
-    """Yield (t, the bits of its term for each variance) from T - 1 to 0, each with one sample of x_t."""
+    """Yield (t, {variance: bits per dimension of the term}) from T - 1 to 0, each estimated from one sample of x_t."""
     for t in reversed(range(schedule.num_timesteps)):
         x_t = schedule.q_sample(x_0, torch.full((len(x_0),), t), noise())
         x_0_hat = denoise(x_t, t).x_0_hat
@@ -96,12 +103,24 @@ def _mean_bits(nats: Float[Tensor, "b *chw"]) -> Float[Tensor, " b"]:
 def bits_per_dimension(
     pipe: TextToImage, config: DataConfig, split: str, *, count: int | None = None, batch_size: int = 250, seed: int = 0
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "variances n T"]]:
-    """Return the prior and the other terms of the first `count` images of a split, by default of all.
+    """Compute the variational bound of a data split, in bits per dimension.
 
-    Raises UserError for a model in latent space: the bound is defined for pixels.
+    Args:
+        pipe: Model and noise schedule.
+        config: Data set of the split.
+        split: Name of the split, for example "test".
+        count: Number of images, from the first one; None for all.
+        batch_size: Number of images per batch.
+        seed: Seed of the noise in x_t.
+
+    Returns:
+        The prior term of each image, and the other terms from t = T - 1 to 0 for each variance and image.
+
+    Raises:
+        UserError: For a latent-space model, since the bound is defined for pixels.
     """
     if pipe.latent_space.is_latent:
-        raise UserError(f"checkpoint: {pipe.folder} generates latents; bits per dimension are defined for pixels")
+        raise UserError(f"checkpoint: {pipe.folder} generates latents; bits per dimension are defined only for pixels")
     data = load_captioned_images(config, split)
     contexts = embed(pipe.text_encoder, [captions[0] for captions in data.caption_groups])
     priors, terms = [], []
@@ -113,19 +132,19 @@ def bits_per_dimension(
         draw = generator("likelihood", seed, int(rows[0]), device=pipe.device)
         noise = partial(torch.randn, x_0.shape, generator=draw, device=pipe.device)
         bound = variational_bound(denoise, pipe.schedule, x_0, noise)
-        progress = f"images {rows[0]} to {rows[-1]}"
-        bits = [
-            torch.stack([*term.values()])
-            for _, term in tqdm(bound, progress, pipe.schedule.num_timesteps, unit=" steps")
-        ]
+        bound = tqdm(bound, f"images {rows[0]} to {rows[-1]}", pipe.schedule.num_timesteps, unit=" steps")
+        bits = [torch.stack([*term.values()]) for _, term in bound]
         priors.append(prior_bits(pipe.schedule, x_0).cpu())
         terms.append(torch.stack(bits, dim=-1).cpu())
     return torch.cat(priors), torch.cat(terms, dim=1)
 
 
 def format_bits(prior: Float[Tensor, " n"], terms: Float[Tensor, "variances n T"]) -> str:
-    """Return a table: the terms, L_t summed over tenths of the timesteps, and the total with its standard error."""
-    steps = terms.shape[2] - 1  # the last term is the decoder's
+    """Format the output of `bits_per_dimension` as a table.
+
+    The rows are the terms, with L_t summed over tenths of the timesteps, and the total with its standard error.
+    """
+    steps = terms.shape[2] - 1  # the last term is the decoder term
     rows = [("variance", [*VARIANCES]), ("prior", [f"{prior.mean():.5f}"] * len(terms))]
     for i in range(10):
         if (start := i * steps // 10) < (stop := (i + 1) * steps // 10):

@@ -1,6 +1,11 @@
-"""Metrics of the similarity of two sets of images, as features: n rows of samples and m rows of real images.
+"""Evaluation models and metrics.
 
-The features come from any network: a classifier of the data, a CLIP, or an Inception network for photographs.
+Models: a CNN that classifies images by caption group, and a CLIP that compares images with captions. The package
+contains the classifier of the built-in data, so that results are comparable across machines; for other data it is
+trained once and kept in the user's cache.
+
+Metrics: the similarity of two sets of images, given as features: n rows of samples and m rows of real images. The
+features come from any network: the classifier, a CLIP, or an Inception network for photographs.
 """
 
 import hashlib
@@ -22,7 +27,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.data.dataset import CaptionedImages
 from cond_diffusion.data.sources import CaptionGroup
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.files import cache_folder, hash_weights, save_tensors
 from cond_diffusion.images import to_model
 from cond_diffusion.models.text_encoder import (
@@ -37,16 +42,16 @@ from cond_diffusion.models.text_encoder import (
 from cond_diffusion.seeding import sample_indices
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "mnist_classifier" / "classifier.safetensors"
-TRAINED_ON = "trained_on"  # metadata of the shipped file: the fingerprint of its training set
+TRAINED_ON = "trained_on"  # metadata key of the shipped file: fingerprint of its training set
 
-EPOCHS, LEAST_STEPS, BATCH_SIZE, LEARNING_RATE = 4, 300, 128, 2e-3
+EPOCHS, MIN_STEPS, BATCH_SIZE, LEARNING_RATE = 4, 300, 128, 2e-3
 NUM_FEATURES = 128
 PIXELS_PER_BATCH = 100 * 28 * 28
 CLIP_BATCH_SIZE = 250
 
 
 class Classifier(nn.Module):
-    """A CNN: images to features (the last hidden layer), and features to one logit per caption group."""
+    """A CNN that maps images to features (its last hidden layer), and features to one logit per caption group."""
 
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()
@@ -57,15 +62,15 @@ class Classifier(nn.Module):
             *[nn.Flatten(), nn.Linear(128 * 9, NUM_FEATURES), nn.ReLU()],
         )
         self.head = nn.Linear(NUM_FEATURES, num_groups)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # on a CPU twice as fast
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPUs
 
     def features(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
-        """Return the features of one batch, with gradients."""
+        """Compute the features of one batch, with gradients."""
         return self.body(to_model(images).contiguous(memory_format=torch.channels_last))
 
     @torch.no_grad()
     def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
-        """Return the features of any number of images."""
+        """Compute the features of any number of images, in batches and without gradients."""
         batch_size = max(1, PIXELS_PER_BATCH // (images.shape[2] * images.shape[3]))
         return torch.cat([self.features(batch) for batch in images.split(batch_size)])
 
@@ -75,18 +80,18 @@ class Classifier(nn.Module):
         return self.head(features).argmax(1)
 
     def digest(self) -> str:
-        """Return a hash of the weights; only figures with the same hash can be compared."""
+        """Return a hash of the weights; results of different weights are not comparable."""
         digest = hashlib.blake2b(digest_size=8)
         hash_weights(digest, self.state_dict().items())
         return digest.hexdigest()
 
 
 def train_classifier(data: CaptionedImages) -> Classifier:
-    """Train for `EPOCHS` epochs, or `LEAST_STEPS` steps if these are more, under a one-cycle learning rate."""
+    """Train a classifier for `EPOCHS` epochs, but at least `MIN_STEPS` steps, with a one-cycle learning rate."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         classifier = Classifier(data.images.shape[1], len(data.caption_groups))
-    steps = max(LEAST_STEPS, EPOCHS * len(data) // BATCH_SIZE)
+    steps = max(MIN_STEPS, EPOCHS * len(data) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(classifier.parameters(), fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for step in tqdm(range(steps), desc="training the classifier", unit=" steps", leave=False):
@@ -99,23 +104,28 @@ def train_classifier(data: CaptionedImages) -> Classifier:
     return classifier.eval()
 
 
+def accuracy(classifier: Classifier, data: CaptionedImages) -> float:
+    """Return the fraction of images assigned to their caption group, numbered as in the classifier's training set."""
+    return (classifier.predict(classifier(data.images)) == data.group_of).float().mean().item()
+
+
 def load_or_train_classifier(data: CaptionedImages) -> Classifier:
-    """Return the shipped classifier if it was trained on these images and labels, else the cached one; train it on
-    first use.
+    """Return the shipped classifier if it was trained on this data, else one from the cache, trained on first use.
+
+    Raises:
+        UserError: If the cache cannot be written.
     """
     trained_on = fingerprint(data)
     with safe_open(SHIPPED, "pt") as shipped:
         if (shipped.metadata() or {}).get(TRAINED_ON) == trained_on:
             return _load(SHIPPED, data)
-    settings = (trained_on, data.caption_groups, EPOCHS, LEAST_STEPS, BATCH_SIZE, LEARNING_RATE, NUM_FEATURES)
+    settings = (trained_on, data.caption_groups, EPOCHS, MIN_STEPS, BATCH_SIZE, LEARNING_RATE, NUM_FEATURES)
     key = hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()
     file = cache_folder() / f"classifier-{key}.safetensors"
-    try:
+    with user_errors(f"cache: the classifier cannot be saved in {file.parent}", OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.with_suffix(".lock").touch()
-    except OSError as error:
-        raise UserError(f"the classifier cannot be saved in {file.parent}: {error.strerror}") from error
-    with FileLock(file.with_suffix(".lock")):  # one of several processes trains it, and the others wait
+    with FileLock(file.with_suffix(".lock")):  # of several processes, one trains while the others wait
         if not file.exists():
             weights = train_classifier(data).state_dict()
             save_tensors({name: tensor.contiguous() for name, tensor in weights.items()}, file)
@@ -129,26 +139,28 @@ def _load(file: Path, data: CaptionedImages) -> Classifier:
 
 
 def fingerprint(data: CaptionedImages) -> str:
-    """Return a hash of the images and of their labels."""
+    """Return a hash of the images and their caption groups."""
     digest = hashlib.blake2b(data.images.numpy().data, digest_size=8)
     digest.update(data.group_of.numpy().data)
     return digest.hexdigest()
 
 
 def renumber_groups(data: CaptionedImages, caption_groups: tuple[CaptionGroup, ...]) -> CaptionedImages:
-    """Return `data` with its groups numbered as in `caption_groups`; groups that are not in there come after these."""
-    number = {group: i for i, group in enumerate(dict.fromkeys([*caption_groups, *data.caption_groups]))}
-    group_of = torch.tensor([number[group] for group in data.caption_groups])[data.group_of]
-    return replace(data, group_of=group_of, caption_groups=tuple(number))
-
-
-def accuracy(classifier: Classifier, data: CaptionedImages) -> float:
-    """Return the fraction of images that the classifier assigns to their group, numbered as in its training set."""
-    return (classifier.predict(classifier(data.images)) == data.group_of).float().mean().item()
+    """Return `data` with its groups numbered as in `caption_groups`; groups that are missing there come last."""
+    index_of = {group: i for i, group in enumerate(dict.fromkeys([*caption_groups, *data.caption_groups]))}
+    group_of = torch.tensor([index_of[group] for group in data.caption_groups])[data.group_of]
+    return replace(data, group_of=group_of, caption_groups=tuple(index_of))
 
 
 class ClipJudge(nn.Module):
-    """Images and captions to unit vectors in CLIP's joint embedding space (Radford et al. 2021)."""
+    """Maps images and captions to unit vectors in CLIP's joint embedding space (Radford et al. 2021).
+
+    Args:
+        clip: Model with image and text encoder.
+        tokenizer: Tokenizer of the text encoder.
+        processor: Preprocessing of images; None if the model accepts images in [-1, 1].
+        max_length: Number of tokens that captions are cut to.
+    """
 
     def __init__(
         self, clip: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil | None, max_length: int
@@ -161,29 +173,30 @@ class ClipJudge(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, max_length: int = 77) -> "ClipJudge":
-        """Load from "builtin", a folder or a hub id; raise UserError if there is no CLIP, or only its text encoder."""
+        """Load a CLIP from "builtin", a folder or a Hub id.
+
+        Raises:
+            UserError: If there is no CLIP, or only its text encoder.
+        """
         with clip_errors("CLIP", source):
             folder = find_clip(source)
             if not (folder / "text_encoder").is_dir() and clip_kind(folder) == "clip":
-                # A CLIP of `clip_pretraining` has no processor: it reads images in [-1, 1] as they are.
-                has_processor = any(folder.glob("*processor_config.json"))
-                processor = (
-                    CLIPImageProcessorPil.from_pretrained(folder, trust_remote_code=False) if has_processor else None
-                )
+                processor = None  # a CLIP of `clip_pretraining` has no processor: it accepts images in [-1, 1]
+                if any(folder.glob("*processor_config.json")):
+                    processor = CLIPImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
                 return cls(load_clip(CLIPModel, folder), load_tokenizer(folder), processor, max_length)
         raise UserError(f"CLIP: {source} has no image encoder")
 
     @torch.no_grad()
     def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
-        """Return the embeddings of images."""
+        """Compute the embeddings of images."""
         batches = [embed_images(self.clip, self._preprocess(batch)) for batch in images.split(CLIP_BATCH_SIZE)]
         return F.normalize(torch.cat(batches), dim=-1).cpu()
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
-        """Return the embeddings of captions."""
-        starts = range(0, len(captions), CLIP_BATCH_SIZE)
-        batches = [captions[start : start + CLIP_BATCH_SIZE] for start in starts]
+        """Compute the embeddings of captions."""
+        batches = [captions[i : i + CLIP_BATCH_SIZE] for i in range(0, len(captions), CLIP_BATCH_SIZE)]
         embedded = [embed_texts(self.clip, self.tokenizer, batch, self.max_length) for batch in batches]
         return F.normalize(torch.cat(embedded), dim=-1).cpu()
 
@@ -196,21 +209,25 @@ class ClipJudge(nn.Module):
 
 
 def load_clip_judge(source: str, data: DataConfig, max_length: int = 77) -> ClipJudge:
-    """Load a CLIP; raise UserError if it does not accept the images of `data` (without a processor: other shapes)."""
+    """Load a CLIP that accepts the images of `data`.
+
+    Raises:
+        UserError: If there is no CLIP, or if it has no processor and another input shape.
+    """
     judge = ClipJudge.from_pretrained(source, max_length)
     vision = cast(Any, judge.clip.config.vision_config)
     if judge.processor is None and (vision.num_channels, vision.image_size) != (data.channels, data.resolution):
-        shape = f"{data.resolution} x {data.resolution} pixels in {data.channels} channels"
-        raise UserError(f"CLIP: {source} does not accept images of {shape}")
+        shape = (data.channels, data.resolution, data.resolution)
+        raise UserError(f"CLIP: {source} does not accept images of shape {shape}")
     return judge
 
 
 def frechet_distance(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> float:
-    """Return the Fréchet distance of Gaussians with the features' means and covariances (Heusel et al. 2017, eq. 6).
+    """Compute the Fréchet distance of Gaussians with the features' means and covariances (Heusel et al. 2017, eq. 6).
 
-    Fewer images give larger values: compare with the value of equally many real images.
+    Values are larger for fewer images; compare them with the value of the same number of real images.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance  # of the extra `eval`
+    from torchmetrics.image.fid import FrechetInceptionDistance  # in the extra `eval`
 
     identity = nn.Identity()
     identity.num_features = samples.shape[1]  # torchmetrics reads this from the network  # pyright: ignore
@@ -221,27 +238,37 @@ def frechet_distance(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) 
 
 
 def prdc(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 5) -> dict[str, float]:
-    """Return precision, recall, density and coverage: how two sets of features overlap, each widened to the balls that
-    reach to the k-th nearest neighbor of each row.
+    """Compute precision, recall, density and coverage, which compare the manifolds of two sets of features.
 
-    precision, recall: the fraction of samples in a ball of a real image, and vice versa (Kynkäänniemi et al. 2019).
-    density, coverage: the number of balls of real images around a sample, over k; the fraction of real images whose
-    ball contains a sample (Naeem et al. 2020). For equal distributions the latter two are 1 or close to it, and the
-    former two lower.
+    The manifold of a set is the union of balls, around each row, that reach to its k-th nearest neighbor.
 
-    Raises UserError if a set has no more than k rows.
+    Args:
+        samples: Features of samples.
+        real: Features of real images.
+        k: Number of neighbors.
+
+    Returns:
+        precision, recall: Fraction of samples in a ball of a real image, and vice versa (Kynkäänniemi et al. 2019).
+        density: Mean number of balls of real images around a sample, divided by k (Naeem et al. 2020).
+        coverage: Fraction of real images whose ball contains a sample (Naeem et al. 2020).
+        For equal distributions, density and coverage are close to 1, precision and recall are lower.
+
+    Raises:
+        UserError: If a set has at most k rows.
     """
     if min(len(samples), len(real)) <= k:
-        raise UserError(f"precision and recall need more than {k} images of both kinds; use more samples")
+        raise UserError(
+            f"samples: {len(samples)} samples and {len(real)} real images; precision and recall need more than {k} each"
+        )
     samples, real = samples.double(), real.double()
-    radius_of_sample, radius_of_real = _distance_to_neighbor(samples, k), _distance_to_neighbor(real, k)
+    sample_radii, real_radii = _distance_to_neighbor(samples, k), _distance_to_neighbor(real, k)
     distance = torch.cdist(samples, real)
-    in_ball_of_real = distance < radius_of_real
+    in_real_ball = distance < real_radii
     return {
-        "precision": in_ball_of_real.any(1).double().mean().item(),
-        "recall": (distance < radius_of_sample[:, None]).any(0).double().mean().item(),
-        "density": in_ball_of_real.double().sum(1).mean().item() / k,
-        "coverage": in_ball_of_real.any(0).double().mean().item(),
+        "precision": in_real_ball.any(1).double().mean().item(),
+        "recall": (distance < sample_radii[:, None]).any(0).double().mean().item(),
+        "density": in_real_ball.double().sum(1).mean().item() / k,
+        "coverage": in_real_ball.any(0).double().mean().item(),
     }
 
 
@@ -253,7 +280,7 @@ def _distance_to_neighbor(features: Float[Tensor, "n d"], k: int) -> Float[Tenso
 def nearest(
     samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int
 ) -> tuple[Float[Tensor, "n k"], Int64[Tensor, "n k"]]:
-    """Return the distances from each sample to the k nearest real images, and the indices of these."""
-    real = real.double()  # in fp32 a copy would lie at a distance from itself
-    found = [torch.cdist(rows.double(), real).topk(k, dim=1, largest=False) for rows in samples.split(250)]
-    return torch.cat([near.values for near in found]), torch.cat([near.indices for near in found])
+    """Return the distances from each sample to its k nearest real images, and their indices."""
+    real = real.double()  # in fp32 the distance of identical rows is above 0
+    neighbors = [torch.cdist(rows.double(), real).topk(k, dim=1, largest=False) for rows in samples.split(250)]
+    return torch.cat([found.values for found in neighbors]), torch.cat([found.indices for found in neighbors])

@@ -1,4 +1,4 @@
-"""Run an evaluation and write its folder: evaluation.json, grids of images, and plots."""
+"""The evaluation report: a folder with evaluation.json, image grids, and plots."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from cond_diffusion.config.sampling import SamplerName, SamplingOptions
-from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.evaluation.evaluator import Evaluator, Judged, reported, spread
 from cond_diffusion.images import grid, to_model, to_pillow
 
@@ -20,49 +20,64 @@ SAMPLERS, STEPS = get_args(SamplerName), (5, 10, 20, 50)
 
 Generate = Callable[[SamplingOptions], Judged]
 Point = dict[str, Any]
-"""A point of a sweep: `REPORTED_OPTIONS`, "prompt accuracy" and "Fréchet distance"."""
+"""The `REPORTED_OPTIONS`, "prompt accuracy" and "Fréchet distance" of one point of a sweep."""
 
 
 class Results:
-    """`evaluation.json`: written after each part, so that an interrupted evaluation continues with the next one."""
+    """The parts of `evaluation.json`; the file is written after each part, so an interrupted evaluation can be resumed.
+
+    Args:
+        folder: Folder of the report; it must be new, or contain an evaluation with the same settings.
+        settings: Options of the evaluation.
+
+    Raises:
+        UserError: If the folder has other contents or settings, or cannot be written.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         self.file = folder / "evaluation.json"
         self.parts: dict[str, Any] = {"settings": settings}
         if self.file.is_file():
-            try:
-                self.parts = json.loads(self.file.read_text())
-            except json.JSONDecodeError as error:
-                raise UserError(f"{self.file} is damaged or was cut short: {first_line(error)}") from error
+            with user_errors(f"output: {self.file} is damaged or incomplete", json.JSONDecodeError):
+                self.parts = json.loads(self.file.read_text(encoding="utf-8"))
             if not isinstance(self.parts, dict) or self.parts.get("settings") != settings:
-                raise UserError(f"output: {folder} has an evaluation with other settings; choose another path")
+                raise UserError(f"output: {folder} contains an evaluation with other settings; choose another path")
         elif folder.exists():
             raise UserError(f"output: {folder} exists and is not an evaluation folder; choose another path")
         else:
-            try:
+            with user_errors(f"output: {folder} cannot be written", OSError):
                 folder.mkdir(parents=True)
                 self._write()
-            except OSError as error:
-                raise UserError(f"output: {folder} cannot be written: {error.strerror}") from error
 
     def part(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return a part; compute and write it if it is missing."""
+        """Return the part `name`; compute and write it if it is missing."""
         if name not in self.parts:
             self.parts[name] = compute()
             self._write()
         return self.parts[name]
 
     def _write(self) -> None:
-        partial = self.file.with_suffix(".part")
-        partial.write_text(json.dumps(self.parts, indent=2, ensure_ascii=False) + "\n")
-        partial.replace(self.file)
+        part_file = self.file.with_suffix(".part")
+        part_file.write_text(json.dumps(self.parts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part_file.replace(self.file)
 
 
 def evaluate(
     evaluator: Evaluator, prompts: Sequence[str], generate: Generate, sampling: SamplingOptions, results: Results
 ) -> dict[str, Any]:
-    """Measure samples, equally many of each prompt, and write grids of them."""
+    """Generate and measure samples, and write grids of them and of their nearest training images.
+
+    Args:
+        evaluator: Real images and evaluation models.
+        prompts: Prompts of the samples.
+        generate: Returns the same number of samples of each prompt, in the order of the prompts.
+        sampling: Options to generate with.
+        results: Folder to write to.
+
+    Returns:
+        The part "samples" of `evaluation.json`.
+    """
 
     def compute() -> dict[str, Any]:
         start = time.perf_counter()
@@ -92,7 +107,16 @@ def sweep(
     count: int,
     num_timesteps: int,
 ) -> None:
-    """Measure accuracy and distance over guidance scales, and over steps for each sampler; plot both."""
+    """Measure and plot accuracy and distance by guidance scale, and by number of steps for each sampler.
+
+    Args:
+        evaluator: Real images and evaluation models.
+        generate: Generates samples with given options.
+        sampling: Options that the sweep varies.
+        results: Folder to write to.
+        count: Number of real images of the baseline.
+        num_timesteps: Maximum number of steps.
+    """
 
     def point(name: str, sampling: SamplingOptions) -> Point:
         def compute() -> Point:
@@ -114,29 +138,35 @@ def sweep(
 
 
 def format_table(samples: dict[str, Any], held_out: dict[str, Any] | None) -> str:
-    """Return the accuracy of up to 100 prompts, all measures, and the held-out loss as text."""
-    lines = [f"{prompt:60}{share:10.1%}" for prompt, share in list(samples["prompt accuracy by prompt"].items())[:100]]
+    """Format the accuracy of up to 100 prompts, all metrics, and the held-out loss as text."""
+    accuracies = list(samples["prompt accuracy by prompt"].items())[:100]
+    lines = [f"{prompt:60}{accuracy:10.1%}" for prompt, accuracy in accuracies]
     title = f"{samples['count']} samples, by {samples['judge']}"
     lines += ["", f"{title:60}{'samples':>10}{'real':>10}"]
     for name, values in samples["measures"].items():
         spec = "10.2%" if "accuracy" in name else "10.3f"
         lines.append(f"{name:60}{values['samples']:{spec}}{values['real']:{spec}}")
     if held_out is not None:
-        lines += [
-            "",
-            f"held-out loss {held_out['true_caption']:.4f}; from the first eighth of the timesteps to the last:",
-        ]
+        lines += ["", f"held-out loss {held_out['true_caption']:.4f}; by eighths of the timesteps, from t = 0:"]
         lines.append("  ".join(f"{loss:.4f}" for loss in held_out["by_timestep"]))
     return "\n".join(lines)
 
 
 def save_grid(images: UInt8[Tensor, "n c h w"], columns: int, file: Path) -> None:
+    """Write images, row by row, as one PNG."""
     grid(to_pillow(to_model(images)), columns).save(file)
 
 
 def plot(lines: Mapping[str, Sequence[Point]], option: str, baseline: float, file: Path) -> None:
-    """Plot prompt accuracy, and Fréchet distance beside that of real images, against an option of sampling."""
-    from matplotlib.figure import Figure  # of the extra `eval`
+    """Plot prompt accuracy and Fréchet distance against a sampling option.
+
+    Args:
+        lines: Points of each line, by label.
+        option: Name of the option on the x axis.
+        baseline: Fréchet distance of real images.
+        file: Image file to write.
+    """
+    from matplotlib.figure import Figure  # in the extra `eval`
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     accuracy, distance = figure.subplots(1, 2)

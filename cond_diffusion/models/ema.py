@@ -1,11 +1,11 @@
-"""Averages of the weights over training, which draw better pictures than the weights themselves.
+"""Averages of the weights over training; samples of the averages are better than those of the raw weights.
 
-An average is a power function of the step (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
-Diffusion Models", section 3.1): it remembers a fixed share of the training so far, however long that is, and forgets
-the random start by itself, so it needs neither a warm-up nor a decay that fits the length of the run.
+An average follows a power function of the step (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
+Diffusion Models", section 3.1): its width is a fixed fraction of the training so far, so it needs no warm-up and no
+decay rate that depends on the length of the run.
 
-Two of them are kept. One is what the checkpoints hold; from snapshots of both an average of any other width can be put
-together after training (`posthoc_ema.py`).
+Two averages of different widths are tracked. The wider one is stored in checkpoints; snapshots of both allow any other
+width to be reconstructed after training.
 """
 
 import json
@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.files import save_tensors
 from cond_diffusion.models.unet import WEIGHTS_NAME
 
@@ -30,9 +30,11 @@ Weights = Mapping[str, Tensor]
 
 
 class EMA:
-    """An average of parameters, kept where they are: on the same device, sharded as they are.
+    """Power-function average of parameters, on their device and with their sharding.
 
-    width: sigma_rel, the average's standard deviation in time as a share of the training so far.
+    Args:
+        parameters: The parameters; the average starts as a copy.
+        width: sigma_rel, the standard deviation of the average's profile as a fraction of the training so far.
     """
 
     def __init__(self, parameters: Weights, width: float) -> None:
@@ -42,9 +44,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, parameters: Weights, step: int) -> None:
-        """Take in the parameters after optimizer step number `step`, counted from 1.
+        """Update the average after optimizer step number `step`, counted from 1.
 
-        beta = (1 - 1 / step)^(exponent + 1) is 0 at the first step, which therefore replaces the start.
+        beta = (1 - 1 / step)^(exponent + 1) is 0 at the first step, so the initial weights are discarded.
         """
         beta = (1 - 1 / step) ** (self.exponent + 1)
         averages, weights = list(self.weights.values()), [parameters[name].detach() for name in self.weights]
@@ -52,17 +54,16 @@ class EMA:
 
 
 def power_of_width(width: float) -> float:
-    """Return the exponent gamma whose average has relative width sigma_rel.
+    """Return the exponent gamma of the average whose relative width is sigma_rel.
 
-    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) is a cubic in gamma; its largest real root is
-    wanted.
+    It is the largest real root of the cubic sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
     """
     square = width**-2
     roots = np.roots([1, 7, 16 - square, 12 - square])
     return float(roots[np.isreal(roots)].real.max())
 
 
-LARGEST_ERROR = 0.1  # of the profile, as a share of it; the paper's own setting stays below
+MAX_ERROR = 0.1  # relative error of the profile; stays below with the settings of the paper
 FOLDER = "snapshots"
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One average after `step` steps, in a file, under names that begin with `prefix`."""
+    """An average of relative width `width` after `step` steps: the tensors of `file` whose names have `prefix`."""
 
     step: int
     width: float
@@ -79,98 +80,103 @@ class Snapshot:
 
 
 def save_snapshot(run_dir: Path, step: int, averages: Sequence[tuple[float, Weights]]) -> None:
-    """Write the averages of the given widths after `step` steps, all of it or nothing; UserError where that fails."""
+    """Write averages (width, weights) after `step` steps atomically; raise UserError if that fails."""
     file = run_dir / FOLDER / f"step-{step:08d}.safetensors"
     weights = {f"{i}.{name}": value for i, (_, average) in enumerate(averages) for name, value in average.items()}
-    try:
+    with user_errors(f"{file} cannot be written", OSError, SafetensorError):
         save_tensors(weights, file, {"widths": json.dumps([width for width, _ in averages])})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be written ({first_line(error)})") from error
 
 
 def snapshots_until(run_dir: Path, step: int) -> list[Snapshot]:
-    """Find what `save_snapshot` has written up to `step`; raise UserError for a file that is damaged."""
-    found = []
+    """Return the snapshots of a run up to `step`; raise UserError for a damaged file."""
+    snapshots = []
     for file in sorted((run_dir / FOLDER).glob("step-*.safetensors")):
-        if (taken_at := int(file.stem.removeprefix("step-"))) <= step:
+        if (file_step := int(file.stem.removeprefix("step-"))) <= step:
             with _opened(file) as content:
                 widths = json.loads(content.metadata()["widths"])
-            found += [Snapshot(taken_at, width, file, f"{i}.") for i, width in enumerate(widths)]
-    return found
+            snapshots += [Snapshot(file_step, width, file, f"{i}.") for i, width in enumerate(widths)]
+    return snapshots
 
 
 def weights_of_width(checkpoint: Path, width: float) -> dict[str, Tensor]:
-    """Return the average of another width at a checkpoint, from what its run has left up to it.
+    """Reconstruct the average of another width at a checkpoint from the snapshots of its run.
 
-    Raises UserError where that is nothing, or too little.
+    Raises:
+        UserError: If there are no snapshots, or they are too few for this width.
     """
     step = re.fullmatch(r"step-(\d+)", checkpoint.name)
     snapshots = snapshots_until(checkpoint.parent.parent, int(step[1])) if step else []
     if not snapshots or step is None:
         raise UserError(
-            f"--ema-width: {checkpoint} has no snapshots; expected a checkpoint in its run's folder, with "
-            f"{FOLDER}/step-*.safetensors beside it (train.snapshots)"
+            f"--ema-width: {checkpoint} has no snapshots; expected a checkpoint inside the folder of its run, with "
+            f"{FOLDER}/step-*.safetensors (train.snapshots)"
         )
-    wide, narrow = snapshots[-2:]  # the widths are the same all along the run
-    own = [
+    wide, narrow = snapshots[-2:]  # all snapshots of a run have the same widths
+    at_checkpoint = [
         Snapshot(int(step[1]), wide.width, checkpoint / "unet" / WEIGHTS_NAME),
         Snapshot(int(step[1]), narrow.width, checkpoint / "state" / "narrow_ema.safetensors"),
     ]
-    if snapshots[-1].step < own[0].step:
-        if all(snapshot.file.exists() for snapshot in own):
-            snapshots += own
-        else:  # a sharded run's, whose pieces are not put together here
-            logger.warning("--ema-width: this is the average at step %d, the last snapshot", snapshots[-1].step)
+    if snapshots[-1].step < at_checkpoint[0].step:
+        if all(snapshot.file.exists() for snapshot in at_checkpoint):
+            snapshots += at_checkpoint
+        else:  # a sharded run, whose shards are not merged here
+            logger.warning("--ema-width: using step %d, the last snapshot before %s", snapshots[-1].step, checkpoint)
     return reconstruct(snapshots, snapshots[-1].step, width)
 
 
 def reconstruct(snapshots: Sequence[Snapshot], step: int, width: float) -> dict[str, Tensor]:
-    """Return the average of relative width `width` after `step` steps.
+    """Return the average of relative width `width` after `step` steps as a combination of snapshots.
 
-    Raises UserError where the snapshots do not suffice for it.
+    Raises:
+        UserError: If the width is out of range, or too far from those of the snapshots.
     """
     if not 0 < width <= 0.28:
-        raise UserError(f"--ema-width: {width} must lie above 0 and at most at 0.28")
-    shares, error = combination([(s.step, s.width) for s in snapshots], step, width)
-    if error > LARGEST_ERROR:
+        raise UserError(f"--ema-width: {width}; expected more than 0 and at most 0.28")
+    coefficients, error = combination([(s.step, s.width) for s in snapshots], step, width)
+    if error > MAX_ERROR:
         raise UserError(
-            f"--ema-width: {len(snapshots)} snapshots do not suffice for a width of {width} (its profile would be off "
-            f"by {error:.0%}); expected a width nearer to those of training, or more of train.snapshots"
+            f"--ema-width: {width} cannot be reconstructed from {len(snapshots)} snapshots (relative error of the "
+            f"profile: {error:.0%}); expected a width closer to those of training, or more train.snapshots"
         )
     total: dict[str, Tensor] = {}
-    for snapshot, share in zip(snapshots, shares, strict=True):
+    for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
         with _opened(snapshot.file) as content:
-            for key in content.keys():  # noqa: SIM118 - it is no dict
+            for key in content.keys():  # noqa: SIM118 - not a dict
                 if key.startswith(snapshot.prefix):
                     name, weight = key.removeprefix(snapshot.prefix), content.get_tensor(key).double()
-                    total[name] = total[name] + share * weight if name in total else share * weight
+                    total[name] = total[name] + coefficient * weight if name in total else coefficient * weight
     return {name: weight.float() for name, weight in total.items()}
 
 
 def combination(known: Sequence[tuple[int, float]], step: int, width: float) -> tuple[list[float], float]:
-    """Return the shares of the known averages, (step, width) each, that together are nearest to the wanted one, and how
-    far off their profile is, as a share of it (least squares, appendix C.3).
+    """Fit the profile of an average by a linear combination of known ones (least squares, appendix C.3).
+
+    Args:
+        known: Step and width of each known average.
+        step: Step of the target.
+        width: Width of the target.
+
+    Returns:
+        The coefficients, which sum to 1, and the relative error of the profile.
     """
     basis = [(t, power_of_width(w)) for t, w in known]
-    wanted = (step, power_of_width(width))
+    target = (step, power_of_width(width))
     products = np.array([[_product(a, b) for b in basis] for a in basis])
-    aims = np.array([_product(a, wanted) for a in basis])
-    # With a sum of 1, weights that have stopped changing stay what they are: a Lagrange multiplier sees to it.
+    projections = np.array([_product(a, target) for a in basis])
+    # A Lagrange multiplier makes the sum 1, so that weights that have stopped changing stay as they are.
     ones = np.ones((1, len(basis)))
     equations = np.block([[products, ones.T], [ones, np.zeros((1, 1))]])
-    shares = np.linalg.lstsq(equations, np.append(aims, 1), rcond=1e-12)[0][:-1]
-    square = _product(wanted, wanted)
-    error = square - 2 * shares @ aims + shares @ products @ shares
-    return shares.tolist(), float(max(error, 0) / square) ** 0.5
+    coefficients = np.linalg.lstsq(equations, np.append(projections, 1), rcond=1e-12)[0][:-1]
+    square = _product(target, target)
+    error = square - 2 * coefficients @ projections + coefficients @ products @ coefficients
+    return coefficients.tolist(), float(max(error, 0) / square) ** 0.5
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, "pt") as content:
-            yield content
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--ema-width: {file} is damaged or was cut short; delete it ({first_line(error)})") from error
+    what = f"--ema-width: {file} is damaged or cut short"
+    with user_errors(what, OSError, SafetensorError, hint="; delete it"), safe_open(file, "pt") as content:
+        yield content
 
 
 def _product(a: tuple[int, float], b: tuple[int, float]) -> float:

@@ -1,8 +1,7 @@
-"""The UNet's parts: timestep embedding, residual block, attention, transformer block, down- and upsampling.
+"""Layers of the UNet: timestep embedding, residual block, attention, transformer block, down- and upsampling.
 
-Submodules carry the names of diffusers' `UNet2DConditionModel`, because the names are the keys of the weights on disk.
-Shapes: b batch, c channels, h w height and width, p places (h w in a row), l tokens, d width, n heads, k width of a
-head.
+Submodules have the names of diffusers' `UNet2DConditionModel`, since names are the keys of weights on disk.
+Shapes: b batch, c channels, h height, w width, p positions (h w flattened), l tokens, d width, n heads, k head width.
 """
 
 import math
@@ -14,23 +13,23 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW_KEYS = 128  # up to which plain products beat torch's fused attention on a CPU (measured, see `attend`)
+MAX_KEYS_UNFUSED = 128  # up to here plain products are faster than torch's fused attention on a CPU (measured)
 
 KeysValues = tuple[Float[Tensor, "b n l k"], Float[Tensor, "b n l k"]]
 
 ProjectedContext = list[tuple[Tensor, Tensor]]
-"""The keys and values of the context for each transformer of a network, in the order of the forward pass."""
+"""Keys and values of the context for each transformer of a network, in the order of the forward pass."""
 
 
 def timestep_embedding(t: Int64[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
-    """Embed t as cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5)."""
+    """Return cosines, then sines, of t at geometrically spaced frequencies (Vaswani et al. 2017, section 3.5)."""
     exponents = torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2)
     angles = t[:, None].float() * torch.exp(-math.log(10_000) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class TimestepMLP(nn.Module):
-    """Two layers that turn the timestep embedding into what every residual block reads."""
+    """Two-layer MLP on the timestep embedding; its output conditions every residual block."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
@@ -42,7 +41,7 @@ class TimestepMLP(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around a timestep's bias, and a shortcut (He et al. 2016; Ho et al. 2020, appendix B)."""
+    """Two convolutions with a timestep bias between them, and a shortcut (He et al. 2016; Ho et al. 2020, app. B)."""
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, num_groups: int, eps: float) -> None:
         super().__init__()
@@ -51,7 +50,7 @@ class ResidualBlock(nn.Module):
         self.time_emb_proj = nn.Linear(time_dim, out_channels)
         self.norm2 = nn.GroupNorm(num_groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        # None, not nn.Identity: nothing more than the call is saved, but the keys on disk have no shortcut either.
+        # None where widths agree, as in diffusers.
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Float[Tensor, "b i h w"], time: Float[Tensor, "b d"]) -> Float[Tensor, "b o h w"]:
@@ -64,19 +63,19 @@ class ResidualBlock(nn.Module):
 def attend(
     queries: Float[Tensor, "b n p k"], keys: Float[Tensor, "b n l k"], values: Float[Tensor, "b n l k"]
 ) -> Float[Tensor, "b n p k"]:
-    """Return softmax(queries keys^T / sqrt(k)) values.
+    """Compute softmax(queries keys^T / sqrt(k)) values (Vaswani et al. 2017, eq. 1).
 
-    On a CPU the fused kernel works through each picture and head in blocks that are made for long rows of keys; where
-    there are few, plain products are up to three times as fast, forward and back.
+    On a CPU the fused kernel uses blocks for long rows of keys; with few keys plain products are up to three times as
+    fast, forward and backward.
     """
-    if queries.device.type != "cpu" or keys.shape[2] > FEW_KEYS:
+    if queries.device.type != "cpu" or keys.shape[2] > MAX_KEYS_UNFUSED:
         return F.scaled_dot_product_attention(queries, keys, values)
     scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(2, 3)
     return scores.softmax(dim=-1) @ values
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, section 3.2); self-attention where the keys come from `x` itself."""
+    """Multi-head attention (Vaswani et al. 2017, section 3.2); self-attention if the keys are projected from `x`."""
 
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -87,7 +86,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def keys_values(self, context: Float[Tensor, "b l d"]) -> KeysValues:
-        """Project the context. It does not depend on x_t or t, so once a prompt is enough."""
+        """Project the context to keys and values; independent of x_t and t, so once per prompt is enough."""
         return self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context))
 
     def forward(self, x: Float[Tensor, "b p d"], keys_values: KeysValues) -> Float[Tensor, "b p d"]:
@@ -107,16 +106,16 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "b p d"]) -> Float[Tensor, "b p i"]:
         (value, gate), (value_bias, gate_bias) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
-        # Two products, not one that is cut in two: its halves would be copied, and their gradients be joined again.
+        # Two products instead of one that is split: splitting copies the halves, and concatenates their gradients.
         return F.linear(x, value, value_bias) * F.gelu(F.linear(x, gate, gate_bias))
 
 
 class FeedForward(nn.Module):
-    """A gated linear layer, four times as wide, and back."""
+    """GEGLU to four times the width, and a linear layer back."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        # The Identity stands where diffusers has a dropout, so that the last layer is net.2 on disk.
+        # Identity in place of diffusers' dropout, so that the last layer is net.2 on disk.
         self.net = nn.Sequential(GatedLinear(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Float[Tensor, "b p d"]) -> Float[Tensor, "b p d"]:
@@ -124,7 +123,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention over the places, cross-attention to the context, feed-forward; each behind a norm and added."""
+    """Self-attention, cross-attention to the context, feed-forward; each with layer norm before it and residual."""
 
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -143,32 +142,32 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Read a feature map as a sequence of places, transform it, and add it back (Rombach et al. 2022, section 3.3)."""
+    """Residual transformer on the flattened positions of a feature map (Rombach et al. 2022, section 3.3)."""
 
     def __init__(
         self, channels: int, context_dim: int, num_heads: int, num_groups: int, linear_projection: bool
     ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
-        # At one place a 1 x 1 convolution is a linear layer; the two differ in their shape on disk alone.
+        # A 1 x 1 convolution is a linear layer at each position; only the shapes of the weights on disk differ.
         self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, num_heads)])
         self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 
     def keys_values(self, context: Float[Tensor, "b l d"]) -> KeysValues:
-        """Project the context for the cross-attention in here."""
+        """Project the context to keys and values of the cross-attention."""
         return cast(TransformerBlock, self.transformer_blocks[0]).attn2.keys_values(context)
 
     def forward(self, x: Float[Tensor, "b c h w"], context: KeysValues) -> Float[Tensor, "b c h w"]:
-        places = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        places = F.linear(places, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        places = self.transformer_blocks[0](places, context)
-        places = F.linear(places, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return x + rearrange(places, "b (h w) c -> b c h w", h=x.shape[2])
+        hidden = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        hidden = F.linear(hidden, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        hidden = self.transformer_blocks[0](hidden, context)
+        hidden = F.linear(hidden, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + rearrange(hidden, "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class Downsample(nn.Module):
-    """Halve height and width, rounding up."""
+    """Halve height and width (rounded up) by a strided convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -179,7 +178,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Repeat places until the map has the given height and width, then convolve."""
+    """Resize to the given height and width by nearest-neighbor interpolation, then convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

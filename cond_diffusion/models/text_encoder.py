@@ -1,7 +1,7 @@
-"""Captions to context: a frozen CLIP text encoder, used as Stable Diffusion uses it.
+"""A frozen CLIP text encoder that maps captions to the context of the UNet, as in Stable Diffusion.
 
-A caption is tokenized, padded to `max_length`, and encoded; the context is CLIP's `last_hidden_state`, all `max_length`
-tokens of it, without a mask. The context of the empty caption is the *null context* of classifier-free guidance.
+A caption is tokenized and padded to `max_length`; the context is CLIP's `last_hidden_state` of all `max_length` tokens,
+without a mask. The context of the empty caption is the *null context* of classifier-free guidance.
 
 CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
@@ -23,7 +23,7 @@ from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.hub import WEIGHTS, download, is_hub_id, variant_of
 
 BUILT_IN_ENCODER = Path(__file__).parent.parent / "assets" / "mnist_clip"
-# A whole CLIP in transformers' layout, or the two folders of it in diffusers'.
+# A CLIP in transformers' layout, or the two folders of diffusers' layout.
 CLIP_FILES = [
     *("config.json", WEIGHTS["text_encoder"], "tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
     *("preprocessor_config.json", "processor_config.json"),
@@ -34,15 +34,21 @@ Clip = TypeVar("Clip", CLIPTextModel, CLIPModel)
 
 
 class TextEncoder(nn.Module):
-    """A frozen CLIP text model with its tokenizer: captions in, context out."""
+    """A frozen CLIP text model with its tokenizer.
+
+    Args:
+        tokenizer: The tokenizer of the CLIP.
+        clip: The text model.
+        max_length: Number of tokens to pad and truncate to; None for the length stored in the tokenizer.
+    """
 
     def __init__(self, tokenizer: CLIPTokenizer, clip: CLIPTextModel, max_length: int | None) -> None:
         super().__init__()
         positions: int = clip.config.max_position_embeddings
-        if max_length is None:  # what the tokenizer was stored with, as diffusers does
+        if max_length is None:  # as in diffusers
             max_length = min(tokenizer.model_max_length, positions)
         if max_length > positions:
-            raise UserError(f"text.max_length: {max_length} is more than the encoder's {positions} positions")
+            raise UserError(f"text.max_length: {max_length} exceeds the {positions} positions of the encoder")
         self.tokenizer = tokenizer
         self.clip = clip.requires_grad_(False)
         self.max_length = max_length
@@ -50,86 +56,104 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, max_length: int | None) -> "TextEncoder":
-        """Load from "builtin", a folder or a hub id; raise UserError if it is none or cannot be reached.
+        """Load a text encoder.
 
-        max_length: None takes the length that the tokenizer was saved with.
+        Args:
+            source: "builtin", a folder or a Hub id.
+            max_length: Number of tokens; None for the length stored in the tokenizer.
+
+        Raises:
+            UserError: If the source is not a CLIP, or cannot be read or downloaded.
         """
         with clip_errors("text.encoder", source):
             folder = find_clip(source)
-            # diffusers' layout keeps the two halves in folders of their own, transformers' in one.
-            in_two = (folder / "text_encoder").is_dir()
-            where = folder / "text_encoder" if in_two else folder
-            if (kind := clip_kind(where)) not in ("clip", "clip_text_model"):
-                raise UserError(f"it is a {kind!r} model; expected a CLIP")
-            clip = load_clip(CLIPTextModel, where)
-            tokenizer = load_tokenizer(folder / "tokenizer" if in_two else folder)
+            has_subfolders = (folder / "text_encoder").is_dir()  # diffusers' layout, not transformers'
+            clip_folder = folder / "text_encoder" if has_subfolders else folder
+            if (kind := clip_kind(clip_folder)) not in ("clip", "clip_text_model"):
+                raise UserError(f"the model type is {kind!r}; expected clip or clip_text_model")
+            clip = load_clip(CLIPTextModel, clip_folder)
+            tokenizer = load_tokenizer(folder / "tokenizer" if has_subfolders else folder)
             if len(tokenizer) != clip.config.vocab_size:
-                raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the CLIP {clip.config.vocab_size}")
+                raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {clip.config.vocab_size}")
         return cls(tokenizer, clip, max_length)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write `text_encoder/` and `tokenizer/` as diffusers lays them out."""
-        # Stored with the tokenizer, where diffusers looks for the length to pad to.
+        """Write `text_encoder/` and `tokenizer/` in diffusers' layout."""
+        # diffusers pads to the length that is stored in the tokenizer.
         self.tokenizer.model_max_length = self.max_length
         with quiet_transformers():
             self.clip.save_pretrained(folder / "text_encoder")
             self.tokenizer.save_pretrained(folder / "tokenizer")
 
     def train(self, mode: bool = True) -> "TextEncoder":
-        """Stay in eval mode: frozen means frozen, whatever the module around it is told."""
-        del mode
+        """Keep the encoder in eval mode even if the parent module is set to train mode."""
         return super().train(False)
 
     @property
     def context_dim(self) -> int:
-        """The width d of the context."""
+        """Width d of the context."""
         return self.clip.config.hidden_size
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Int64[Tensor, "b l"], list[str]]:
-        """Return the token ids, padded to `max_length`, and the end of each caption that does not fit ("" if all does).
+        """Tokenize captions, padded and truncated to `max_length`.
 
-        A caption that is too long is cut.
+        Returns:
+            The token ids, and the part of each caption that was truncated ("" if none).
         """
-        found = self.tokenizer([*captions], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        tokens: Any = found["input_ids"]
-        offsets: Any = found["offset_mapping"]
-        room, mark = self.max_length - 2, self.tokenizer
-        ids = torch.full((len(captions), self.max_length), cast(int, mark.pad_token_id))
-        for row, own in zip(ids, tokens, strict=True):
-            marked = [mark.bos_token_id, *own[:room], mark.eos_token_id]
+        tokenizer, limit = self.tokenizer, self.max_length - 2
+        encoding = tokenizer([*captions], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        tokens: Any = encoding["input_ids"]
+        offsets: Any = encoding["offset_mapping"]
+        ids = torch.full((len(captions), self.max_length), cast(int, tokenizer.pad_token_id))
+        for row, caption_tokens in zip(ids, tokens, strict=True):
+            marked = [tokenizer.bos_token_id, *caption_tokens[:limit], tokenizer.eos_token_id]
             row[: len(marked)] = torch.tensor(marked)
-        rows = zip(captions, offsets, strict=True)
-        return ids, [caption[own[room][0] :] if len(own) > room else "" for caption, own in rows]
+        spans = zip(captions, offsets, strict=True)
+        return ids, [caption[span[limit][0] :] if len(span) > limit else "" for caption, span in spans]
+
+    def unknown_words(self, captions: Sequence[str]) -> list[str]:
+        """Return the words that the vocabulary does not hold: they are split into tokens of one or two letters."""
+        words = list(dict.fromkeys(word for caption in captions for word in re.findall(r"[^\W\d_]{3,}", caption)))
+        tokens: Any = self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"] if words else []
+        return [word for word, own in zip(words, tokens, strict=True) if len(word) < 2 * len(own)]
+
+    def max_length_for(self, captions: Sequence[str], share: float) -> int:
+        """Return the number of tokens, marks included, that suffices for a share of the captions."""
+        tokens: Any = self.tokenizer([*captions], add_special_tokens=False, verbose=False)["input_ids"]
+        lengths = sorted(len(own) + 2 for own in tokens)
+        return lengths[min(len(lengths) - 1, int(share * len(lengths)))]
 
     @torch.no_grad()
     def embed(self, ids: Int64[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
-        """Encode token ids."""
+        """Compute the context of token ids."""
         return self.clip(ids.to(self.clip.device))[0]
 
     def forward(self, captions: Sequence[str]) -> Float[Tensor, "b l d"]:
-        """Encode the captions; those longer than `max_length` tokens are cut."""
+        """Compute the context of captions, truncated to `max_length` tokens."""
         return self.embed(self.tokenize(captions)[0])
 
     def cut(self, captions: Sequence[str]) -> list[str]:
-        """Return those of the captions that are longer than `max_length` tokens."""
+        """Return the captions that are longer than `max_length` tokens."""
         return [caption for caption, rest in zip(captions, self.tokenize(captions)[1], strict=True) if rest]
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
-        """Return each word of the prompt that is read, with the places of its tokens in the context."""
-        encoding = self.tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=False)
-        offsets: Any = encoding["offset_mapping"]
-        offsets = offsets[: self.max_length - 2]
-        found = []
+        """Return the words of a prompt with the indices of their tokens in the context, without truncated words."""
+        encoding: Any = self.tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+        # Index 0 is the start token.
+        offsets = list(enumerate(encoding["offset_mapping"][: self.max_length - 2], start=1))
+        words = []
         for word in re.finditer(r"\S+", prompt):
-            # Place 0 is the mark that every caption begins with.
-            tokens = [i + 1 for i, (start, end) in enumerate(offsets) if start < word.end() and end > word.start()]
-            if tokens:
-                found.append((word.group(), tokens))
-        return found
+            if tokens := [i for i, (start, end) in offsets if start < word.end() and end > word.start()]:
+                words.append((word.group(), tokens))
+        return words
 
 
 def find_clip(source: str | Path) -> Path:
-    """Return the folder of "builtin", of a folder, or of a hub id, which is downloaded."""
+    """Return the folder of a CLIP; a Hub id is downloaded.
+
+    Args:
+        source: "builtin", a folder or a Hub id.
+    """
     folder = BUILT_IN_ENCODER if source == "builtin" else Path(source)
     if not folder.is_dir() and not is_hub_id(source):
         raise UserError("there is no such folder")
@@ -137,33 +161,32 @@ def find_clip(source: str | Path) -> Path:
 
 
 def clip_kind(folder: Path) -> str:
-    """Return the model type that `config.json` names.
+    """Return the model type in `config.json`.
 
-    The JSON is read here, not by transformers' Auto classes: those run code of the repository if a user agrees.
+    The JSON is not read by transformers' Auto classes, which may run code of the repository.
     """
     if (folder / "adapter_config.json").exists():
-        raise UserError("it has an adapter beside its weights (adapter_config.json); merge it into them first")
-    config = json.loads((folder / "config.json").read_text())
+        raise UserError("adapter_config.json is not supported; merge the adapter into the weights")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return str(config.get("model_type")) if isinstance(config, dict) else "damaged"
 
 
 def load_clip(kind: type[Clip], folder: Path) -> Clip:
-    """Load weights in fp32, whatever they are stored in; raise UserError where some are missing."""
+    """Load a CLIP in fp32; raise UserError if weights are missing, which transformers would initialize randomly."""
     with quiet_transformers():
         loaded = kind.from_pretrained(
             folder,
             variant=variant_of(folder, WEIGHTS["text_encoder"]),
             use_safetensors=True,
             dtype=torch.float32,
-            # Given, so that a config cannot name an attention kernel on the hub, which is code.
+            # Overrides the config, which could name an attention kernel on the Hub, that is, code.
             attn_implementation="sdpa",
             trust_remote_code=False,
             output_loading_info=True,
         )
     clip, report = cast(tuple[Clip, dict[str, Any]], loaded)
-    # Transformers would go on with random weights in their place.
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"it lacks {len(missing)} of CLIP's weights, {missing[0]} among them")
+        raise UserError(f"{len(missing)} weights are missing, for example {missing[0]}")
     return clip
 
 
@@ -174,23 +197,22 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 @contextmanager
 def clip_errors(key: str, source: str | Path) -> Iterator[None]:
-    """Turn what transformers, tokenizers and safetensors raise into a UserError that names key and source."""
+    """Convert errors of transformers, tokenizers and safetensors to a UserError with the key and the source."""
     try:
         yield
     except UserError as error:
         hint = "" if Path(source).is_dir() else "; or use text.encoder=builtin"
         raise UserError(f"{key}: {source}: {error}{hint}") from error
     except OSError as error:
-        raise UserError(f"{key}: {source} is not a complete CLIP: {first_line(error)}") from error
-    except Exception as error:  # each of these libraries raises exceptions of its own for a bad file
-        raise UserError(
-            f"{key}: {source}: a file is damaged, was cut short or is no CLIP's: {first_line(error)}"
-        ) from error
+        raise UserError(f"{key}: {source} is not a complete CLIP ({first_line(error)})") from error
+    except Exception as error:  # each library raises its own types for a damaged file
+        message = f"{key}: {source}: a file is damaged, cut short or not of a CLIP ({first_line(error)})"
+        raise UserError(message) from error
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own bars, and its report that a CLIP's vision half is left out, which is what we want."""
+    """Disable transformers' progress bars and warnings, such as the one for the unused image encoder of a CLIP."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -203,7 +225,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def embed_images(clip: CLIPModel, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-    """Embed images that are preprocessed for this CLIP."""
+    """Compute the CLIP embeddings of preprocessed images."""
     output: Any = clip.get_image_features(pixel_values=images)
     return output.pooler_output
 
@@ -211,7 +233,7 @@ def embed_images(clip: CLIPModel, images: Float[Tensor, "b c h w"]) -> Float[Ten
 def embed_texts(
     clip: CLIPModel, tokenizer: CLIPTokenizer, captions: Sequence[str], max_length: int
 ) -> Float[Tensor, "b d"]:
-    """Embed captions, truncated and padded to `max_length`."""
+    """Compute the CLIP embeddings of captions, padded and truncated to `max_length` tokens."""
     tokens = tokenizer([*captions], padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
     output: Any = clip.get_text_features(input_ids=tokens["input_ids"].to(clip.device))
     return output.pooler_output

@@ -1,7 +1,7 @@
 """The denoising network: a UNet (Ronneberger et al. 2015) with timestep embedding and cross-attention to the text.
 
-The weights' names, shapes and meaning on disk are those of diffusers' `UNet2DConditionModel`, so each opens what the
-other wrote.
+Names, shapes and meaning of the weights on disk are those of diffusers' `UNet2DConditionModel`; either library loads
+the files of the other.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from cond_diffusion.config.unet import UNetConfig, from_diffusers, to_diffusers
 from cond_diffusion.errors import UserError, first_line
-from cond_diffusion.hub import download, in_half, is_hub_id, variant_of
+from cond_diffusion.hub import download, is_hub_id, weight_files
 from cond_diffusion.models.layers import (
     Downsample,
     ProjectedContext,
@@ -35,7 +35,7 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
 class DownLevel(nn.Module):
-    """Residual blocks, each with attention behind it if the level has any, then half the resolution."""
+    """Residual blocks, each followed by attention if the level has any, then downsampling by 2."""
 
     def __init__(self, resnets: list[ResidualBlock], attentions: list[SpatialTransformer], downsample: bool) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class DownLevel(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(resnets[-1].conv2.out_channels)] if downsample else [])
 
     def forward(self, x: Tensor, time: Tensor, contexts: ProjectedContext) -> tuple[Tensor, list[Tensor]]:
-        """Return the map that goes on, and all those that the way up will read, in the order in which they arose."""
+        """Return the output, and the feature maps for the skip connections in order of computation."""
         skips = []
         for resnet, attention in zip_longest(self.resnets, self.attentions):
             x = resnet(x, time)
@@ -58,7 +58,7 @@ class DownLevel(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block, at the lowest resolution."""
+    """Residual block, attention, residual block at the lowest resolution."""
 
     def __init__(self, resnets: list[ResidualBlock], attention: SpatialTransformer) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Middle(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Residual blocks that each read one more map from the way down, then twice the resolution."""
+    """Residual blocks, each with a skip connection from the down path, then upsampling by 2."""
 
     def __init__(self, resnets: list[ResidualBlock], attentions: list[SpatialTransformer], upsample: bool) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class UpLevel(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(resnets[-1].conv2.out_channels)] if upsample else [])
 
     def forward(self, x: Tensor, time: Tensor, contexts: ProjectedContext, skips: list[Tensor]) -> Tensor:
-        """Take the maps that this level reads off the end of `skips`."""
+        """Return the output; removes the feature maps of this level from the end of `skips`."""
         for resnet, attention in zip_longest(self.resnets, self.attentions):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if attention is not None:
@@ -92,12 +92,18 @@ class UpLevel(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict, from x_t, t and the context, the noise or what else `prediction.py` lists."""
+    """UNet that maps x_t, t and the context to the prediction (the noise, or another `PredictionKind`).
+
+    The output of a new network is 0 (see `_zero_init`).
+
+    Args:
+        config: The architecture, with `in_channels` and `context_dim`.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         if config.in_channels is None or config.context_dim is None:
-            raise ValueError("UNetConfig.in_channels and context_dim must be given: the UNet cannot guess its input")
+            raise ValueError("UNetConfig: in_channels and context_dim are required")
         self.config = config
         widths, context_dim = config.channels, config.context_dim
         time_dim = 4 * widths[0]
@@ -113,33 +119,35 @@ class UNet(nn.Module):
         self.time_embedding = TimestepMLP(widths[0], time_dim)
 
         per_level, last = config.blocks_per_level, len(widths) - 1
-        skips = [widths[0]]  # the widths of the maps that the way down leaves for the way up
+        skips = [widths[0]]  # widths of the feature maps for the skip connections
         self.down_blocks = nn.ModuleList()
         for level, width in enumerate(widths):
             blocks = resnets([skips[-1], *[width] * (per_level - 1)], width)
-            attend = attentions(level, per_level if config.attention[level] else 0)
-            self.down_blocks.append(DownLevel(blocks, attend, downsample=level < last))
+            transformers = attentions(level, per_level if config.attention[level] else 0)
+            self.down_blocks.append(DownLevel(blocks, transformers, downsample=level < last))
             skips += [width] * (per_level + (level < last))
 
-        self.mid_block = Middle(resnets([widths[-1]] * 2, widths[-1]), attentions(last, 1)[0])
+        self.mid_block = None
+        if config.middle_block:
+            self.mid_block = Middle(resnets([widths[-1]] * 2, widths[-1]), attentions(last, 1)[0])
 
         self.up_blocks = nn.ModuleList()
         below = widths[-1]
         for level, width in reversed(list(enumerate(widths))):
             blocks = resnets([w + skips.pop() for w in [below, *[width] * per_level]], width)
-            attend = attentions(level, per_level + 1 if config.attention[level] else 0)
-            self.up_blocks.append(UpLevel(blocks, attend, upsample=level > 0))
+            transformers = attentions(level, per_level + 1 if config.attention[level] else 0)
+            self.up_blocks.append(UpLevel(blocks, transformers, upsample=level > 0))
             below = width
 
         self.conv_norm_out = nn.GroupNorm(config.num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
-        # In the order of the forward pass, in which the blocks above were registered.
+        # Modules are registered in the order of the forward pass.
         self._transformers = tuple(module for module in self.modules() if isinstance(module, SpatialTransformer))
-        self._start_at_zero()
+        self._zero_init()
 
     def project_context(self, context: Float[Tensor, "b l d"]) -> ProjectedContext:
-        """Return the context's keys and values for every cross-attention, to be given to `forward` in its place."""
+        """Compute keys and values of the context for all cross-attentions; `forward` accepts them as the context."""
         return [transformer.keys_values(context) for transformer in self._transformers]
 
     def forward(
@@ -148,27 +156,32 @@ class UNet(nn.Module):
         t: Int64[Tensor, " b"],
         context: Float[Tensor, "b l d"] | ProjectedContext,
     ) -> Float[Tensor, "b c h w"]:
-        """Return the prediction. `context` is the text's embeddings, or what `project_context` made of them."""
-        # Each transformer takes its own off the front of the list.
+        """Return the prediction.
+
+        Args:
+            x_t: Noisy images.
+            t: Timesteps, counted from 0.
+            context: Text embeddings, or the result of `project_context`.
+        """
+        # Each transformer removes its keys and values from the front of the list.
         contexts = self.project_context(context) if isinstance(context, Tensor) else [*context]
         x = self.conv_in(x_t)
         if x.device.type == "cpu":
-            # All that follows keeps the format: convolutions are faster in it, and attention reads places uncopied.
+            # Subsequent layers keep this format: convolutions are faster, and attention needs no copy to flatten.
             x = x.contiguous(memory_format=torch.channels_last)
         time = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
         skips = [x]
         for level in self.down_blocks:
-            x, left = level(x, time, contexts)
-            skips += left
-        x = self.mid_block(x, time, contexts)
+            x, level_skips = level(x, time, contexts)
+            skips += level_skips
+        if self.mid_block is not None:
+            x = self.mid_block(x, time, contexts)
         for level in self.up_blocks:
             x = level(x, time, contexts, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def _start_at_zero(self) -> None:
-        """Begin by returning 0: the last layer of the network, and of every branch that is added to its input, is zero
-        (Dhariwal and Nichol 2021).
-        """
+    def _zero_init(self) -> None:
+        """Initialize the last layer of the network and of every residual branch to zero (Dhariwal and Nichol 2021)."""
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 _zero(module.conv2)
@@ -177,15 +190,14 @@ class UNet(nn.Module):
         _zero(self.conv_out)
 
     def start_as_copy(self) -> None:
-        """Begin by returning x_t, normalised: the noise, where noise is nearly all there is. That is a good start for
-        predicting epsilon; for other predictions it is wrong where it matters most.
+        """Initialize the network to return x_t, normalized: close to the noise at high noise levels.
 
-        What `conv_in` makes of x_t reaches `conv_out` through the last block's shortcut, and x = silu(x) - silu(-x): a
-        pair of channels carries each channel of x_t past the last activation unharmed.
+        This is a good initialization for predicting epsilon only. `conv_in` and the shortcut of the last block pass x_t
+        on to `conv_out`, in a pair of channels with opposite signs for each channel of x_t, because
+        x = silu(x) - silu(-x).
         """
-        last_block = cast(ResidualBlock, cast(UpLevel, self.up_blocks[-1]).resnets[-1])
-        last_shortcut = last_block.conv_shortcut
-        assert last_shortcut is not None  # the last block reads x_t's map beside its own input, so it has one
+        last_shortcut = cast(ResidualBlock, cast(UpLevel, self.up_blocks[-1]).resnets[-1]).conv_shortcut
+        assert last_shortcut is not None  # the last block has a skip connection, and therefore more input channels
         assert self.conv_in.bias is not None
         _zero(last_shortcut)
         nn.init.zeros_(self.conv_in.bias)
@@ -200,17 +212,21 @@ class UNet(nn.Module):
                     self.conv_out.weight[i, channel, 1, 1] = sign
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write `config.json` and the weights, as diffusers does."""
+        """Write `config.json` and the weights in diffusers' format."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(json.dumps(to_diffusers(self.config), indent=2) + "\n")
+        (folder / CONFIG_NAME).write_text(json.dumps(to_diffusers(self.config), indent=2) + "\n", encoding="utf-8")
         weights = {name: weight.detach().contiguous() for name, weight in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
     @classmethod
     def with_weights(cls, config: UNetConfig, weights: Mapping[str, Tensor]) -> "UNet":
-        """Return a network whose parameters are `weights`, not copies of them; RuntimeError if they do not fit."""
-        with torch.device("meta"):  # no random weights are drawn for those that are given
+        """Return a network in eval mode whose parameters are the given tensors, not copies.
+
+        Raises:
+            RuntimeError: If names or shapes do not match the config.
+        """
+        with torch.device("meta"):  # skips random initialization
             unet = cls(config)
         unet.load_state_dict(weights, assign=True)
         return unet.eval()
@@ -219,16 +235,16 @@ class UNet(nn.Module):
     def from_pretrained(
         cls, source: Path | str, *, subfolder: str = "", dtype: torch.dtype = torch.float32, **options: Any
     ) -> "UNet":
-        """Load a UNet that this package or diffusers saved.
+        """Load a UNet that was saved by this package or diffusers.
 
         Args:
-            source: A folder or a hub id.
-            subfolder: Where the UNet is in `source`: "unet" in a checkpoint.
-            dtype: Of the weights.
+            source: A folder or a Hub id.
+            subfolder: Folder of the UNet in `source`: "unet" in a checkpoint.
+            dtype: Type of the weights.
             **options: Those of `hub.download`.
 
         Raises:
-            UserError: If a file is missing, was cut short, or does not fit the others.
+            UserError: If a file is missing or damaged, or the weights do not match the config.
         """
         folder = Path(source)
         if not folder.is_dir() and is_hub_id(source):
@@ -236,17 +252,18 @@ class UNet(nn.Module):
             folder = download(str(source), files, **options)
         folder = folder / subfolder
         try:
-            config = from_diffusers(json.loads((folder / CONFIG_NAME).read_text()))
-            half = variant_of(folder, WEIGHTS_NAME)
-            unet = cls.with_weights(config, load_file(folder / (in_half(WEIGHTS_NAME) if half else WEIGHTS_NAME)))
+            config = from_diffusers(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+            weights: dict[str, Tensor] = {}
+            for file in weight_files(folder, WEIGHTS_NAME):
+                weights |= load_file(file)
+            unet = cls.with_weights(config, weights)
         except FileNotFoundError as error:
-            raise UserError(f"{folder} is no UNet: there is no {Path(error.filename or str(error)).name}") from error
+            raise UserError(f"{folder} is not a UNet: there is no {Path(error.filename or str(error)).name}") from error
         except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}: a file is damaged or was cut short: {first_line(error)}") from error
-        except RuntimeError as error:  # what load_state_dict raises for missing, unknown or misshapen weights
-            raise UserError(
-                f"{folder}: the weights are not those of its {CONFIG_NAME}: {' '.join(str(error).split())}"
-            ) from error
+            raise UserError(f"{folder}: a file is damaged or cut short ({first_line(error)})") from error
+        except RuntimeError as error:  # load_state_dict: missing or unexpected weights, or other shapes
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}: {WEIGHTS_NAME} does not match {CONFIG_NAME} ({reason})") from error
         return unet.to(dtype)
 
 

@@ -1,1 +1,1 @@
-"""Prompt in, images out; and the folders on disk."""
+"""The text-to-image pipeline, and the checkpoint and run folders that it is stored in."""

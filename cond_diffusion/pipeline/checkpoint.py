@@ -1,7 +1,7 @@
-"""A pipeline's folder: where it is, and what its JSON says. The layout is diffusers'.
+"""Checkpoint folders in diffusers' layout: open, read and write them, and write the model card for the Hub.
 
-A pipeline in latent space is a `StableDiffusionPipeline`, ours and others' alike; one in pixels, which diffusers has
-no pipeline for, says TextToImage.
+A pipeline in latent space is stored as a `StableDiffusionPipeline`, whether it was trained here or elsewhere. diffusers
+has no pipeline for pixel space; such a pipeline is stored with the class name `TextToImage`.
 """
 
 import json
@@ -18,22 +18,24 @@ from cond_diffusion.config import schedule as schedule_config
 from cond_diffusion.config.run import CONFIG_NAME, Config, PredictionKind, load_config
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
-from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.hub import WEIGHTS, download, is_hub_id, refuse_pickles
 from cond_diffusion.models.latents import IN_LATENTS, IN_PIXELS, VAE, LatentSpace, PixelPatchify
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.run_folder import find_corruption, newest_checkpoint
 
-BUILT_IN_MODEL = Path(__file__).parent.parent / "assets" / "mnist_model"
+ASSETS = Path(__file__).parent.parent / "assets"
+BUILT_IN_MODEL = ASSETS / "mnist_model"
 INDEX_NAME = "model_index.json"
+GRID_NAME = "samples.png"
 Result = TypeVar("Result")
 
 
 class Checkpoint:
-    """A pipeline's folder. Each part is read, and checked, when it is first asked for.
+    """A checkpoint folder. Each part is loaded and validated on first access.
 
-    Reading a part raises UserError where a file is missing, damaged, or of another kind of pipeline.
+    Loading a part raises UserError if a file is missing, damaged, or belongs to an unsupported kind of pipeline.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,12 +43,12 @@ class Checkpoint:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """What `model_index.json` holds."""
+        """The contents of `model_index.json`."""
         return check_kind(self.folder, str(self.folder))
 
     @cached_property
     def latent_space(self) -> LatentSpace:
-        """Where the diffusion happens."""
+        """The space that the diffusion runs in: the latents of a VAE, or pixels."""
         for part, weights in WEIGHTS.items():
             refuse_pickles(self.folder / part, weights)
         if self.index["_class_name"] == IN_PIXELS:
@@ -59,15 +61,15 @@ class Checkpoint:
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """The encoder, with the length that the tokenizer was saved with."""
+        """The text encoder, with the maximum length that its tokenizer was saved with."""
         return TextEncoder.from_pretrained(self.folder, max_length=None)
 
     @cached_property
     def prediction(self) -> Prediction:
-        """What the network predicts, and its schedule."""
+        """The prediction type and the noise schedule."""
         fields = read_json(self.folder / "scheduler" / "scheduler_config.json")
         if self.index["_class_name"] == IN_LATENTS:
-            fields |= {"clip_sample": False, "steps_offset": 1}  # whatever is written there, as that pipeline has it
+            fields |= {"clip_sample": False, "steps_offset": 1}  # as StableDiffusionPipeline overrides them
         kind, kinds = fields.pop("prediction_type", "epsilon"), get_args(PredictionKind)
         if kind not in kinds:
             raise UserError(
@@ -77,29 +79,29 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Config | None:
-        """The config of the run that wrote it; None where there is none."""
+        """The config of the training run, or None if the folder has none."""
         file = self.folder / CONFIG_NAME
         return load_config(Config, file) if file.is_file() else None
 
     @property
     def run_config(self) -> Config:
-        """The config; UserError where there is none."""
+        """The config of the training run; raises UserError if the folder has none."""
         if self.config is None:
             raise UserError(
-                f"--checkpoint: {self.folder} has no {CONFIG_NAME}, which names its data; expected a run's checkpoint"
+                f"--checkpoint: {self.folder} has no {CONFIG_NAME} with the training data; expected a run's checkpoint"
             )
         return self.config
 
 
 def open_checkpoint(source: str | Path, **options: Any) -> Checkpoint:
-    """Open the built-in model, a run's newest checkpoint, a checkpoint folder, or what a hub id names.
+    """Open the built-in model, the newest checkpoint of a run, a checkpoint folder, or a model from the Hub.
 
     Args:
-        source: "builtin", a folder or a hub id, which is downloaded.
-        **options: Those of `hub.download`.
+        source: "builtin", a run folder, a checkpoint folder or a Hub id, which is downloaded.
+        **options: Options of `hub.download`.
 
     Raises:
-        UserError: Where there is none, or a file of it was changed since it was written.
+        UserError: If there is no checkpoint, or one of its files does not match its checksum.
     """
     if source == "builtin":
         return Checkpoint(BUILT_IN_MODEL)
@@ -111,18 +113,19 @@ def open_checkpoint(source: str | Path, **options: Any) -> Checkpoint:
     if folder.is_dir():
         newest = newest_checkpoint(folder, with_state=False)
         if newest is None:
-            raise UserError(f"{folder} holds no complete checkpoint: neither {INDEX_NAME} nor checkpoints/step-*")
+            raise UserError(f"{folder}: no complete checkpoint; expected {INDEX_NAME} or checkpoints/step-*")
         return Checkpoint(newest)
     if not is_hub_id(source):
         raise UserError(f"there is no checkpoint {source}; expected a run folder, a checkpoint folder or a hub id")
-    check_kind(download(str(source), [INDEX_NAME], **options), str(source))  # before gigabytes of something else
+    # Check the kind before downloading gigabytes of an unsupported pipeline.
+    check_kind(download(str(source), [INDEX_NAME], **options), str(source))
     return Checkpoint(download(str(source), **options))
 
 
 def read_checkpoint(source: str | Path, read: Callable[[Checkpoint], Result], **options: Any) -> Result:
-    """Return what `read` makes of the checkpoint that `open_checkpoint` opens.
+    """Return `read(checkpoint)` for the checkpoint that `open_checkpoint` opens.
 
-    A run that is being trained deletes old checkpoints. Where it deletes this one meanwhile, the newest is read.
+    A run in progress deletes old checkpoints. If it deletes this one during the call, the newest one is read instead.
     """
     while True:
         checkpoint = open_checkpoint(source, **options)
@@ -133,18 +136,8 @@ def read_checkpoint(source: str | Path, read: Callable[[Checkpoint], Result], **
                 raise
 
 
-def check_kind(folder: Path, name: str) -> dict[str, Any]:
-    """Return what `model_index.json` says; raise UserError for a pipeline of another kind."""
-    index = read_json(folder / INDEX_NAME)
-    if (kind := index.get("_class_name")) not in (IN_PIXELS, IN_LATENTS):
-        raise UserError(
-            f"{name} holds a {kind}; expected a {IN_PIXELS}, or a {IN_LATENTS} of Stable Diffusion 1.x or 2.x"
-        )
-    return index
-
-
 def write_index(folder: Path, latent_space: LatentSpace) -> None:
-    """Write `model_index.json`, and the autoencoder where there is one."""
+    """Write `model_index.json`, and the weights of the autoencoder if there is one."""
     index: dict[str, Any] = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "scheduler": ["diffusers", "DDPMScheduler"],
@@ -152,38 +145,19 @@ def write_index(folder: Path, latent_space: LatentSpace) -> None:
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
     index |= latent_space.save_pretrained(folder)
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_prediction(folder: Path, prediction: Prediction) -> None:
-    """Write `scheduler/`. diffusers has no name for score; its schedulers refuse ours, by name, at their first step."""
+    """Write `scheduler/`.
+
+    diffusers has no score prediction: its schedulers raise an error that names `prediction_type` at their first step.
+    """
     (folder / "scheduler").mkdir(exist_ok=True)
     scheduler = {**schedule_config.to_diffusers(prediction.schedule.config), "prediction_type": prediction.kind}
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{file.parent} is no complete checkpoint: there is no {file.name}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is damaged or was cut short: {first_line(error)}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{file} is damaged: expected names and values")
-    return fields
-
-
-GRID_NAME = "samples.png"
-TEMPLATE = Path(__file__).parent.parent / "assets" / "model_card.md"
-
-
-def prompts_of_run(checkpoint: Path | None) -> list[str]:
-    """Return the prompts of a run's sample grids; raise UserError where there are none."""
-    config = _config_of_run(checkpoint)
-    if config is None or not config.sample.prompts:
-        raise UserError("prompts: none given, and the checkpoint has none; expected the prompts of the card's samples")
-    return [*config.sample.prompts]
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(scheduler, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def write_card(
@@ -195,17 +169,23 @@ def write_card(
     prompts: list[str],
     checkpoint: Path | None,
 ) -> None:
-    """Write the card of the model with the hub id `name`, and the run's config, into a folder.
+    """Write the model card, and the config of the training run if there is one.
 
-    side: of the images, in pixels. prompts: one for each row of the grid of samples. checkpoint: the folder of a run's
-    checkpoint, if the pipeline comes from one.
+    Args:
+        folder: The folder to write into.
+        name: Hub id of the model.
+        latent_space: The space that the diffusion runs in.
+        image_size: Width and height of the images in pixels.
+        prediction: What the network predicts.
+        prompts: One prompt per row of the sample grid.
+        checkpoint: Checkpoint folder of the run that the pipeline was loaded from, if any.
     """
-    config = _config_of_run(checkpoint)
+    config = _run_config(checkpoint)
     if checkpoint is not None and config is not None:
         shutil.copy(checkpoint / CONFIG_NAME, folder)
     card = ModelCard.from_template(
         ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=["cond_diffusion", "diffusion"]),
-        template_path=str(TEMPLATE),
+        template_path=str(ASSETS / "model_card.md"),
         name=name,
         image_size=image_size,
         patch_size=None if latent_space.is_latent else latent_space.downsample_factor,
@@ -213,29 +193,58 @@ def write_card(
         prompts=prompts,
         prompt=json.dumps(prompts[0], ensure_ascii=False),
         config=config,
-        measures=_last_measures(checkpoint),
+        metrics=_last_metrics(checkpoint),
     )
     card.save(folder / "README.md")
 
 
-def _config_of_run(checkpoint: Path | None) -> Config | None:
-    if checkpoint is None or not (checkpoint / CONFIG_NAME).is_file():
-        return None
-    return load_config(Config, checkpoint / CONFIG_NAME)
+def prompts_of_run(checkpoint: Path | None) -> list[str]:
+    """Return the prompts of the sample grids of a run; raise UserError if there are none."""
+    config = _run_config(checkpoint)
+    if config is None or not config.sample.prompts:
+        raise UserError("prompts: none given and none in the checkpoint's config; expected prompts for the sample grid")
+    return [*config.sample.prompts]
 
 
-def _last_measures(checkpoint: Path | None) -> dict[str, float | int]:
-    """Return the last finite value of each metric up to a checkpoint; none if the run's folder is not there."""
+def check_kind(folder: Path, name: str) -> dict[str, Any]:
+    """Return the contents of `model_index.json`; raise UserError if the kind of pipeline is not supported."""
+    index = read_json(folder / INDEX_NAME)
+    if (kind := index.get("_class_name")) not in (IN_PIXELS, IN_LATENTS):
+        raise UserError(
+            f"{name}: pipeline {kind} is not supported; expected {IN_PIXELS}, or {IN_LATENTS} of Stable Diffusion 1.x "
+            "or 2.x"
+        )
+    return index
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a checkpoint; raise UserError if there is none."""
+    try:
+        with user_errors(f"{file}: damaged or truncated", json.JSONDecodeError, UnicodeDecodeError):
+            fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file.parent}: incomplete checkpoint; there is no {file.name}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: damaged; expected a JSON object")
+    return fields
+
+
+def _run_config(checkpoint: Path | None) -> Config | None:
+    return None if checkpoint is None else Checkpoint(checkpoint).config
+
+
+def _last_metrics(checkpoint: Path | None) -> dict[str, float | int]:
+    """Return the last finite value of each metric up to the step of a checkpoint; empty without a run folder."""
     if checkpoint is None:
         return {}
     progress, metrics = checkpoint / "state" / "progress.json", checkpoint.parent.parent / "metrics.jsonl"
     if not (progress.is_file() and metrics.is_file()):
         return {}
-    step = json.loads(progress.read_text())["step"]
-    newest: dict[str, Any] = {}
-    for line in metrics.read_text().splitlines():
-        with suppress(json.JSONDecodeError):  # a line that a kill has cut short
+    step = json.loads(progress.read_text(encoding="utf-8"))["step"]
+    last: dict[str, Any] = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):  # a killed run can leave a truncated line
             values = json.loads(line)
             if values["step"] <= step:
-                newest |= values
-    return {name: value for name, value in newest.items() if value is not None}
+                last |= values
+    return {name: value for name, value in last.items() if value is not None}

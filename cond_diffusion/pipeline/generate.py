@@ -1,4 +1,8 @@
-"""From settings to files: one PNG with a row for each prompt, or a folder with a PNG of each image."""
+"""Generate images from settings and write them to files, and store the settings in the metadata of each PNG.
+
+The output is one PNG with a row per prompt, or a folder with one PNG per image. A PNG holds its `GenerationSettings` as
+text chunks, from which the images can be generated again.
+"""
 
 import json
 import logging
@@ -6,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
+from itertools import chain, count
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -15,107 +20,15 @@ from tqdm.auto import tqdm
 
 from cond_diffusion import __version__
 from cond_diffusion.config.sampling import GenerationSettings, SamplingOptions
-from cond_diffusion.errors import Interrupted, UserError, first_line
+from cond_diffusion.errors import Interrupted, UserError, user_errors
 from cond_diffusion.images import grid, open_image, opened_image
 from cond_diffusion.pipeline.text_to_image import SamplingInterrupted, StepCallback, TextToImage
-from cond_diffusion.pipeline.visualize import AttentionMaps, Film, maps_of_words, sheet
+from cond_diffusion.pipeline.visualize import AttentionMaps, Film, maps_per_word, render_maps
 
 CHUNK_PREFIX = "cond_diffusion:"
-
-
-def save_png(image: Image.Image, path: Path, settings: GenerationSettings) -> None:
-    """Write a PNG with its settings in text chunks, one for each that is not None, and the version."""
-    chunks = PngImagePlugin.PngInfo()
-    for name, value in {**to_flat(settings), "version": __version__}.items():
-        chunks.add_itxt(CHUNK_PREFIX + name, json.dumps(value, ensure_ascii=False))
-    image.save(path, "PNG", pnginfo=chunks)
-
-
-def read_settings(path: str, option: str) -> dict[str, Any]:
-    """Return what `save_png` wrote into the text chunks, by name; UserError, naming the option, where nothing did."""
-    with opened_image(path, option) as image:
-        chunks = getattr(image, "text", {})
-    ours = {name.removeprefix(CHUNK_PREFIX): text for name, text in chunks.items() if name.startswith(CHUNK_PREFIX)}
-    if not ours:
-        raise UserError(f"{option}: {path} does not say how it was made; expected a PNG that was made here")
-    found: dict[str, Any] = {}
-    for name, text in ours.items():
-        try:
-            found[name] = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{option}: the settings in {path} are damaged: {name}: {first_line(error)}") from error
-    version = found.pop("version", None)
-    if version != __version__:
-        logger.warning("%s was made by version %s; version %s may give another image", path, version, __version__)
-    if unknown := found.keys() - {*names_of(GenerationSettings), *names_of(SamplingOptions)}:
-        raise UserError(f"{option}: {path} has a setting that is not known here: {min(unknown)!r:.60}")
-    return found
-
-
-def names_of(schema: Any) -> list[str]:
-    """Return the names of a dataclass's fields, but for the group of sampling options."""
-    return [field.name for field in fields(schema) if field.name != "sampling"]
-
-
-def to_flat(settings: GenerationSettings) -> dict[str, Any]:
-    """Return the settings that are not None by name, those of sampling among them."""
-    named = asdict(settings)
-    sampling = named.pop("sampling")
-    return {name: value for name, value in {**named, **sampling}.items() if value is not None}
-
-
-def from_flat(named: dict[str, Any]) -> GenerationSettings:
-    """Invert `to_flat`; raise UserError for a value that is not allowed. Values may be text, as typed."""
-    sampling = {name: named[name] for name in names_of(SamplingOptions) if name in named}
-    others = {name: named[name] for name in names_of(GenerationSettings) if name in named}
-    return GenerationSettings(**others, sampling=SamplingOptions(**sampling))
-
-
-def name_of(prompt: str) -> str:
-    """Return a file's name made of a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
-
-
-@contextmanager
-def reserve_path(wanted: str | None, prompt: str, option: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Reserve a path to write to, `wanted` or a free name made of the prompt; remove the file on an error.
-
-    Raises UserError, before any work is done, if the path exists already or could not be written.
-    """
-    if wanted is None:
-        name, number = name_of(prompt), 1
-        path = Path(f"{name}{suffixes[0]}")
-        while path.exists():
-            number += 1
-            path = Path(f"{name}-{number}{suffixes[0]}")
-    else:
-        path = Path(wanted)
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"{option}: {path} must end in {' or '.join(suffixes)}")
-    try:
-        path.open("xb").close()  # reserves the name, and shows that it can be written
-    except FileExistsError as error:
-        raise UserError(f"{option}: {path} exists already and is not overwritten; give another name") from error
-    except OSError as error:
-        raise UserError(f"{option}: {path} cannot be written: {error.strerror}") from error
-    try:
-        yield path
-    except BaseException:
-        path.unlink()  # the name was reserved, but nothing was written
-        raise
-
+PER_PROMPT = ("seed", "guidance_scale", "negative_prompt")
 
 logger = logging.getLogger(__name__)
-
-
-def load_pipeline(settings: GenerationSettings) -> tuple[TextToImage, GenerationSettings]:
-    """Return the pipeline on the accelerator, and the settings as a PNG remembers them: with the checkpoint of a run
-    that is the newest now, and with the number of steps.
-    """
-    pipe = TextToImage.from_pretrained(settings.checkpoint, ema_width=settings.ema_width, lora=settings.lora)
-    sampling = replace(settings.sampling, steps=settings.sampling.steps or pipe.schedule.num_timesteps)
-    checkpoint = str(pipe.folder) if Path(settings.checkpoint).is_dir() else settings.checkpoint
-    return pipe.to_accelerator(), replace(settings, sampling=sampling, checkpoint=checkpoint)
 
 
 def generate_to_file(
@@ -128,18 +41,22 @@ def generate_to_file(
     batch_size: int | None = None,
     callback_on_step_end: StepCallback | None = None,
 ) -> Iterator[Path]:
-    """Sample, write one PNG with a row for each prompt, and yield its path; then what else was asked for beside it.
+    """Generate images, write them as one PNG with a row per prompt, and yield the path of each file written.
 
-    The PNG remembers the settings. On Ctrl-C, Interrupted is raised and the PNG has the images that are complete.
+    The PNG comes first, then the animation and the attention maps if requested. The PNG stores the settings.
 
     Args:
-        settings: What to sample, and with which checkpoint.
-        output: Path of the PNG; None is a free name made of the prompt.
+        settings: What to generate, and with which checkpoint.
+        output: Path of the PNG; None derives an unused name from the prompt.
         film: Path of an animation of the sampling, .gif or .webp.
         attention_maps: Path of a PNG with the cross-attention maps.
-        labels: Whether the prompts stand beside the rows where there are several.
-        batch_size: Images in one batch; None is as many as fit into the memory.
-        watch: Called after each step.
+        labels: Whether to write the prompts beside the rows if there are several.
+        batch_size: Number of images per batch; None uses as many as fit into memory.
+        callback_on_step_end: Called after each sampling step.
+
+    Raises:
+        UserError: If the settings are not valid, or a file exists or cannot be written.
+        Interrupted: On Ctrl-C, after the PNG was written with the images that were complete.
     """
     pipe, settings = load_pipeline(settings)
     prompts, columns = [*settings.prompts], settings.sampling.num_images
@@ -156,40 +73,40 @@ def generate_to_file(
         with reserve_path(output, prompts[0] if prompts else "", "--output", (".png",)) as path:
             try:
                 images = pipe(
-                    prompts, **_arguments(settings), batch_size=batch_size, callback_on_step_end=_all_of(callbacks)
+                    prompts, **_call_kwargs(settings), batch_size=batch_size, callback_on_step_end=_combine(callbacks)
                 )
             except SamplingInterrupted as interruption:
                 images = interruption.images
                 if not images:
                     raise
             if (film_path or maps_path) and not frames.frames and not maps.maps:
-                raise UserError(f"strength: {settings.sampling.strength} leaves no steps to show; expected more")
-            shown = prompts[: -(-len(images) // columns)]
-            save_png(grid(images, columns, shown if labels and len(prompts) > 1 else None), path, settings)
+                raise UserError(f"strength: {settings.sampling.strength} leaves no steps to visualize; increase it")
+            row_labels = prompts[: -(-len(images) // columns)] if labels and len(prompts) > 1 else None
+            save_png(grid(images, columns, row_labels), path, settings)
         if len(images) < (total := len(prompts) * columns):
-            message = (
+            raise Interrupted(
                 f"interrupted; {path} has the first {len(images)} of {total} images, and --from-image {path} samples "
-                "them all"
+                "them all",
+                SIGINT,
             )
-            raise Interrupted(message, SIGINT)
         yield path
         if film_path:
             frames.save(film_path, columns)
             yield film_path
         if maps_path:
-            words = [maps_of_words(prompts[i // columns], m, pipe.text_encoder) for i, m in enumerate(maps.maps)]
-            sheet(list(zip(images, words, strict=True))).save(maps_path)
+            words = [maps_per_word(prompts[i // columns], m, pipe.text_encoder) for i, m in enumerate(maps.maps)]
+            render_maps(list(zip(images, words, strict=True))).save(maps_path)
             yield maps_path
 
 
 def generate_to_folder(settings: GenerationSettings, folder: str, *, batch_size: int | None = None) -> None:
-    """Sample, and write a PNG for each image as soon as its batch is complete.
+    """Generate images and write one PNG per image, after each batch.
 
-    Names begin with the numbers of prompt and image, so they sort as the images are asked for, and more of them may be
-    asked for later. Files that exist are skipped.
+    File names begin with the numbers of the prompt and the image, so they sort in order, and a later call can request
+    more images. Existing files are skipped.
 
     Raises:
-        UserError: Where a file exists that was made with other settings, or cannot be written.
+        UserError: If a file exists that was made with other settings, or cannot be written.
         Interrupted: On Ctrl-C.
     """
     pipe, settings = load_pipeline(settings)
@@ -197,9 +114,9 @@ def generate_to_folder(settings: GenerationSettings, folder: str, *, batch_size:
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size}; expected at least 1")
     todo = []
-    for path, own in _settings_of_images(settings, Path(folder)):
+    for path, own in _settings_per_image(settings, Path(folder)):
         if path.exists():
-            _check_same(path, own)
+            _check_same_settings(path, own)
         else:
             todo.append((path, own))
     total = len(settings.prompts) * settings.sampling.num_images
@@ -207,64 +124,163 @@ def generate_to_folder(settings: GenerationSettings, folder: str, *, batch_size:
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
             each = {name: [getattr(own.sampling, name) for _, own in batch] for name in PER_PROMPT}
-            prompts = [own.prompts[0] for _, own in batch]
-            arguments = {**_arguments(settings), "num_images": 1, **each}
+            kwargs = {**_call_kwargs(settings), "num_images": 1, **each}
             try:
-                images = pipe(prompts, **arguments, batch_size=batch_size, progress=False)
+                images = pipe([own.prompts[0] for _, own in batch], **kwargs, batch_size=batch_size, progress=False)
             except SamplingInterrupted as interruption:
-                message = (
-                    f"interrupted; {folder} has {bar.n} of {total} images, and the same command continues from there"
-                )
-                raise Interrupted(message, SIGINT) from interruption
+                raise Interrupted(
+                    f"interrupted; {folder} has {bar.n} of {total} images, and the same command continues from there",
+                    SIGINT,
+                ) from interruption
             for (path, own), image in zip(batch, images, strict=True):
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    aside = path.with_name(f".{path.name}")
-                    save_png(image, aside, own)
-                    aside.replace(path)
+                    unfinished = path.with_name(f".{path.name}")
+                    save_png(image, unfinished, own)
+                    unfinished.replace(path)
                 except OSError as error:
                     raise UserError(f"--output-dir: {path} cannot be written: {error.strerror}") from error
             bar.update(len(batch))
 
 
-PER_PROMPT = ("seed", "guidance_scale", "negative_prompt")
+def load_pipeline(settings: GenerationSettings) -> tuple[TextToImage, GenerationSettings]:
+    """Return the pipeline on the accelerator, and the settings to store in a PNG.
+
+    In these, a run folder is replaced by its newest checkpoint, and `steps` is the number of steps.
+    """
+    pipe = TextToImage.from_pretrained(settings.checkpoint, ema_width=settings.ema_width, lora=settings.lora)
+    sampling = replace(settings.sampling, steps=settings.sampling.steps or pipe.schedule.num_timesteps)
+    checkpoint = str(pipe.folder) if Path(settings.checkpoint).is_dir() else settings.checkpoint
+    return pipe.to_accelerator(), replace(settings, sampling=sampling, checkpoint=checkpoint)
 
 
-def _settings_of_images(settings: GenerationSettings, folder: Path) -> Iterator[tuple[Path, GenerationSettings]]:
+def save_png(image: Image.Image, path: Path, settings: GenerationSettings) -> None:
+    """Write a PNG with the version and each setting that is not None in text chunks."""
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in {**to_flat(settings), "version": __version__}.items():
+        chunks.add_itxt(CHUNK_PREFIX + name, json.dumps(value, ensure_ascii=False))
+    image.save(path, "PNG", pnginfo=chunks)
+
+
+def read_settings(path: str, option: str) -> dict[str, Any]:
+    """Return the settings that `save_png` stored in a PNG, by name.
+
+    Args:
+        path: Path of the PNG.
+        option: The option that gave the path, for error messages.
+
+    Raises:
+        UserError: If the PNG has no settings, or they are damaged or unknown.
+    """
+    with opened_image(path, option) as image:
+        chunks = getattr(image, "text", {})
+    ours = {name.removeprefix(CHUNK_PREFIX): text for name, text in chunks.items() if name.startswith(CHUNK_PREFIX)}
+    if not ours:
+        raise UserError(f"{option}: {path} has no generation settings; expected a PNG written by cond_diffusion")
+    found: dict[str, Any] = {}
+    for name, text in ours.items():
+        with user_errors(f"{option}: {path}: {name} cannot be parsed", ValueError, RecursionError):
+            found[name] = json.loads(text)
+    version = found.pop("version", None)
+    if version != __version__:
+        logger.warning(
+            "%s was generated by version %s; version %s may produce a different image", path, version, __version__
+        )
+    if unknown := found.keys() - {*_field_names(GenerationSettings), *_field_names(SamplingOptions)}:
+        raise UserError(f"{option}: {path} has the unknown setting {min(unknown)!r:.60}")
+    return found
+
+
+def to_flat(settings: GenerationSettings) -> dict[str, Any]:
+    """Return all settings that are not None by name, the sampling options included."""
+    named = asdict(settings)
+    sampling = named.pop("sampling")
+    return {name: value for name, value in {**named, **sampling}.items() if value is not None}
+
+
+def from_flat(named: dict[str, Any]) -> GenerationSettings:
+    """Invert `to_flat`; raise UserError for an invalid value. Values may be text, as on the command line."""
+    sampling = {name: named[name] for name in _field_names(SamplingOptions) if name in named}
+    others = {name: named[name] for name in _field_names(GenerationSettings) if name in named}
+    return GenerationSettings(**others, sampling=SamplingOptions(**sampling))
+
+
+@contextmanager
+def reserve_path(wanted: str | None, prompt: str, option: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Create an empty file to reserve its path, and remove it on an error.
+
+    Args:
+        wanted: The path; None derives an unused name from the prompt.
+        prompt: The prompt.
+        option: The option that gave the path, for error messages.
+        suffixes: Allowed suffixes; the first one is the default.
+
+    Raises:
+        UserError: Before the body runs, if the path exists or cannot be written.
+    """
+    if wanted is None:
+        endings = chain([""], (f"-{number}" for number in count(2)))
+        paths = (Path(f"{_file_stem(prompt)}{ending}{suffixes[0]}") for ending in endings)
+        path = next(path for path in paths if not path.exists())
+    else:
+        path = Path(wanted)
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{option}: {path} must end in {' or '.join(suffixes)}")
+    try:
+        path.open("xb").close()
+    except FileExistsError as error:
+        raise UserError(f"{option}: {path} already exists and is not overwritten; choose another path") from error
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be written: {error.strerror}") from error
+    try:
+        yield path
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def _file_stem(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+
+
+def _field_names(schema: Any) -> list[str]:
+    """Return the names of a dataclass's fields, except the group of sampling options."""
+    return [field.name for field in fields(schema) if field.name != "sampling"]
+
+
+def _settings_per_image(settings: GenerationSettings, folder: Path) -> Iterator[tuple[Path, GenerationSettings]]:
     """Yield the path and the settings of each image."""
     values = [settings.sampling.per_prompt(name, len(settings.prompts)) for name in PER_PROMPT]
     for row, (prompt, seed, scale, negative) in enumerate(zip(settings.prompts, *values, strict=True)):
         for i in range(settings.sampling.num_images):
             own = {"num_images": 1, "seed": seed + i, "guidance_scale": scale, "negative_prompt": negative}
-            path = folder / f"{row:04}-{i:04}-{name_of(prompt)}.png"
+            path = folder / f"{row:04}-{i:04}-{_file_stem(prompt)}.png"
             yield path, replace(settings, prompts=(prompt,), sampling=replace(settings.sampling, **own))
 
 
-def _check_same(path: Path, settings: GenerationSettings) -> None:
-    """Raise UserError if an image was made with other settings."""
-    there, wanted = to_flat(from_flat(read_settings(str(path), "--output-dir"))), to_flat(settings)
-    for name in sorted(there.keys() | wanted.keys()):
-        if (then := there.get(name)) != (now := wanted.get(name)):
+def _check_same_settings(path: Path, settings: GenerationSettings) -> None:
+    """Raise UserError if an existing image was generated with other settings."""
+    stored, wanted = to_flat(from_flat(read_settings(str(path), "--output-dir"))), to_flat(settings)
+    for name in sorted(stored.keys() | wanted.keys()):
+        if (then := stored.get(name)) != (now := wanted.get(name)):
             raise UserError(
                 f"--output-dir: {path} was made with {name} {then}, not {now}, and is not overwritten; choose another "
                 "folder"
             )
 
 
-def _arguments(settings: GenerationSettings) -> dict[str, Any]:
-    """Return the keyword arguments of `TextToImage.__call__`."""
+def _call_kwargs(settings: GenerationSettings) -> dict[str, Any]:
+    """Return the keyword arguments of `TextToImage.__call__`; the input images are opened."""
     files = {"image": settings.image, "mask": settings.mask}
-    images: dict[str, Image.Image] = {
-        name: open_image(file, f"--{name}") for name, file in files.items() if file is not None
-    }
+    images = {name: open_image(file, f"--{name}") for name, file in files.items() if file is not None}
     return {**vars(settings.sampling), **images}
 
 
-def _all_of(callbacks: list[StepCallback]) -> StepCallback | None:
-    """Return one callback for several."""
+def _combine(callbacks: list[StepCallback]) -> StepCallback | None:
+    """Return one callback that calls all of them, or None if there are none."""
 
     def call_all(*arguments: Any) -> None:
-        for callback_on_step_end in callbacks:
-            callback_on_step_end(*arguments)
+        for callback in callbacks:
+            callback(*arguments)
 
     return call_all if callbacks else None

@@ -1,17 +1,17 @@
-"""A run's folder and its checkpoints: whole or not there at all.
+"""The folder of a training run, and its checkpoints.
 
-    runs/mnist/.lock                   held by the process that trains here
-    runs/mnist/config.yaml             every key of the run
+    runs/mnist/.lock                   held by the process that trains in this folder
+    runs/mnist/config.yaml             all config keys of the run
     runs/mnist/metrics.jsonl           one line of JSON every `train.log_every` steps
     runs/mnist/samples/step-00001000.png
-    runs/mnist/snapshots/step-00000250.safetensors   averages of the weights (`posthoc_ema.py`)
-    runs/mnist/checkpoints/step-00001000/   a pipeline in diffusers' layout, and beside it
-                                       state/  what training needs to go on: raw weights, optimizer, progress
+    runs/mnist/snapshots/step-00000250.safetensors   averaged weights (`models/ema.py`)
+    runs/mnist/checkpoints/step-00001000/   a pipeline in diffusers' layout, with an additional folder
+                                       state/  the training state: raw weights, optimizer, progress
 
 A run keeps its newest checkpoints and the one with the lowest held-out loss. A checkpoint is written into a hidden
-sibling, flushed to the disk and then renamed, so a folder named step-* is complete whenever the process or the machine
-stopped. What happens to it later is seen by the sizes and checksums of its files. Nothing in it can run code:
-safetensors, JSON and YAML only.
+sibling folder, flushed to disk and then renamed, so a folder named step-* is always complete, even after a crash of the
+process or the machine. Later damage is detected by the sizes and checksums of its files. A checkpoint consists of
+safetensors, JSON and YAML only, which cannot execute code.
 """
 
 import hashlib
@@ -30,33 +30,37 @@ from cond_diffusion.errors import UserError, did_you_mean, first_line
 from cond_diffusion.files import flush
 
 CHECKSUMS_NAME = "checksums.json"
-PROGRESS_NAME = "progress.json"  # in state/: the step, the held-out loss, where the data stand
+PROGRESS_NAME = "progress.json"  # in state/: the step, the held-out loss and the position in the data
 LOCK_NAME = ".lock"
 
 logger = logging.getLogger(__name__)
 
 
 def new_run_dir(path: str, or_else: str = "") -> Path:
-    """Return the folder for a new run, or raise UserError: what an earlier run left there is never overwritten.
+    """Return the folder for a new run; raise UserError if it exists and has files of an earlier run.
 
-    or_else: what the message offers beside another name.
+    Args:
+        path: The folder.
+        or_else: Appended to the error message: an alternative to choosing another folder.
     """
     run_dir = Path(path)
     if run_dir.exists() and not (run_dir.is_dir() and all(path.name == LOCK_NAME for path in run_dir.iterdir())):
-        raise UserError(f"run_dir: {run_dir} exists and is not overwritten; name another, run_dir={run_dir}-2{or_else}")
+        raise UserError(
+            f"run_dir: {run_dir} already exists and is not overwritten; choose another, run_dir={run_dir}-2{or_else}"
+        )
     return run_dir
 
 
 def make_run_dir(run_dir: Path) -> None:
-    """Make the folder; raise UserError where that cannot be."""
+    """Create the folder; raise UserError if that fails."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run_dir: {run_dir} cannot be made: {error.strerror}") from error
+        raise UserError(f"run_dir: {run_dir} cannot be created: {error.strerror}") from error
 
 
 class RunLock:
-    """Held by the one process that writes into a run's folder; the system releases it when that process dies."""
+    """Lock of the one process that writes into a run's folder; the system releases it when that process dies."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -69,14 +73,15 @@ class RunLock:
         self.lock.release()
 
     def acquire(self) -> None:
-        """Take the lock, unless it is held here already; raise UserError where another process holds it."""
+        """Acquire the lock if this object does not hold it; raise UserError if another process holds it."""
         if self.lock.is_locked:
             return
         try:
             self.lock.acquire(blocking=False)
         except Timeout as error:
             raise UserError(
-                f"run_dir: another process is training into {self.run_dir}; wait until it ends, or name another folder"
+                f"run_dir: {self.run_dir} is in use by another training process; wait until it ends, or choose another "
+                "folder"
             ) from error
         except OSError as error:
             raise UserError(f"run_dir: {self.run_dir} cannot be written to: {error.strerror}") from error
@@ -93,40 +98,46 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_checkpoint(run_dir: Path, *, with_state: bool) -> Path | None:
-    """Return the newest checkpoint of a run that is whole, if it has any; name those that are not.
+    """Return the newest intact checkpoint of a run, or None if it has no checkpoints. Log a warning for damaged ones.
 
-    Raises UserError where none of them is.
+    Args:
+        run_dir: The run's folder.
+        with_state: Whether to check the training state too.
+
+    Raises:
+        UserError: If all checkpoints are damaged.
     """
     while True:
         problem = None
         for checkpoint in reversed(checkpoints(run_dir)):
             problem = find_corruption(checkpoint, with_state=with_state)
             if not checkpoint.exists():
-                break  # training deleted it meanwhile, and has written a newer one: list them again
+                break  # training deleted it during the check, and has written a newer one: list them again
             if problem is None:
                 return checkpoint
-            logger.warning("%s: %s; going back to the checkpoint before it", checkpoint, problem)
+            logger.warning("%s: %s; trying the previous checkpoint", checkpoint, problem)
         else:
             if problem is not None:
-                raise UserError(f"{run_dir}: none of its checkpoints is whole: {problem}")
+                raise UserError(f"{run_dir}: all checkpoints are damaged: {problem}")
             return None
 
 
 def named_checkpoint(run_dir: Path, name: str) -> Path:
-    """Return the checkpoint of a run that `resume` names; raise UserError where it is not there or not whole."""
+    """Return the checkpoint of a run that `resume` names; raise UserError if it does not exist or is damaged."""
     checkpoint = run_dir / "checkpoints" / name
-    there = [path.name for path in checkpoints(run_dir)]
-    if name not in there:
-        has = f"it has {', '.join(there)}" if there else "it has none"
-        raise UserError(f"resume: {run_dir} has no checkpoint {name}{did_you_mean(name, there)}; {has}")
+    names = [path.name for path in checkpoints(run_dir)]
+    if name not in names:
+        found = f"it has {', '.join(names)}" if names else "it has none"
+        raise UserError(f"resume: {run_dir} has no checkpoint {name}{did_you_mean(name, names)}; {found}")
     if problem := find_corruption(checkpoint, with_state=True):
         raise UserError(f"resume: {checkpoint}: {problem}")
     return checkpoint
 
 
 def supersede_after(run_dir: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of later steps, which a run that goes back to `step` leaves behind; return their new
-    paths. They stay on the disk and are not rotated.
+    """Rename the checkpoints after `step`, for a run that resumes from `step`. Returns their new paths.
+
+    Renamed checkpoints stay on disk and are excluded from rotation.
     """
     renamed = []
     for checkpoint in checkpoints(run_dir):
@@ -137,16 +148,18 @@ def supersede_after(run_dir: Path, step: int) -> list[Path]:
 
 
 def find_corruption(checkpoint: Path, *, with_state: bool) -> str | None:
-    """Say which of a checkpoint's files is missing, was cut short or changed since it was written; None if none is.
+    """Return a description of the first missing, truncated or changed file of a checkpoint, or None if it is intact.
 
-    with_state: look at the training state, too, which nobody needs for drawing.
+    Args:
+        checkpoint: The checkpoint's folder.
+        with_state: Whether to check the training state too, which sampling does not need.
     """
     try:
-        listed = json.loads((checkpoint / CHECKSUMS_NAME).read_text())
+        listed = json.loads((checkpoint / CHECKSUMS_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None  # of another make, or from before there were checksums
-    except ValueError:  # no JSON, or not even text
-        return f"{CHECKSUMS_NAME} was cut short"
+        return None  # written by other software, or by a version without checksums
+    except ValueError:  # not JSON, or not text
+        return f"{CHECKSUMS_NAME} is truncated"
     for name, expected in listed.items():
         if name.startswith("state/") and not with_state:
             continue
@@ -154,23 +167,32 @@ def find_corruption(checkpoint: Path, *, with_state: bool) -> str | None:
         try:
             size = file.stat().st_size
             if size != expected["bytes"]:
-                return f"{name} was cut short: {size} of {expected['bytes']} bytes"
+                return f"{name} is truncated: {size} of {expected['bytes']} bytes"
             if _checksum(file) != expected["blake2b"]:
-                return f"{name} is not what was written: its checksum differs"
+                return f"{name} has changed since it was written: checksum mismatch"
         except FileNotFoundError:
             return f"{name} is missing"
     return None
 
 
 def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
-    """Let `write` fill a folder and make it the checkpoint of `step`; then delete all but the newest `keep` and
-    the one with the lowest held-out loss.
+    """Write the checkpoint of `step`, then delete all but the newest `keep` and the one with the lowest held-out loss.
 
-    Raises UserError where it cannot be written, a full disk for example; the ones before it are then untouched.
+    Args:
+        run_dir: The run's folder.
+        step: The number of completed steps.
+        write: Writes the checkpoint's files into the folder that it is given.
+        keep: Number of checkpoints to keep.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: If it cannot be written, for example because the disk is full; earlier checkpoints stay intact.
     """
     final = checkpoint_of(run_dir, step)
     unfinished = final.with_name(f".{final.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it wrote this
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed during the write
     try:
         unfinished.mkdir(parents=True)
         write(unfinished)
@@ -179,22 +201,20 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
             str(file.relative_to(unfinished)): {"bytes": file.stat().st_size, "blake2b": _checksum(file)}
             for file in files
         }
-        (unfinished / CHECKSUMS_NAME).write_text(json.dumps(listed, indent=2) + "\n")
+        (unfinished / CHECKSUMS_NAME).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
         for path in [*unfinished.rglob("*"), unfinished]:
             flush(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(
-            f"{final} cannot be written ({first_line(error)}); the checkpoints before it are untouched"
-        ) from error
-    if final.exists():  # one that was found damaged, and that the run now has come back to
+        raise UserError(f"{final} cannot be written ({first_line(error)}); earlier checkpoints are intact") from error
+    if final.exists():  # a damaged one, which the run has now reached again
         _remove(final)
     unfinished.rename(final)
     flush(final.parent)
-    # Later ones are damaged, or the run would not have come back to this step; they do not count.
+    # Ignore later checkpoints: they are damaged, or the run would not have gone back to this step.
     until_here = [path for path in checkpoints(run_dir) if path.name <= final.name]
     losses = {path: loss for path in until_here if (loss := _held_out_loss(path)) is not None}
-    best = min(losses, key=losses.__getitem__, default=None)  # of equals the first
+    best = min(losses, key=losses.__getitem__, default=None)  # the earliest of equal ones
     for old in until_here[:-keep]:
         if old != best:
             _remove(old)
@@ -202,16 +222,16 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
 
 
 def _held_out_loss(checkpoint: Path) -> float | None:
-    """Return the last held-out loss that was measured up to a checkpoint; None where there is none."""
+    """Return the last held-out loss measured up to a checkpoint, or None if there is none."""
     try:
-        loss = json.loads((checkpoint / "state" / PROGRESS_NAME).read_text()).get("held_out_loss")
-    except (OSError, ValueError, AttributeError):  # damaged, or of another make
+        loss = json.loads((checkpoint / "state" / PROGRESS_NAME).read_text(encoding="utf-8")).get("held_out_loss")
+    except (OSError, ValueError, AttributeError):  # damaged, or of another format
         return None
     return loss if isinstance(loss, float) else None
 
 
 def _remove(checkpoint: Path) -> None:
-    # Renamed first: a checkpoint that is half deleted must not look like one.
+    # Rename first: a partly deleted folder must not have the name of a checkpoint.
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")))
 
 

@@ -1,4 +1,4 @@
-"""Text to image: everything that turns a prompt into a picture, as one object that loads, saves and is called."""
+"""The text-to-image pipeline: load a model, generate images from prompts, save it and upload it to the Hub."""
 
 import inspect
 import logging
@@ -41,29 +41,27 @@ from cond_diffusion.pipeline.checkpoint import (
 from cond_diffusion.seeding import generator
 
 DEFAULT_STRENGTH = 0.8
-MOST_AT_ONCE = 64
-MAPS_AT_ONCE = 120  # of the first level's size and width, that a guided picture takes; 54 to 118 were measured
+MAX_BATCH_SIZE = 64
+# Memory per guided image, in feature maps of the first level's resolution and width; measured: 54 to 118.
+FEATURE_MAPS_PER_IMAGE = 120
 
 StepCallback = Callable[[Step, int, int], None]
-"""(step, its number from 0, how many there are), the pictures in pixels."""
+"""(step, index of the step from 0, number of steps); the step's `x` and `x_0_hat` are decoded to pixels."""
 
 logger = logging.getLogger(__name__)
 
 
 class SamplingInterrupted(KeyboardInterrupt):
-    """Sampling was interrupted; `images` are those of the batches that were complete."""
+    """Sampling was interrupted; `images` holds the images of the complete batches."""
 
     def __init__(self, images: Pictures) -> None:
-        super().__init__(f"interrupted, with {len(images)} images complete")
+        super().__init__(f"interrupted; {len(images)} images are complete")
         self.images = images
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a call of `TextToImage` was resolved to.
-
-    scales, seeds, negative_prompts: one for each prompt.
-    """
+    """The validated arguments of a call; `scales`, `seeds` and `negative_prompts` have one value per prompt."""
 
     prompts: list[str]
     options: SamplingOptions
@@ -78,7 +76,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Example:
-    """One image to be sampled."""
+    """The inputs of one image to sample."""
 
     context: Float[Tensor, "l d"]
     null_context: Float[Tensor, "l d"]
@@ -87,16 +85,19 @@ class Example:
 
 
 class TextToImage:
-    """A text encoder, a UNet, and what its output means under a noise schedule: prompts in, PIL images out."""
+    """Text-to-image pipeline: a text encoder, a UNet, its prediction type and noise schedule, and a latent space."""
 
     def __init__(
         self, unet: UNet, text_encoder: TextEncoder, prediction: Prediction, latent_space: LatentSpace
     ) -> None:
         if unet.config.in_channels is None or unet.config.sample_size is None:
-            raise UserError("UNet config: sample_size is not given; expected the side of the pictures that it draws")
+            raise UserError(
+                f"UNet config: in_channels: {unet.config.in_channels}, sample_size: {unet.config.sample_size}; "
+                "both are required for sampling"
+            )
         if unet.config.context_dim != text_encoder.context_dim:
             raise UserError(
-                f"the UNet reads contexts of width {unet.config.context_dim}, and the text encoder's have "
+                f"UNet config: context_dim: {unet.config.context_dim} does not match the text encoder's "
                 f"{text_encoder.context_dim}"
             )
         self.shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
@@ -106,7 +107,7 @@ class TextToImage:
         self.prediction = prediction
         self.schedule = prediction.schedule
         self.latent_space = latent_space
-        self.folder: Path | None = None  # the checkpoint that it was loaded from
+        self.folder: Path | None = None  # of the checkpoint that the pipeline was loaded from
 
     @classmethod
     def from_pretrained(
@@ -120,16 +121,22 @@ class TextToImage:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> "TextToImage":
-        """Load the built-in model, a run's newest checkpoint, a checkpoint folder, or a hub id: ours, or Stable
-        Diffusion 1.x or 2.x.
+        """Load the built-in model, the newest checkpoint of a run, a checkpoint folder, or a model from the Hub.
 
-        ema_width: average the weights over another share of the training than the checkpoint does, as far as the run's
-            snapshots reach up to it.
-        lora: what is added to the network's weights: a file, a folder with it, or a hub id.
-        revision: of `source` where it is a hub id. token, cache_dir, local_files_only: of hub ids, as huggingface_hub
-            has them.
+        Models from the Hub can be from this project or Stable Diffusion 1.x or 2.x.
 
-        Raises UserError where there is none, or where a file of it is missing, damaged or for another kind of pipeline.
+        Args:
+            source: "builtin", a run folder, a checkpoint folder or a Hub id.
+            ema_width: Width of the weight average, as a share of the training, instead of the checkpoint's; it is
+                reconstructed from the run's snapshots (post-hoc EMA).
+            lora: LoRA to add to the UNet's weights: a file, a folder or a Hub id.
+            revision: Revision of `source` if it is a Hub id.
+            token: Hub token, as in huggingface_hub.
+            cache_dir: Cache folder, as in huggingface_hub.
+            local_files_only: Whether to use cached files only, as in huggingface_hub.
+
+        Raises:
+            UserError: If there is no checkpoint, or a file is missing, damaged or of an unsupported pipeline.
         """
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         pipe = read_checkpoint(source, partial(cls.from_checkpoint, ema_width=ema_width), revision=revision, **hub)
@@ -139,7 +146,7 @@ class TextToImage:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, ema_width: float | None = None) -> "TextToImage":
-        """Load all parts of a checkpoint that was opened; UserError as in `from_pretrained`."""
+        """Load all parts of an open checkpoint; raises UserError as `from_pretrained` does."""
         latent_space, unet = checkpoint.latent_space, checkpoint.unet
         if ema_width is not None:
             unet = UNet.with_weights(unet.config, weights_of_width(checkpoint.folder, ema_width))
@@ -148,7 +155,7 @@ class TextToImage:
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole pipeline in diffusers' layout; in latent space its `StableDiffusionPipeline` opens that."""
+        """Write the pipeline in diffusers' layout. `StableDiffusionPipeline` can load it if it is in latent space."""
         folder = Path(folder)
         self.unet.save_pretrained(folder / "unet")
         self.text_encoder.save_pretrained(folder)
@@ -158,11 +165,16 @@ class TextToImage:
     def push_to_hub(
         self, repo_id: str, *, prompts: str | Sequence[str] = (), private: bool = False, token: str | None = None
     ) -> str:
-        """Put the pipeline on the hub, with a card and a grid of samples; return its address.
+        """Upload the pipeline to the Hub with a model card and a grid of samples. Returns its URL.
 
-        prompts: what the grid shows, a row each; if not given, those that the run drew while it trained.
+        Args:
+            repo_id: Hub id, owner/name.
+            prompts: One prompt or several, one per row of the grid; by default those of the run's sample grids.
+            private: Whether to create a private repository.
+            token: Hub token; by default the stored one.
 
-        Raises UserError where there are none, or where the hub does not take it.
+        Raises:
+            UserError: If there are no prompts, or the upload fails.
         """
         shown = ([prompts] if isinstance(prompts, str) else [*prompts]) or prompts_of_run(self.folder)
         with TemporaryDirectory() as name:
@@ -178,7 +190,7 @@ class TextToImage:
 
     @property
     def image_size(self) -> int:
-        """Of the pictures, in pixels."""
+        """Width and height of the images in pixels."""
         return self.shape[1] * self.latent_space.downsample_factor
 
     def to(self, device: torch.device | str) -> "TextToImage":
@@ -188,7 +200,7 @@ class TextToImage:
         return self
 
     def to_accelerator(self) -> "TextToImage":
-        """Move to the accelerator, where the machine has one; where it has none, be ready to draw on the CPU."""
+        """Move to the accelerator if there is one; otherwise configure memory allocation for sampling on the CPU."""
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is not None:
             return self.to(accelerator)
@@ -196,21 +208,31 @@ class TextToImage:
         return self
 
     def __repr__(self) -> str:
-        """Say what it is, where a notebook or a prompt shows it."""
+        """Return a one-line summary of the model."""
         parameters = sum(parameter.numel() for parameter in self.unet.parameters()) / 1e6
-        where = "latents" if self.latent_space.is_latent else "pixels"
+        space = "latent" if self.latent_space.is_latent else "pixel"
         return (
             f"TextToImage: {self.image_size} x {self.image_size}, {PILLOW_MODES.get(self.channels, self.channels)}, "
-            f"diffusion of {where}; {parameters:.1f} million parameters predict {self.prediction.kind} at "
+            f"{space} space; {parameters:.1f} million parameters; {self.prediction.kind} prediction, "
             f"{self.schedule.num_timesteps} timesteps; prompts of up to {self.text_encoder.max_length} tokens; on "
             f"{self.device}; from {self.folder or 'code'}"
         )
 
     def max_batch_size(self) -> int:
-        """Return how many pictures can be in work at once in the memory that is free, at most `MOST_AT_ONCE`."""
+        """Return the largest batch size that fits into half of the free memory, at most `MAX_BATCH_SIZE`."""
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else virtual_memory().available
-        values = MAPS_AT_ONCE * self.unet.config.channels[0] * self.shape[1] * self.shape[2]
-        return max(1, min(MOST_AT_ONCE, int(free / 2 // (4 * values))))
+        values = FEATURE_MAPS_PER_IMAGE * self.unet.config.channels[0] * self.shape[1] * self.shape[2]
+        return max(1, min(MAX_BATCH_SIZE, int(free / 2 // (4 * values))))
+
+    def clip_fn(self, dynamic_thresholding: float | None = None) -> Callable[[Tensor], Tensor]:
+        """Return the function that limits x_0_hat to [-1, 1]; the identity if the schedule does not clip x_0.
+
+        Args:
+            dynamic_thresholding: Quantile of the pixels for dynamic thresholding; None for plain clipping.
+        """
+        if dynamic_thresholding is not None:
+            return partial(threshold_dynamically, share=dynamic_thresholding)
+        return (lambda x_0_hat: x_0_hat.clamp(-1, 1)) if self.schedule.config.clip_x_0 else (lambda x_0_hat: x_0_hat)
 
     @torch.inference_mode()
     def __call__(
@@ -225,23 +247,26 @@ class TextToImage:
         callback_on_step_end: StepCallback | None = None,
         **options: Any,
     ) -> Any:
-        """Sample `num_images` images of each prompt; those of the first prompt come first.
+        """Generate `num_images` images for each prompt, in the order of the prompts.
 
-        Image i of a prompt depends on the prompt and seed + i alone, up to the network's rounding, which differs a
-        little from one batch size to another; its noise is the same bit for bit.
+        Image i of a prompt depends only on the prompt and seed + i. Its noise is bit-identical for all batch sizes; the
+        network's rounding differs slightly between them.
 
         Args:
-            prompts: One text or several.
-            image: An image to begin with, resized and cropped to the model's.
-            mask: Of the size of `image`: what is white is generated anew, what is black stays.
-            batch_size: Images in one batch; None is as many as fit into the memory, at most 64.
+            prompts: One prompt or several.
+            image: Input image for editing, resized and cropped to the model's size.
+            mask: Mask of the same size as `image`: white is generated, black is kept.
+            batch_size: Number of images per batch; None uses as many as fit into memory, at most 64.
             output_type: "pil" for PIL images, "pt" for a tensor (n, c, h, w) in [-1, 1].
             progress: Whether to show a progress bar.
-            watch: Called after each step of each batch.
-            **options: The fields of `SamplingOptions` by name; None is a field's default.
+            callback_on_step_end: Called after each step of each batch.
+            **options: The fields of `SamplingOptions` by name; None selects a field's default.
+
+        Returns:
+            A list of PIL images, or a tensor.
 
         Raises:
-            UserError: For options that are not allowed, or do not go together.
+            UserError: If an option is invalid, or options do not go together.
             SamplingInterrupted: On Ctrl-C, with the images of the complete batches.
         """
         given = {name: value for name, value in options.items() if value is not None}
@@ -259,13 +284,11 @@ class TextToImage:
                         x = step.x
                         bar.update()
                         if callback_on_step_end is not None:
-                            shown = {
-                                "x": self.latent_space.decode(x),
-                                "x_0_hat": self.latent_space.decode(step.x_0_hat),
-                            }
-                            callback_on_step_end(replace(step, **shown), number, steps)
+                            decode = self.latent_space.decode
+                            shown = replace(step, x=decode(x), x_0_hat=decode(step.x_0_hat))
+                            callback_on_step_end(shown, number, steps)
                     done.append(self.latent_space.decode(x))
-            except Interrupted:  # of a run that samples while it trains
+            except Interrupted:  # raised by a training run that generates samples
                 raise
             except KeyboardInterrupt as interruption:
                 raise SamplingInterrupted(self._to_pil(done, job)) from interruption
@@ -293,7 +316,7 @@ class TextToImage:
         if interval is not None and interval[0] >= total:
             raise UserError(f"guidance_interval: {interval[0]} to {interval[1]} lies beyond the {total} timesteps")
         if options.dynamic_thresholding is not None and self.latent_space.is_latent:
-            raise UserError("dynamic_thresholding: applies only to models of pixels, and this one samples latents")
+            raise UserError("dynamic_thresholding: applies only to pixel-space models; this model is in latent space")
         edit = self._prepare_edit(options, image, mask)
         visited = sampling_timesteps(options.sampler, self.schedule, options.steps)
         return Job(
@@ -309,28 +332,36 @@ class TextToImage:
         )
 
     def _prepare_edit(self, options: SamplingOptions, image: Image.Image | None, mask: Image.Image | None) -> Edit:
-        """Return what sampling begins with and what stays; UserError for options that need another input."""
+        """Encode the input image and mask; raise UserError for options that need another input."""
         if image is None:
             for name, value in (("mask", mask), ("strength", options.strength)):
                 if value is not None:
-                    raise UserError(f"{name}: applies only to an image to begin with; pass image, too")
+                    raise UserError(f"{name}: applies only with an input image; pass image too")
         if mask is None and options.resamplings != 1:
-            raise UserError(f"resamplings: {options.resamplings} applies only to a mask; pass image and mask, too")
+            raise UserError(f"resamplings: {options.resamplings} applies only with a mask; pass image and mask too")
         if image is None:
             return Edit()
-        image, mask = normalize_image(image), None if mask is None else normalize_image(mask)
-        strength = DEFAULT_STRENGTH if options.strength is None else options.strength
+        image = normalize_image(image)
         if mask is None:
-            return Edit(self.latent_space.encode(self._fitted(image)), None, strength)
+            strength = DEFAULT_STRENGTH if options.strength is None else options.strength
+            return Edit(self.latent_space.encode(self._preprocess(image)), None, strength)
+        mask = normalize_image(mask)
         if mask.size != image.size:
-            (width, height), (wide, high) = mask.size, image.size
-            raise UserError(f"mask: {width} x {height} pixels do not fit the image's {wide} x {high}")
-        region = self.latent_space.encode_mask((self._fitted(mask) + 1) / 2)
-        strength = 1.0 if options.strength is None else strength
-        return Edit(self.latent_space.encode(self._fitted(image)), region, strength, options.resamplings)
+            raise UserError(
+                f"mask: {mask.width} x {mask.height} pixels; expected the size of the image, "
+                f"{image.width} x {image.height}"
+            )
+        region = self.latent_space.encode_mask((self._preprocess(mask) + 1) / 2)
+        if region.max() < 0.5:
+            brightest = normalize_image(mask).convert("L").getextrema()[1]
+            raise UserError(
+                f"mask: it selects nothing (brightest pixel: {brightest}); expected white, 255, to regenerate"
+            )
+        strength = 1.0 if options.strength is None else options.strength
+        return Edit(self.latent_space.encode(self._preprocess(image)), region, strength, options.resamplings)
 
     def _encode(self, job: Job) -> list[Example]:
-        """Embed each prompt once, and list the images: all of the first prompt first."""
+        """Embed each prompt once, and return the inputs of each image, in the order of the prompts."""
         negatives = list(dict.fromkeys(job.negative_prompts))
         contexts, null_contexts = self._embed(job.prompts), self._embed(negatives)
         rows = zip(job.prompts, job.negative_prompts, job.scales, job.seeds, strict=True)
@@ -341,15 +372,17 @@ class TextToImage:
         ]
 
     def _embed(self, prompts: list[str]) -> dict[str, Float[Tensor, "l d"]]:
-        """Return each prompt's text embedding; warn of prompts that are cut."""
-        ids, cut = self.text_encoder.tokenize(prompts)
-        for rest in filter(None, cut):
+        """Return the text embedding of each prompt; log a warning for truncated prompts."""
+        ids, truncated = self.text_encoder.tokenize(prompts)
+        for part in filter(None, truncated):
             length = self.text_encoder.max_length
-            logger.warning("the prompt is longer than the text encoder's %d tokens; this part is cut: %r", length, rest)
+            logger.warning("prompts: longer than the text encoder's %d tokens; %r is truncated", length, part)
+        if unknown := self.text_encoder.unknown_words(prompts):
+            logger.warning("prompts: words that the text encoder was not trained on: %s", ", ".join(unknown[:10]))
         return dict(zip(prompts, self.text_encoder.embed(ids), strict=True))
 
     def _denoise(self, job: Job, batch: list[Example], x: Float[Tensor, "b c h w"], noise: Noise) -> Iterator[Step]:
-        """Yield the steps of a batch from x on."""
+        """Yield the sampling steps of a batch, starting from x."""
         network = guided(
             self.unet,
             torch.stack([example.context for example in batch]),
@@ -366,20 +399,14 @@ class TextToImage:
     def _to_pil(self, batches: list[Tensor], job: Job) -> Pictures:
         return Pictures((image for batch in batches for image in to_pillow(batch)), columns=job.options.num_images)
 
-    def _fitted(self, picture: Image.Image) -> Float[Tensor, "1 c h w"]:
-        return from_pillow(fit(picture, (self.image_size, self.image_size), self.channels)).to(self.device)[None]
-
-    def clip_fn(self, dynamic_thresholding: float | None = None) -> Callable[[Tensor], Tensor]:
-        """Return what keeps x_0_hat in [-1, 1], the range of pixels; the identity where the schedule does not clip."""
-        if dynamic_thresholding is not None:
-            return partial(threshold_dynamically, share=dynamic_thresholding)
-        return (lambda x_0_hat: x_0_hat.clamp(-1, 1)) if self.schedule.config.clip_x_0 else (lambda x_0_hat: x_0_hat)
+    def _preprocess(self, image: Image.Image) -> Float[Tensor, "1 c h w"]:
+        return from_pillow(fit(image, (self.image_size, self.image_size), self.channels)).to(self.device)[None]
 
     def _noise(self, seeds: list[int]) -> Noise:
-        """Return the noise of one batch, each image's out of a stream of its own."""
-        # On the CPU whatever the device, so that a seed means the same image everywhere.
-        draws = [generator("sample", seed) for seed in seeds]
-        return lambda: torch.stack([torch.randn(self.shape, generator=draw) for draw in draws]).to(self.device)
+        """Return the noise source of one batch, with a random generator per image."""
+        # Always on the CPU, so that a seed gives the same image on every device.
+        generators = [generator("sample", seed) for seed in seeds]
+        return lambda: torch.stack([torch.randn(self.shape, generator=g) for g in generators]).to(self.device)
 
 
 def _signature() -> inspect.Signature:
@@ -396,4 +423,4 @@ def _signature() -> inspect.Signature:
     return own.replace(parameters=[*first, *declared])
 
 
-TextToImage.__call__.__signature__ = _signature()  # what help() and editors show  # type: ignore[attr-defined]
+TextToImage.__call__.__signature__ = _signature()  # shown by help() and editors  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Visualization of sampling: animations of x_t beside x_0_hat, and cross-attention maps of each word."""
+"""Visualize sampling: animations of x_t beside x_0_hat, and cross-attention maps of each word of a prompt."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cond_diffusion.diffusion.samplers import Step
-from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.errors import user_errors
 from cond_diffusion.images import enlarged, grid, to_pillow
 from cond_diffusion.models.layers import Attention, TransformerBlock
 from cond_diffusion.models.text_encoder import TextEncoder
@@ -21,12 +21,12 @@ from cond_diffusion.models.unet import UNet
 
 FRAMES = 60
 FRAME_MS, LAST_FRAME_MS = 80, 2000
-FRAME_WIDTH, MAP_WIDTH = 84, 112  # the least width of an image in an animation and under a heat map, in pixels
+FRAME_WIDTH, MAP_WIDTH = 84, 112  # minimum width of an image in an animation and under a heat map, in pixels
 LABEL_HEIGHT = 14
 
 
 class Film:
-    """A callback that keeps x_t and x_0_hat of up to `FRAMES` evenly spaced steps, the last one included."""
+    """Step callback that records x_t and x_0_hat of up to `FRAMES` evenly spaced steps, including the last one."""
 
     def __init__(self) -> None:
         self.frames: list[tuple[list[Image.Image], list[Image.Image]]] = []
@@ -34,7 +34,7 @@ class Film:
 
     def __call__(self, step: Step, number: int, total: int) -> None:
         if number == 0:
-            self.next_frame = 0  # the images of the next batch are appended to the frames of the previous ones
+            self.next_frame = 0  # append the images of this batch to the frames of the previous batches
         count = min(FRAMES, total)
         if number != round((self.next_frame + 1) * total / count) - 1:
             return
@@ -46,42 +46,37 @@ class Film:
         self.next_frame += 1
 
     def save(self, path: Path, columns: int) -> None:
-        """Write a GIF or WebP animation: x_t on the left, x_0_hat on the right."""
-        sheets = [_side_by_side(*(_frame(half, columns) for half in frame)) for frame in self.frames]
-        durations = [FRAME_MS] * (len(sheets) - 1) + [LAST_FRAME_MS]
-        try:
-            sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=durations, loop=0)
-        except (ValueError, RuntimeError, OverflowError, OSError) as error:  # too large for WebP (16383) or GIF (65535)
-            width, height = sheets[0].size
-            raise UserError(
-                f"--film: {path}, {width} x {height} pixels, cannot be written ({first_line(error)}); "
-                "ask for fewer pictures"
-            ) from error
+        """Write a GIF or WebP animation: x_t on the left, x_0_hat on the right.
 
+        Args:
+            path: The file to write.
+            columns: Number of images per row.
 
-def _frame(images: list[Image.Image], columns: int) -> Image.Image:
-    return grid([enlarged(image, FRAME_WIDTH).convert("RGB") for image in images], columns)
-
-
-def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    both = Image.new("RGB", (2 * left.width + 8, left.height), "white")
-    both.paste(left, (0, 0))
-    both.paste(right, (left.width + 8, 0))
-    return both
+        Raises:
+            UserError: If the file cannot be written, for example because the frames are too large for its format.
+        """
+        first, *others = [_side_by_side(*(_image_grid(half, columns) for half in frame)) for frame in self.frames]
+        durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
+        what = f"--film: {path}, {first.width} x {first.height} pixels, cannot be written"
+        # The limits are 16383 pixels for WebP and 65535 for GIF.
+        kinds = (ValueError, RuntimeError, OverflowError, OSError)
+        with user_errors(what, *kinds, hint="; reduce the number of images"):
+            first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
 
 
 class AttentionMaps:
-    """Context manager and callback that records a UNet's cross-attention at each step (DAAM, Tang et al. 2022).
+    """Context manager and step callback that records a UNet's cross-attention at each step (DAAM, Tang et al. 2022).
 
-    maps: for each image one heat map per token, the attention of each pixel to it, averaged over steps, heads and
-    levels; coarser levels are interpolated to `image_size`.
+    Attributes:
+        maps: For each image one heat map per token: the attention of each pixel to the token, averaged over steps,
+            heads and resolution levels. Coarser levels are interpolated to `image_size`.
     """
 
     def __init__(self, unet: UNet, image_size: int) -> None:
         self.blocks = [module for module in unet.modules() if isinstance(module, TransformerBlock)]
         self.image_size = image_size
-        self.recorded: list[Float[Tensor, "n l h w"]] = []  # since the last step
-        self.sums: dict[int, Tensor] = {}  # of this batch, by their size
+        self.recorded: list[Float[Tensor, "n l h w"]] = []  # since the previous step
+        self.sums: dict[int, Tensor] = {}  # of this batch, by resolution
         self.count = 0
         self.maps: list[Float[Tensor, "l side side"]] = []
 
@@ -100,7 +95,7 @@ class AttentionMaps:
         self.recorded.append(attention_weights(attention, x, keys))
 
     def __call__(self, step: Step, number: int, total: int) -> None:
-        """Add the maps of this step, of the conditional pass: its rows come first."""
+        """Add the maps of this step. Only the conditional rows are used, which come first in the batch."""
         for weights in self.recorded:
             self.sums[weights.shape[-1]] = self.sums.get(weights.shape[-1], 0) + weights[: len(step.x)]
             self.count += 1
@@ -115,41 +110,56 @@ class AttentionMaps:
 def attention_weights(
     attention: Attention, x: Float[Tensor, "b p d"], keys: Float[Tensor, "b n l k"]
 ) -> Float[Tensor, "b l h w"]:
-    """Return the attention of each pixel to each token, averaged over heads; each pixel's sum to 1."""
+    """Return the attention of each pixel to each token, averaged over heads; it sums to 1 over the tokens."""
     queries = rearrange(attention.to_q(x), "b p (n k) -> b n p k", n=attention.num_heads)
     scores = einsum(queries, keys, "b n p k, b n l k -> b n p l") / math.sqrt(keys.shape[-1])
     return rearrange(scores.softmax(-1).mean(1), "b (h w) l -> b l h w", h=math.isqrt(x.shape[1]))
 
 
-def maps_of_words(
+def maps_per_word(
     prompt: str, maps: Float[Tensor, "l side side"], text_encoder: TextEncoder
 ) -> list[tuple[str, Float[Tensor, "side side"]]]:
-    """Return each word of the prompt with the mean of its tokens' heat maps."""
+    """Return each word of the prompt with the mean of the heat maps of its tokens."""
     return [(word, maps[tokens].mean(0)) for word, tokens in text_encoder.words(prompt)]
 
 
-def sheet(rows: list[tuple[Image.Image, list[tuple[str, Float[Tensor, "side side"]]]]]) -> Image.Image:
-    """Return a page with a row per image: the image, then each word's heat map over it.
+def render_maps(rows: list[tuple[Image.Image, list[tuple[str, Float[Tensor, "side side"]]]]]) -> Image.Image:
+    """Return a page with a row per image: the image, then the heat map of each word over it.
 
-    The colors of each map span its own range: they compare pixels, not words.
+    Each map is scaled to its own range, so colors compare the pixels of a map, not different words.
+
+    Args:
+        rows: For each image, the image and the heat map of each word.
     """
-    encoded = [[("", enlarged(image, MAP_WIDTH).convert("RGB"))] for image, _ in rows]
-    for row, (_, words) in zip(encoded, rows, strict=True):
-        row += [(word, _overlay(row[0][1], heat)) for word, heat in words]
-    width, height = encoded[0][0][1].size
-    columns = max(len(row) for row in encoded)
-    page = Image.new("RGB", (columns * (width + 2) - 2, len(encoded) * (LABEL_HEIGHT + height + 2) - 2))
+    cells = []
+    for image, words in rows:
+        base = enlarged(image, MAP_WIDTH).convert("RGB")
+        cells.append([("", base), *((word, _overlay(base, heat)) for word, heat in words)])
+    width, height = cells[0][0][1].size
+    columns = max(len(row) for row in cells)
+    page = Image.new("RGB", (columns * (width + 2) - 2, len(cells) * (LABEL_HEIGHT + height + 2) - 2))
     draw = ImageDraw.Draw(page)
-    for y, row in enumerate(encoded):
-        for x, (word, cell) in enumerate(row):
-            corner = (x * (width + 2), y * (LABEL_HEIGHT + height + 2))
-            draw.text((corner[0] + 2, corner[1] + 1), word, fill="white")
-            page.paste(cell, (corner[0], corner[1] + LABEL_HEIGHT))
+    for i, row in enumerate(cells):
+        for j, (word, cell) in enumerate(row):
+            x, y = j * (width + 2), i * (LABEL_HEIGHT + height + 2)
+            draw.text((x + 2, y + 1), word, fill="white")
+            page.paste(cell, (x, y + LABEL_HEIGHT))
     return page
 
 
+def _image_grid(images: list[Image.Image], columns: int) -> Image.Image:
+    return grid([enlarged(image, FRAME_WIDTH).convert("RGB") for image in images], columns)
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    both = Image.new("RGB", (2 * left.width + 8, left.height), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + 8, 0))
+    return both
+
+
 def _overlay(image: Image.Image, heat: Float[Tensor, "side side"]) -> Image.Image:
-    least, greatest = heat.min(), heat.max()
-    (grey,) = to_pillow(((heat - least) / (greatest - least).clamp(min=1e-12) * 2 - 1)[None, None])
-    colors = ImageOps.colorize(grey.resize(image.size, Image.Resampling.BICUBIC), "navy", "yellow", mid="red")
+    low, high = heat.min(), heat.max()
+    (gray,) = to_pillow(((heat - low) / (high - low).clamp(min=1e-12) * 2 - 1)[None, None])
+    colors = ImageOps.colorize(gray.resize(image.size, Image.Resampling.BICUBIC), "navy", "yellow", mid="red")
     return Image.blend(image, colors, 0.5)

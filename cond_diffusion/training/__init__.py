@@ -1,1 +1,1 @@
-"""The loop and what surrounds it."""
+"""Training loop, checkpoints, validation and logging."""

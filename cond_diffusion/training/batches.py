@@ -1,12 +1,11 @@
-"""What a training step reads, by its number.
+"""Micro-batches of each training step, as a function of the step number.
 
-Everything random about the sample at position p of the training order - which of its captions, where it is cropped, its
-noise, its timestep, whether its caption is dropped - is a function of (seed, p). A step sees the positions that follow
-those of the step before, and shares them out among micro-batches and processes. So a resumed run equals one that was
-never stopped, and how a step is shared out changes nothing but rounding.
+All randomness of the sample at position p of the training order (caption, crop, flip, timestep, noise, caption dropout)
+is a function of (seed, p), and consecutive steps read consecutive positions. A resumed run therefore equals an
+uninterrupted one, and dividing a step among micro-batches and processes changes only rounding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -26,12 +25,12 @@ from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.models.latents import LatentSpace, encode_images
 from cond_diffusion.seeding import generator
 
-READ_AHEAD = 4  # micro-batches
+PREFETCH_DEPTH = 4  # micro-batches
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass of one process reads."""
+    """Inputs of one forward pass on one process."""
 
     x_0: Float[Tensor, "b c h w"]
     context: Float[Tensor, "b l d"]
@@ -41,27 +40,29 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class _Samples:
-    """The samples of a micro-batch before they are moved to where the network is, and what chance says of them."""
+    """Samples and random numbers of a micro-batch, on the CPU."""
 
-    images: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"]  # in bytes, or x_0
+    images: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"]  # bytes, or cached x_0
     captions: list[str]
-    time: Float[Tensor, " b"]
-    dropped: Bool[Tensor, " b"]
+    t_uniform: Float[Tensor, " b"]  # in [0, 1), mapped to timesteps by the objective
+    is_dropped: Bool[Tensor, " b"]
     eps: Float[Tensor, "b _ _ _"]
-    state: Any  # of the stream, from where it would come to them again
+    state: Any  # position of a stream after these samples
 
 
 class Batches:
-    """Micro-batches, step by step from `start` on.
+    """Iterates over the micro-batches of this process, step by step.
 
-    contexts: captions to their contexts.
+    Args:
+        text_embedder: Maps captions to text embeddings of shape (batch, length, dim).
+        start: The first step to read, counted from 0.
     """
 
     def __init__(
         self,
         config: Config,
         training_data: TrainingData,
-        contexts: TextEmbedder,
+        text_embedder: TextEmbedder,
         objective: Objective,
         accelerator: Accelerator,
         start: int,
@@ -70,55 +71,51 @@ class Batches:
         self.config = config
         self.latent_space = latent_space
         self.training_data = training_data
-        self.contexts = contexts
+        self.text_embedder = text_embedder
         self.objective = objective
         self.device = accelerator.device
         self.shape = latent_space.shape(config.data)
-        self.rounds = config.train.gradient_accumulation_steps
-        self.processes, self.process = accelerator.num_processes, accelerator.process_index
-        self.per_step = config.train.batch_size * self.rounds * self.processes
-        self.null_context = contexts([""])[0].to(self.device)
-        self._samples = prefetch(self._reads(start), depth=0 if training_data.is_in_memory else READ_AHEAD)
+        self.accumulation_steps, batch_size = config.train.gradient_accumulation_steps, config.train.batch_size
+        processes, process = accelerator.num_processes, accelerator.process_index
+        self.per_step = batch_size * self.accumulation_steps * processes
+        self.null_context = text_embedder([""])[0].to(self.device)
+        jobs = (
+            partial(self._read, (i * processes + process) * batch_size) for i in count(start * self.accumulation_steps)
+        )
+        self._samples = prefetch(jobs, depth=0 if training_data.is_in_memory else PREFETCH_DEPTH)
 
     def next_step(self) -> Iterator[MicroBatch]:
-        """Yield this process's share of the step that follows."""
-        for _ in range(self.rounds):
+        """Yield the micro-batches of this process for the next step."""
+        for _ in range(self.accumulation_steps):
             samples = next(self._samples)
             self.training_data.consumed(samples.state)
+            context = self.text_embedder(samples.captions).to(self.device)
             yield MicroBatch(
                 x_0=encode_images(samples.images.to(self.device), self.latent_space),
-                context=drop_captions(
-                    self.contexts(samples.captions).to(self.device), self.null_context, samples.dropped
-                ),
-                t=self.objective.timesteps_at(samples.time),
+                context=drop_captions(context, self.null_context, samples.is_dropped),
+                t=self.objective.timesteps_at(samples.t_uniform),
                 eps=samples.eps.to(self.device),
             )
 
-    def names_of_step(self, step: int) -> str:
-        """Say which samples all processes read in a step."""
+    def sample_names(self, step: int) -> str:
+        """Return the dataset indices of all samples in a step, across processes."""
         return self.training_data.sample_names(step * self.per_step, self.per_step)
 
-    def _reads(self, start: int) -> Iterator[Callable[[], _Samples]]:
-        """Yield what reads this process's micro-batches, from step `start` on."""
-        for step in count(start):
-            for i in range(self.rounds):
-                number = (step * self.rounds + i) * self.processes + self.process
-                yield partial(self._read, number * self.config.train.batch_size)
-
     def _read(self, first: int) -> _Samples:
-        """Read the samples at the positions from `first` on."""
-        draws = [generator("sample", self.config.seed, first + i) for i in range(self.config.train.batch_size)]
-        chances = torch.stack([torch.rand(5, generator=draw, dtype=torch.float64) for draw in draws])
-        caption, crop, flip, time, drop = chances.T.contiguous()
+        """Load one micro-batch from position `first` of the training order."""
+        data, train = self.config.data, self.config.train
+        generators = [generator("sample", self.config.seed, first + i) for i in range(train.batch_size)]
+        uniform = torch.stack([torch.rand(5, generator=each, dtype=torch.float64) for each in generators])
+        caption, crop, flip, t_uniform, dropout = uniform.T.contiguous()
         batch = self.training_data.read(first, RandomDraws(caption, crop))
         images = batch.images
-        if self.config.data.flip:
+        if data.flip:
             images = torch.where((flip < 0.5)[:, None, None, None], images.flip(3), images)
         return _Samples(
             images=images,
             captions=batch.captions,
-            time=time,
-            dropped=drop < self.config.train.caption_dropout,
-            eps=torch.stack([torch.randn(self.shape, generator=draw) for draw in draws]),
+            t_uniform=t_uniform,
+            is_dropped=dropout < train.caption_dropout,
+            eps=torch.stack([torch.randn(self.shape, generator=each) for each in generators]),
             state=self.training_data.state,
         )

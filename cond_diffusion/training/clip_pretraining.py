@@ -1,12 +1,10 @@
-"""Train a small CLIP on a captioned data set, so that a text encoder exists where no hub is in reach.
+"""Pretrain a small CLIP on a captioned data set, for use as a text encoder where the Hub is not available.
 
-`cond-diffusion pretrain-clip --config clip_mnist` writes transformers' own format: a
-byte-pair vocabulary learned from the captions, and a `CLIPModel` whose folder can stand wherever a CLIP from the hub
-can.
+`cond-diffusion pretrain-clip --config clip_mnist` learns a byte-pair vocabulary from the captions and writes a
+`CLIPModel` folder in transformers' format, which can be used like any CLIP from the Hub.
 
-The loss is CLIP's (Radford et al. 2021, fig. 3) with the targets of UniCL (Yang et al. 2022): a batch holds many
-captions that mean the same, and they are positives of each other. With only the diagonal as positives the loss would
-push equals apart.
+The loss is CLIP's (Radford et al. 2021, fig. 3) with the targets of UniCL (Yang et al. 2022): captions of the same
+group are positives of each other. A batch contains many of them, and CLIP's diagonal targets would push them apart.
 """
 
 import json
@@ -30,42 +28,42 @@ from cond_diffusion.seeding import generator, sample_indices
 
 
 def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary (Sennrich et al. 2016) laid out as CLIP's: bytes, bytes that end a word, merges,
-    marks.
+    """Learn a byte-pair vocabulary (Sennrich et al. 2016) in CLIP's order: bytes, word-final bytes, merges, special
+    tokens.
 
-    Every byte is in it, so any text can be encoded, words that were never seen too.
+    It contains every byte, so any text can be encoded, including unseen words.
     """
     start, end = "<|startoftext|>", "<|endoftext|>"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # CLIPTokenizer's own normalizer and word boundaries decide what the merges may join.
-    rules = CLIPTokenizer().backend_tokenizer
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer, learner.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
+    # CLIPTokenizer's normalizer and pre-tokenizer decide which bytes merges may join.
+    clip_backend = CLIPTokenizer().backend_tokenizer
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = clip_backend.normalizer, clip_backend.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(alphabet) - 2,  # the trainer counts the plain bytes, but not those that end a word
+        vocab_size=vocab_size - len(alphabet) - 2,  # the trainer counts the plain bytes, but not the word-final ones
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    learner.train_from_iterator(captions, trainer)
-    merges: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    pieces = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), start, end]
-    vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer.train_from_iterator(captions, trainer)
+    merges: Any = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), start, end]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 
 def build_clip(config: ClipPretrainingConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Return a `CLIPModel` with random weights."""
-    half = {
+    """Return a randomly initialized `CLIPModel`."""
+    shared = {
         "hidden_size": config.width,
         "intermediate_size": 4 * config.width,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.num_heads,
     }
-    marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {**half, **marks, "vocab_size": len(tokenizer), "max_position_embeddings": config.max_length}
+    special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**shared, **special_tokens, "vocab_size": len(tokenizer), "max_position_embeddings": config.max_length}
     vision = {
-        **half,
+        **shared,
         "image_size": config.data.resolution,
         "patch_size": config.patch_size,
         "num_channels": config.data.channels,
@@ -78,7 +76,7 @@ def contrastive_loss(
     group_of_image: Int64[Tensor, " images"],
     group_of_text: Int64[Tensor, " texts"],
 ) -> Float[Tensor, ""]:
-    """Return the cross-entropy both ways, the target shared equally among all that mean the same (UniCL)."""
+    """Compute the symmetric contrastive loss of UniCL: each target is uniform over all pairs of the same group."""
     same = (group_of_image[:, None] == group_of_text[None, :]).to(logits.dtype)
     to_text = F.cross_entropy(logits, same / same.sum(1, keepdim=True))
     to_image = F.cross_entropy(logits.T, same.T / same.T.sum(1, keepdim=True))
@@ -89,10 +87,13 @@ def contrastive_loss(
 def zero_shot_accuracy(
     clip: CLIPModel, tokenizer: CLIPTokenizer, data: CaptionedImages, max_length: int
 ) -> dict[str, float]:
-    """Return, for each wording, the share of images that are nearest to their own group's caption among all groups'.
+    """Compute the zero-shot classification accuracy for each caption template.
 
-    The wordings are the places of the captions in their groups, and go by the caption of the first group. Where groups
-    differ in length, only the places that all of them have count.
+    Each image is classified as the caption group with the nearest caption. The n-th template consists of the n-th
+    captions of all groups; where groups differ in length, only indices that all of them have are evaluated.
+
+    Returns:
+        The accuracy by template; keys are the captions of the first group.
     """
     features = torch.cat([embed_images(clip, to_model(images)) for images in data.images.split(500)])
     accuracy = {}
@@ -103,39 +104,38 @@ def zero_shot_accuracy(
 
 
 def pretrain(config: ClipPretrainingConfig) -> dict[str, float]:
-    """Train, save into `config.run_dir`, and return what `zero_shot_accuracy` does on the test split."""
+    """Train a CLIP and save it to `config.run_dir`. Returns its `zero_shot_accuracy` on the test split."""
     run_dir = new_run_dir(config.run_dir)
     make_run_dir(run_dir)
     with RunLock(run_dir) as lock:
         lock.acquire()
-        new_run_dir(config.run_dir)  # still: it could not be locked before it was there
+        new_run_dir(config.run_dir)  # check again: the folder had to exist before it could be locked
         return _pretrain(run_dir, config)
 
 
 def _pretrain(run_dir: Path, config: ClipPretrainingConfig) -> dict[str, float]:
     data, test = load_captioned_images(config.data), load_captioned_images(config.data, config.test_split)
-    tokenizer = train_tokenizer(
-        [c for group in data.caption_groups for c in group], config.vocab_size, config.max_length
-    )
-    torch.manual_seed(config.seed)  # transformers draws initial weights from the global state, and from nowhere else
+    captions = [caption for group in data.caption_groups for caption in group]
+    tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
+    torch.manual_seed(config.seed)  # transformers initializes weights from the global random state; nothing else does
     clip = build_clip(config, tokenizer)
     optimizer = torch.optim.AdamW(
         clip.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True
     )
-    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=config.warmup_steps)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=config.warmup_steps)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.max_steps - config.warmup_steps)
-    rate = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, decay], [config.warmup_steps])
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [config.warmup_steps])
 
-    bar = tqdm(range(config.max_steps), desc="training CLIP", unit=" steps")
-    for step in bar:
+    progress_bar = tqdm(range(config.max_steps), desc="training CLIP", unit=" steps")
+    for step in progress_bar:
         loss = _training_loss(clip, tokenizer, data, config, step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
-        rate.step()
+        scheduler.step()
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            progress_bar.set_postfix(loss=f"{loss.item():.3f}")
     with quiet_transformers():
         clip.eval().save_pretrained(run_dir)
         tokenizer.save_pretrained(run_dir)

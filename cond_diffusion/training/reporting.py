@@ -1,4 +1,8 @@
-"""What a run shows while it trains: a progress bar, `metrics.jsonl`, a tracker, grids of samples, and a last line."""
+"""Progress of a training run, and its interruption.
+
+`Reporter` shows a progress bar and writes `metrics.jsonl`, an experiment tracker, sample grids and a final summary.
+`Interruption` turns SIGINT and SIGTERM into a request to save and stop after the current step, on all processes.
+"""
 
 import json
 import logging
@@ -10,19 +14,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, cast
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cond_diffusion.config.run import Config
-from cond_diffusion.errors import Interrupted, UserError, did_you_mean
+from cond_diffusion.errors import Interrupted, UserError, did_you_mean, user_errors
 from cond_diffusion.images import grid, to_bytes, to_model, to_pillow
 from cond_diffusion.models.ema import EMA
 from cond_diffusion.pipeline.text_to_image import TextToImage
@@ -32,7 +37,11 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Counts the steps and tells of them; only the main process shows anything."""
+    """Counts the steps of a run and reports metrics; output comes from the main process only.
+
+    Args:
+        start: Number of steps that the resumed run has completed.
+    """
 
     def __init__(
         self, config: Config, run_dir: Path, start: int, images_per_step: int, accelerator: Accelerator
@@ -42,198 +51,191 @@ class Reporter:
         self.start = start
         self.accelerator = accelerator
         self.images_per_step = images_per_step
-        self.bar: Any = None
+        self.progress_bar: Any = None
         self.metrics = run_dir / "metrics.jsonl"
         if accelerator.is_main_process:
             _drop_metrics_after(self.metrics, start)
         if config.track:
-            accelerator.init_trackers(
-                "tracked",
-                init_kwargs={"tensorboard": {"purge_step": start + 1}},  # forget steps that are done again
-            )
+            # Removes the events of steps that are repeated.
+            accelerator.init_trackers("tracked", init_kwargs={"tensorboard": {"purge_step": start + 1}})
         self.last_log = (start, monotonic())
 
-    def announce_snapshots(self, averages: Sequence[EMA]) -> None:
-        """Log how much disk the snapshots will take."""
+    def log_snapshot_size(self, averages: Sequence[EMA]) -> None:
+        """Log the disk space of all snapshots."""
         if count := self.config.train.snapshots:
             size = 4 * sum(weight.numel() for average in averages for weight in average.weights.values())
-            logger.info(
-                "train.snapshots: %d snapshots will take %.2f GB in %s", count, count * size / 1e9, self.run_dir
-            )
+            logger.info("train.snapshots: %d snapshots need %.2f GB in %s", count, count * size / 1e9, self.run_dir)
 
     def steps(self) -> Iterator[int]:
-        """Count the steps that are left, behind a progress bar."""
-        total, quiet = self.config.train.max_steps, not self.accelerator.is_main_process
-        with tqdm(total=total, initial=self.start, desc="training", unit=" steps", disable=quiet) as self.bar:
+        """Yield the remaining step numbers, counted from 0, and update the progress bar."""
+        total, disable = self.config.train.max_steps, not self.accelerator.is_main_process
+        with tqdm(total=total, initial=self.start, desc="training", unit=" steps", disable=disable) as bar:
+            self.progress_bar = bar
             for step in range(self.start, total):
                 yield step
-                self.bar.update()
+                bar.update()
 
-    def log(self, done: int, loss: Float[Tensor, ""], gradient_norm: Any, learning_rate: float) -> None:
-        """Every `log_every` steps: average the loss over processes, write a line, show it."""
-        if done % self.config.train.log_every and done != self.config.train.max_steps:
+    def log(self, step: int, loss: Float[Tensor, ""], gradient_norm: Any, learning_rate: float) -> None:
+        """Log metrics after `step` completed steps, every `log_every` steps; the loss is averaged over processes."""
+        if step % self.config.train.log_every and step != self.config.train.max_steps:
             return
         mean_loss = cast(Tensor, self.accelerator.reduce(loss, "mean")).item()
-        steps, seconds = done - self.last_log[0], monotonic() - self.last_log[1]
-        self.last_log = (done, monotonic())
+        steps, seconds = step - self.last_log[0], monotonic() - self.last_log[1]
+        self.last_log = (step, monotonic())
         images_per_second = steps * self.images_per_step / seconds
-        self._write(
-            done,
-            {
-                "images": done * self.images_per_step,
-                "loss": mean_loss,
-                "gradient_norm": float(gradient_norm),
-                "learning_rate": learning_rate,
-                "images_per_second": round(images_per_second, 1),
-                "memory_gb": round(_memory(self.accelerator.device) / 1e9, 3),
-            },
-        )
-        self.bar.set_postfix({"loss": f"{mean_loss:.4f}", "images/s": f"{images_per_second:.0f}"})
+        metrics = {
+            "images": step * self.images_per_step,
+            "loss": mean_loss,
+            "gradient_norm": float(gradient_norm),
+            "learning_rate": learning_rate,
+            "images_per_second": round(images_per_second, 1),
+            "memory_gb": round(_memory_bytes(self.accelerator.device) / 1e9, 3),
+        }
+        self._write(step, metrics)
+        self.progress_bar.set_postfix({"loss": f"{mean_loss:.4f}", "images/s": f"{images_per_second:.0f}"})
 
-    def log_validation(self, done: int, result: ValidationResult) -> None:
-        """Report what the diagnosis has found."""
-        by_timestep = {f"held_out_loss_bucket_{i}": loss for i, loss in enumerate(result.by_timestep)}
-        over_all = {
+    def log_validation(self, step: int, result: ValidationResult) -> None:
+        """Log the held-out losses after `step` completed steps."""
+        means = {
             "held_out_loss": result.true_caption,
             "held_out_loss_other_caption": result.other_caption,
             "held_out_loss_no_caption": result.no_caption,
         }
-        self._write(done, over_all | by_timestep)
+        self._write(step, means | {f"held_out_loss_bucket_{i}": loss for i, loss in enumerate(result.by_timestep)})
         if self.accelerator.is_main_process:
-            logger.info("step %d: %s", done, result.summary())
+            logger.info("step %d: %s", step, result.summary())
 
-    def draw(self, done: int, pipe: TextToImage) -> None:
-        """Draw the fixed prompts, one a column, always with the same noise, so that the grids show the progress.
+    def log_samples(self, step: int, pipe: TextToImage) -> None:
+        """Save a grid of samples, one column per prompt, with the same noise each time.
 
-        All processes must call this; each draws some of the columns.
+        All processes must call this; each samples some of the columns.
         """
         sample, accelerator = self.config.sample, self.accelerator
         prompts, processes = sample.prompts, accelerator.num_processes
-        rounds = -(-len(prompts) // processes)  # as many for each, so that they can be gathered; some are drawn twice
-        mine = [prompts[(i * processes + accelerator.process_index) % len(prompts)] for i in range(rounds)]
+        # The same number of columns on each process, as gather() requires; some prompts are sampled twice.
+        columns = -(-len(prompts) // processes)
+        local = [prompts[(i * processes + accelerator.process_index) % len(prompts)] for i in range(columns)]
         options = vars(sample.sampling_options(pipe.schedule.num_timesteps))
         batch_size = self.config.train.batch_size
-        pixels = to_bytes(pipe(mine, **options, batch_size=batch_size, progress=False, output_type="pt"))
-        columns = pixels.unflatten(0, (rounds, sample.num_images)).to(accelerator.device)
-        gathered = cast(Tensor, accelerator.gather(columns))  # process by process
+        pixels = to_bytes(pipe(local, **options, batch_size=batch_size, progress=False, output_type="pt"))
+        pixels = pixels.unflatten(0, (columns, sample.num_images)).to(accelerator.device)
+        gathered = cast(Tensor, accelerator.gather(pixels))  # ordered by process
         if accelerator.is_main_process:
-            by_column = gathered.unflatten(0, (processes, rounds)).transpose(0, 1).flatten(0, 1)[: len(prompts)]
-            by_row = by_column.transpose(0, 1).flatten(0, 1).cpu()
-            file = self.run_dir / "samples" / f"step-{done:08d}.png"
+            rows = rearrange(gathered, "(process column) row ... -> row (column process) ...", process=processes)
+            images = rows[:, : len(prompts)].flatten(0, 1).cpu()
+            file = self.run_dir / "samples" / f"step-{step:08d}.png"
             try:
                 file.parent.mkdir(exist_ok=True)
-                grid(to_pillow(to_model(by_row)), columns=len(prompts)).save(file)
+                grid(to_pillow(to_model(images)), columns=len(prompts)).save(file)
             except OSError as error:
-                logger.warning("%s cannot be written (%s); training goes on", file, error.strerror)
+                logger.warning("%s cannot be written (%s); continuing without it", file, error.strerror)
 
-    def log_summary(self, saved: Path | None) -> Path:
-        """Say where the result is, the newest checkpoint, and what to type next; return it.
+    def log_summary(self, checkpoint: Path | None) -> Path:
+        """Log the newest checkpoint and the command that samples from it; return the checkpoint.
 
-        Raises UserError where there is none.
+        Raises:
+            UserError: If the run has no checkpoint.
         """
-        if saved is None:
-            raise UserError(f"train: {self.run_dir} has no checkpoint: no step had finite gradients; try a lower rate")
+        if checkpoint is None:
+            raise UserError(
+                f"train.learning_rate: {self.run_dir} has no checkpoint, because no step had finite gradients; lower it"
+            )
         if self.accelerator.is_main_process:
             prompt = self.config.sample.prompts[0] if self.config.sample.prompts else "a prompt"
-            # In a clone beside the other script; a wheel has no scripts.
-            sample = "python sample.py" if Path(sys.argv[0]).name == "train.py" else "cond-diffusion-sample"
-            logger.info('wrote %s; next: %s "%s" --checkpoint %s', saved, sample, prompt, self.run_dir)
-        return saved
+            # A clone has sample.py beside train.py; a wheel installs the command.
+            command = "python sample.py" if Path(sys.argv[0]).name == "train.py" else "cond-diffusion-sample"
+            logger.info(
+                'saved %s; sample from it with: %s "%s" --checkpoint %s', checkpoint, command, prompt, self.run_dir
+            )
+        return checkpoint
 
-    def _write(self, done: int, values: dict[str, Any]) -> None:
-        """Add a line to `metrics.jsonl`, and tell the tracker."""
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        """Append a line to `metrics.jsonl` and log the values to the tracker."""
         if self.config.track:
-            self.accelerator.log(values, step=done)
+            self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            # JSON has no word for what is not finite.
-            line = {"step": done, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
+            # JSON has no infinity and no NaN.
+            line = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
             try:
-                with self.metrics.open("a") as file:
+                with self.metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
-                logger.warning("%s cannot be written (%s); training goes on", self.metrics, error.strerror)
+                logger.warning("%s cannot be written (%s); continuing without it", self.metrics, error.strerror)
 
 
 def check_tracker(name: str | None) -> None:
-    """Raise UserError for a tracker that Accelerate does not know or that is not installed."""
+    """Raise UserError if Accelerate does not support the tracker, or it is not installed."""
     if name is None:
         return
-    known = {str(kind) for kind in LOGGER_TYPE_TO_CLASS}
+    known = {str(tracker) for tracker in LOGGER_TYPE_TO_CLASS}
     if name not in known:
-        raise UserError(
-            f"track: {name!r} is no tracker{did_you_mean(name, known)}; it is one of {', '.join(sorted(known))}"
-        )
-    if name not in {str(kind) for kind in get_available_trackers()}:
-        raise UserError(f"track: {name} is not installed; type: pip install {name}")
+        expected = ", ".join(sorted(known))
+        raise UserError(f"track: {name!r} is not a tracker{did_you_mean(name, known)}; expected one of {expected}")
+    if name not in {str(tracker) for tracker in get_available_trackers()}:
+        raise UserError(f"track: {name} is not installed; run: pip install {name}")
 
 
-def _memory(device: torch.device) -> int:
-    """Return how many bytes of the accelerator were in use at most, or are of this process where there is none."""
+def _memory_bytes(device: torch.device) -> int:
+    """Return the peak memory of a CUDA device, or the current memory of the process otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
 
 
 def _drop_metrics_after(file: Path, step: int) -> None:
-    """Forget the lines of steps that a resumed run does again, and what a full disk or a kill has left of a line."""
+    """Remove the lines of steps that a resumed run repeats, and incomplete lines of a full disk or a killed run."""
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text().splitlines():
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
         with suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
-                kept.append(f"{line}\n")
-    aside = file.with_suffix(".part")  # replaced in one go, so that being killed here costs nothing
-    try:
-        aside.write_text("".join(kept))
-        aside.replace(file)
-    except OSError as error:
-        raise UserError(f"run_dir: {file} cannot be written: {error.strerror}") from error
+                lines.append(f"{line}\n")
+    temporary = file.with_suffix(".part")  # replaces the file atomically: a kill here loses nothing
+    with user_errors(f"run_dir: {file} cannot be written", OSError):
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(file)
 
 
 class Interruption:
-    """While its context is open a first signal is only noted; Ctrl-C after it leaves without saving."""
+    """Context manager in which SIGINT and SIGTERM only request a stop; a SIGINT after that stops without saving."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.signal: int | None = None
 
     def __enter__(self) -> "Interruption":
-        self.before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in the main thread only
+            self.handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self.before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        # Of SIGTERM there may be two: a cluster sends it to every process, and torchrun hands on its own.
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # SIGTERM may arrive twice: a cluster sends it to every process, and torchrun forwards its own.
         if self.signal is not None and number == signal.SIGINT:
-            raise Interrupted("interrupted again: left without saving", number)
+            raise Interrupted("interrupted twice: stopped without saving", number)
         self.signal = self.signal or number
 
     def requested(self) -> bool:
-        """Say whether any process has been signalled; all must ask together."""
+        """Return whether any process has received a signal; all processes must call this together."""
         if self.accelerator.num_processes == 1:
             return self.signal is not None
-        # They must all leave at the same step.
-        mine = torch.tensor([0 if self.signal is None else self.signal], device=self.accelerator.device)
-        requested = int(self.accelerator.gather(mine).max())  # type: ignore[union-attr]
-        self.signal = self.signal or requested or None
+        # All processes must stop at the same step.
+        local = torch.tensor([self.signal or 0], device=self.accelerator.device)
+        received = int(self.accelerator.gather(local).max())  # type: ignore[union-attr]
+        self.signal = self.signal or received or None
         return self.signal is not None
 
-    def leave(self, done: int, saved: Path | None) -> None:
-        """Raise what ends the command.
-
-        saved: the newest checkpoint.
-        """
+    def raise_interrupted(self, step: int, newest: Path | None) -> None:
+        """Raise `Interrupted` after `step` completed steps; `newest` is the newest checkpoint."""
         assert self.signal is not None
-        is_here = saved is not None and int(saved.name.removeprefix("step-")) == done
-        where = "which is saved" if is_here else f"which is not saved; the newest checkpoint is {saved and saved.name}"
-        raise Interrupted(
-            f"interrupted at step {done}, {where}; the same command with resume=true goes on from there", self.signal
-        )
+        if newest is not None and int(newest.name.removeprefix("step-")) == step:
+            status = f"saved as {newest.name}"
+        else:
+            status = f"not saved; newest checkpoint: {newest.name if newest else 'none'}"
+        message = f"interrupted at step {step} ({status}); the same command with resume=true continues the run"
+        raise Interrupted(message, self.signal)

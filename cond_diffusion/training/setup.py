@@ -1,16 +1,22 @@
-"""A run before its first step: what it computes on, starts from, and trains. Training and the preflight share it."""
+"""Setup of a run before its first step: accelerator, initial weights, network and optimizer.
+
+Training and the preflight check share it.
+"""
 
 import importlib.util
 import logging
+import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -20,7 +26,7 @@ from cond_diffusion.device import has_bf16, keep_memory, share_cores
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.diffusion.samplers import sampling_timesteps
 from cond_diffusion.diffusion.schedule import NoiseSchedule
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.models.ema import FOLDER as SNAPSHOTS
 from cond_diffusion.models.latents import LatentSpace, build_latent_space
 from cond_diffusion.models.layers import ResidualBlock, SpatialTransformer
@@ -39,8 +45,8 @@ from cond_diffusion.pipeline.run_folder import (
 from cond_diffusion.training.optimizer import Muon
 from cond_diffusion.training.reporting import check_tracker
 
-# What may change within a run, since the weights mean the same afterwards; everything else decides what they mean.
-SAFE = {
+# Keys that a resumed run may change, because the weights stay valid; all other keys of the sections are fixed.
+CHANGEABLE_KEYS = {
     "objective": ("loss", "min_snr_gamma", "timesteps"),
     "data": (
         *("source", "streaming", "shuffle_buffer", "image_column", "caption_column", "caption_templates"),
@@ -48,15 +54,27 @@ SAFE = {
     ),
 }
 
+# Settings of `accelerate launch` that would change training silently, and what to use instead.
+REFUSED_SETTINGS = {
+    "ACCELERATE_DYNAMO_BACKEND": "use train.compile=true",
+    "ACCELERATE_USE_DEEPSPEED": "use --use_fsdp --fsdp_version 2",
+    "ACCELERATE_USE_MEGATRON_LM": "use --use_fsdp --fsdp_version 2",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "use --use_fsdp --fsdp_version 2",
+}
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """What a run consists of before it reads data.
+    """Components of a run, except its data.
 
-    config: with all that `init_from` and the encoder decide filled in. resumed_from: the checkpoint it continues from.
-    network, optimizer: `unet` and its optimizer as Accelerate has prepared them.
+    Attributes:
+        config: The config, completed with what `init_from` and the text encoder decide.
+        resumed_from: The checkpoint that the run continues from.
+        unet: The network itself.
+        network: `unet` as prepared by Accelerate.
+        optimizer: The optimizer as prepared by Accelerate.
     """
 
     config: Config
@@ -72,31 +90,30 @@ class Run:
 
     @property
     def samples_per_step(self) -> int:
-        """How many samples all processes together see in a step."""
+        """Number of samples in a step, over all processes."""
         train = self.config.train
         return train.batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes
 
 
 def build_run(config: Config, accelerator: Accelerator) -> Run:
-    """Load and create everything that a config describes, once, but for the data.
+    """Load or create all components of a run.
 
     Raises:
-        UserError: Where the config does not fit itself, the run that it resumes, or the model that it starts from.
+        UserError: If the config contradicts itself, the run that it resumes, or the model that it starts from.
     """
     run_dir, newest = find_run(config)
     resumed = None if newest is None else Checkpoint(newest)
     config, initial = apply_init_from(config, resumed)
     schedule = NoiseSchedule(config.schedule)
-    objective = Objective(config.objective, schedule)
-    # Refuses now what the first sample grid would refuse.
+    # Raises an error now that would otherwise occur at the first sample grid.
     sampling_timesteps("ddpm", schedule, min(config.sample.steps, schedule.num_timesteps))
     source = resumed or initial
-    text_encoder = _text_encoder(config, source)
+    text_encoder = _load_text_encoder(config, source)
     config = replace(config, text=replace(config.text, max_length=text_encoder.max_length))
     if resumed is not None:
         check_config(config, resumed)
-    in_latents = source is not None and source.latent_space.is_latent
-    latent_space = source.latent_space if source is not None and in_latents else build_latent_space(config.latent)
+    is_latent = source is not None and source.latent_space.is_latent
+    latent_space = source.latent_space if source is not None and is_latent else build_latent_space(config.latent)
     weights = initial.unet.state_dict() if initial is not None and (resumed is None or config.train.lora_rank) else None
     unet = new_unet(config, text_encoder.context_dim, latent_space, weights).to(accelerator.device)
     network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
@@ -107,7 +124,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         resumed_from=newest,
         latent_space=latent_space.to(accelerator.device),
         text_encoder=text_encoder.to(accelerator.device),
-        objective=objective,
+        objective=Objective(config.objective, schedule),
         unet=unet,
         network=network,
         optimizer=optimizer,
@@ -117,6 +134,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
 def make_accelerator(config: Config) -> Accelerator:
     """Create the `Accelerator` for the available hardware and the config."""
     check_tracker(config.track)
+    check_launcher(config.train)
     on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
     if on_cpu:
         share_cores()
@@ -126,42 +144,73 @@ def make_accelerator(config: Config) -> Accelerator:
         torch.backends.cudnn.allow_tf32 = config.train.tf32
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=_precision(config.train, on_cpu),
+        mixed_precision=mixed_precision(config.train, on_cpu),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # losses are divided in the trainer
         log_with=config.track,
         project_dir=config.run_dir,
     )
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
-            raise UserError("accelerate launch --use_fsdp: expected --fsdp_version 2 beside it")
+            raise UserError("accelerate launch --use_fsdp: FSDP1 is not supported; add --fsdp_version 2")
         if config.train.lora_rank:
             raise UserError("train.lora_rank: LoRA does not support FSDP; remove --use_fsdp")
         if config.train.optimizer == "muon":
-            raise UserError("train.optimizer: muon needs whole matrices, which FSDP shards; expected adamw")
+            raise UserError("train.optimizer: muon does not support FSDP, which shards matrices; expected adamw")
     return accelerator
 
 
-def _precision(config: TrainConfig, on_cpu: bool) -> str:
-    """Return the mixed precision to use: without instructions for it a CPU is many times slower than in fp32."""
-    wanted = config.mixed_precision
-    if not on_cpu or wanted == "no" or (wanted == "bf16" and has_bf16()):
-        return wanted
-    logger.warning("train.mixed_precision=%s: this CPU has no instructions for it; training in fp32", wanted)
+def check_launcher(config: TrainConfig) -> None:
+    """Refuse settings of `accelerate launch` and its environment that training would ignore.
+
+    Raises:
+        UserError: Names the setting, and the key that replaces it.
+    """
+    for name, replacement in REFUSED_SETTINGS.items():
+        if os.environ.get(name, "false").lower() not in ("false", "0", "no", "none", ""):
+            raise UserError(f"{name}={os.environ[name]}: not supported; {replacement}")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", str(config.gradient_accumulation_steps)):
+        raise UserError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS: {steps} contradicts train.gradient_accumulation_steps "
+            f"({config.gradient_accumulation_steps}); set train.gradient_accumulation_steps={steps}"
+        )
+
+
+def mixed_precision(config: TrainConfig, on_cpu: bool) -> str:
+    """Return the mixed precision to use: the config's, or else the launcher's.
+
+    A CPU without the instructions uses fp32, since it would be many times slower otherwise.
+
+    Raises:
+        UserError: If both are given and differ.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" where nothing was given
+    if launched not in ("no", config.mixed_precision or launched):
+        raise UserError(
+            f"train.mixed_precision: {config.mixed_precision} contradicts --mixed_precision {launched}; remove one"
+        )
+    precision = config.mixed_precision or launched
+    if precision not in ("no", "bf16", "fp16"):
+        raise UserError(f"--mixed_precision: {precision} is not supported; expected no, bf16 or fp16")
+    if not on_cpu or precision == "no" or (precision == "bf16" and has_bf16()):
+        return precision
+    logger.warning("train.mixed_precision: this CPU has no %s instructions; training in fp32", precision)
     return "no"
 
 
 def find_run(config: Config) -> tuple[Path, Path | None]:
-    """Return the folder for a new run; or with `resume` that of the existing run, and the checkpoint that it names or
-    the newest that is whole.
+    """Return the run's folder and the checkpoint to resume from: the one that `resume` names, or the newest.
 
-    Raises UserError where the folder holds something else.
+    Raises:
+        UserError: If the folder contains something else, or the named checkpoint does not exist.
     """
     if not config.resume:
         return new_run_dir(config.run_dir, or_else=", or continue it by resume=true"), None
     run_dir = Path(config.run_dir)
     if not (run_dir / CONFIG_NAME).exists():
         if isinstance(config.resume, str):
-            raise UserError(f"resume: there is no run in {run_dir}, and so no checkpoint {config.resume}")
-        return new_run_dir(config.run_dir, or_else="; it is no run that could be resumed"), None
+            raise UserError(f"resume: no checkpoint {config.resume}, because {run_dir} is not a run")
+        return new_run_dir(config.run_dir, or_else="; it is not a run and cannot be resumed"), None
     if isinstance(config.resume, str):
         return run_dir, named_checkpoint(run_dir, config.resume)
     newest = newest_checkpoint(run_dir, with_state=True)
@@ -171,125 +220,122 @@ def find_run(config: Config) -> tuple[Path, Path | None]:
 
 
 def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config, Checkpoint | None]:
-    """Return the config with all that `init_from` decides - the network, its prediction, its schedule, the latent
-    space, the text encoder - and the checkpoint with the initial weights; None where there is none to read.
+    """Complete the config with what `init_from` decides: network, prediction, schedule, latent space, text encoder.
 
-    A run that is resumed has decided all that already, and has the weights itself, but for those beside which LoRA is
-    trained.
+    A resumed run takes these from its own config. It needs the initial weights only for LoRA, which is trained beside
+    them.
 
-    Raises UserError where the config says something else.
+    Returns:
+        The config, and the checkpoint with the initial weights if they are needed.
+
+    Raises:
+        UserError: If the config contradicts the checkpoint.
     """
     if config.init_from is None:
         if config.train.lora_rank:
-            raise UserError("train.lora_rank: there is nothing to add to; expected init_from beside it")
+            raise UserError(f"train.lora_rank: {config.train.lora_rank} requires init_from, a model to adapt")
         return config, None
     if config.train.lora_rank and importlib.util.find_spec("peft") is None:
-        raise UserError('train.lora_rank needs peft; install it: pip install "cond_diffusion[lora]"')
+        raise UserError('train.lora_rank: peft is not installed; run: pip install "cond_diffusion[lora]"')
     if resumed is not None:
         before = resumed.run_config
         if before.init_from is None:
-            raise UserError("resume: this run did not begin with init_from; leave it out")
+            raise UserError(f"resume: this run did not start from init_from={config.init_from}; remove it")
         decided = {name: getattr(before, name) for name in ("unet", "schedule", "latent", "text")}
-        kind, source = before.objective.prediction, before.init_from
+        prediction, source = before.objective.prediction, before.init_from
         initial = None
         if config.train.lora_rank:
-            # The folder that a hub id was downloaded to may be gone.
+            # The folder that a Hub model was downloaded to may have been deleted.
             initial = Checkpoint(Path(source)) if Path(source).is_dir() else open_checkpoint(config.init_from)
             source = str(initial.folder)
     else:
         initial = open_checkpoint(config.init_from)
-        latent_space, source = initial.latent_space, str(initial.folder)
+        space, source = initial.latent_space, str(initial.folder)
         decided = {
-            "unet": replace(initial.unet.config, sample_size=None),  # it samples other sizes, too
+            "unet": replace(initial.unet.config, sample_size=None),  # other sizes are supported
             "schedule": initial.prediction.schedule.config,
-            "latent": LatentConfig(vae=source)
-            if latent_space.is_latent
-            else LatentConfig(latent_space.downsample_factor),
-            "text": _text_of(initial),
+            "latent": LatentConfig(vae=source) if space.is_latent else LatentConfig(space.downsample_factor),
+            # The run's encoder may name a complete CLIP, while the checkpoint holds only the text model.
+            "text": initial.config.text
+            if initial.config is not None
+            else TextConfig(source, initial.text_encoder.max_length),
         }
-        kind = initial.prediction.kind
+        prediction = initial.prediction.kind
     for name, values in decided.items():
-        given, default = asdict(getattr(config, name)), asdict(type(values)())
-        for field in fields(values):
-            _check_decided(f"{name}.{field.name}", given[field.name], default[field.name], asdict(values)[field.name])
-    _check_decided("objective.prediction", config.objective.prediction, "epsilon", kind)
-    changed: dict[str, Any] = {**decided, "objective": replace(config.objective, prediction=kind)}
-    return replace(config, **changed, init_from=source), initial
+        given, default, expected = map(_options, (getattr(config, name), type(values)(), values))
+        for key in expected:
+            _check_decided(f"{name}.{key}", given[key], default[key], expected[key])
+    _check_decided("objective.prediction", config.objective.prediction, "epsilon", prediction)
+    changes: dict[str, Any] = {**decided, "objective": replace(config.objective, prediction=prediction)}
+    return replace(config, **changes, init_from=source), initial
 
 
-def _text_of(initial: Checkpoint) -> TextConfig:
-    """Return the encoder of a pipeline by the name that its run had for it: that may be a whole CLIP's, of which the
-    pipeline holds the text half.
-    """
-    if initial.config is not None:
-        return initial.config.text
-    return TextConfig(str(initial.folder), initial.text_encoder.max_length)
+def _options(values: Any) -> dict[str, Any]:
+    """Return the options of a section, those that can be written in two ways in one of them."""
+    return {**asdict(values), **({"num_heads": values.heads} if isinstance(values, UNetConfig) else {})}
 
 
-def _check_decided(key: str, given: Any, default: Any, found: Any) -> None:
-    if given not in (default, found):
-        raise UserError(f"init_from: {key} is {found!r} there, and {given!r} here; leave it out")
+def _check_decided(key: str, given: Any, default: Any, expected: Any) -> None:
+    if given not in (default, expected):
+        raise UserError(f"init_from: {key} is {expected!r} in the checkpoint, got {given!r}; remove {key}")
 
 
-def _text_encoder(config: Config, source: Checkpoint | None) -> TextEncoder:
-    """Return the encoder of the checkpoint that a run continues or starts from, whatever has become of the one that it
-    was trained with; where there is none, the config's.
-    """
+def _load_text_encoder(config: Config, source: Checkpoint | None) -> TextEncoder:
+    """Return the text encoder of the checkpoint that the run continues or starts from, or else the config's."""
     if source is None:
         return TextEncoder.from_pretrained(config.text.encoder, config.text.max_length)
-    own = source.text_encoder
-    return TextEncoder(own.tokenizer, own.clip, config.text.max_length or own.max_length)
+    encoder = source.text_encoder
+    return TextEncoder(encoder.tokenizer, encoder.clip, config.text.max_length or encoder.max_length)
 
 
 def check_config(config: Config, resumed: Checkpoint) -> None:
-    """Compare the config with that of the run that wrote the checkpoint.
+    """Compare the config with that of the resumed run; log changes that are allowed.
 
-    Raises UserError for a change that the weights do not survive; logs one that they do.
+    Raises:
+        UserError: If a changed key makes the weights or the optimizer state invalid.
     """
     before = resumed.run_config
     for key in ("seed", "train.ema_width", "train.optimizer", "train.lora_rank"):
-        then, now = (_value(each, key) for each in (before, config))
-        if then != now:
-            raise UserError(f"resume: {key} was {then} in this run and is now {now}; keep it")
+        old, new = attrgetter(key)(before), attrgetter(key)(config)
+        if old != new:
+            raise UserError(f"resume: {key} changed from {old} to {new}; expected {old}")
     for name in ("data", "text", "latent", "unet", "schedule", "objective"):
-        now, then = asdict(getattr(config, name)), asdict(getattr(before, name))
-        for key in now:
-            if now[key] == then[key]:
+        old, new = asdict(getattr(before, name)), asdict(getattr(config, name))
+        for key in new:
+            if new[key] == old[key]:
                 continue
-            change = f"{name}.{key} was {then[key]!r} in this run and is now {now[key]!r}"
-            if key not in SAFE.get(name, ()):
-                raise UserError(f"resume: {change}; the weights mean something only with the former")
-            logger.warning("resume: %s; continuing with it", change)
-
-
-def _value(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
+            change = f"{name}.{key} changed from {old[key]!r} to {new[key]!r}"
+            if key not in CHANGEABLE_KEYS.get(name, ()):
+                raise UserError(f"resume: {change}, but the weights depend on it; expected {old[key]!r}")
+            logger.warning("resume: %s; continuing with the new value", change)
 
 
 def complete_unet_config(config: Config, context_dim: int, latent_space: LatentSpace) -> UNetConfig:
-    """Fill in what the data and the text encoder decide; raise UserError where `config.unet` says otherwise."""
+    """Return `config.unet` completed with the channels, size and context width of the data and the text encoder.
+
+    Raises:
+        UserError: If `config.unet` contradicts them.
+    """
     channels, side, _ = latent_space.shape(config.data)
-    from_data = {"in_channels": channels, "sample_size": side, "context_dim": context_dim}
-    for name, value in from_data.items():
+    required = {"in_channels": channels, "sample_size": side, "context_dim": context_dim}
+    for name, value in required.items():
         given = getattr(config.unet, name)
         if given not in (None, value):
-            raise UserError(
-                f"unet.{name}: {given} does not fit the data and the text encoder; expected {value}, or nothing"
-            )
-    return replace(config.unet, **from_data)
+            raise UserError(f"unet.{name}: {given} does not fit the data and the text encoder; expected {value}")
+    return replace(config.unet, **required)
 
 
 def new_unet(
     config: Config, context_dim: int, latent_space: LatentSpace, weights: Mapping[str, Tensor] | None = None
 ) -> UNet:
-    """Return a network with fresh weights, a function of the seed; or with these; and LoRA beside them if the config
-    says so.
+    """Return the network to train, with LoRA, gradient checkpointing and compilation as configured.
+
+    Args:
+        weights: Initial weights; by default they are random, as a function of the seed.
     """
-    torch.manual_seed(config.seed)  # torch draws initial weights from the global state; nothing else here does
-    complete = complete_unet_config(config, context_dim, latent_space)
-    unet = UNet(complete) if weights is None else UNet.with_weights(complete, weights)
+    torch.manual_seed(config.seed)  # torch initializes weights from the global random state; nothing else here does
+    unet_config = complete_unet_config(config, context_dim, latent_space)
+    unet = UNet(unet_config) if weights is None else UNet.with_weights(unet_config, weights)
     if weights is None and config.objective.prediction == "epsilon":
         unet.start_as_copy()
     if config.train.lora_rank:
@@ -297,7 +343,7 @@ def new_unet(
     if config.train.gradient_checkpointing:
         for module in unet.modules():
             if isinstance(module, ResidualBlock | SpatialTransformer):
-                # Nothing inside draws random numbers whose state would have to be kept.
+                # These modules draw no random numbers, so there is no state to preserve.
                 module.forward = partial(recompute, module.forward, use_reentrant=False, preserve_rng_state=False)
     if config.train.compile:
         unet.compile()
@@ -307,28 +353,28 @@ def new_unet(
 
 
 def new_optimizer(config: TrainConfig, unet: UNet) -> torch.optim.Optimizer:
-    """Return Muon, or AdamW in its version that updates all weights in a few calls."""
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    """Return Muon or fused AdamW for the trainable parameters."""
+    trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "muon":
-        ends = [*unet.conv_in.parameters(), *unet.conv_out.parameters()]
-        return Muon(trained, rate, first_and_last=ends, weight_decay=decay)
-    return torch.optim.AdamW(trained, rate, weight_decay=decay, fused=True)
+        input_and_output = [*unet.conv_in.parameters(), *unet.conv_out.parameters()]
+        return Muon(trainable, rate, adamw_parameters=input_and_output, weight_decay=decay)
+    return torch.optim.AdamW(trainable, rate, weight_decay=decay, fused=True)
 
 
 def summary(unet: UNet, averages: int = 1) -> str:
-    """Describe how much of a network is trained, and the memory that it takes beside its activations."""
+    """Describe the number of trained parameters and the memory of everything but activations."""
     total = sum(parameter.numel() for parameter in unet.parameters())
     trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
-    # 4 bytes each: weights; and of what is trained a gradient, two moments (Muon has one), the averages.
+    # 4 bytes each: all weights; for trained ones also a gradient, two moments (Muon has one) and the averages.
     return (
         f"trains {trained / 1e6:.2f} of {total / 1e6:.2f} million parameters: about "
         f"{(4 * total + (12 + 4 * averages) * trained) / 1e9:.2f} GB for weights, gradients, moments and averages"
     )
 
 
-def acquire(lock: RunLock, accelerator: Accelerator) -> None:
-    """Take the lock in the main process; all processes must call this, and raise UserError where that fails."""
+def acquire_lock(lock: RunLock, accelerator: Accelerator) -> None:
+    """Acquire the lock in the main process; all processes must call this, and raise UserError if that fails."""
     problem = None
     if accelerator.is_main_process:
         try:
@@ -338,34 +384,35 @@ def acquire(lock: RunLock, accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         failed = torch.tensor([problem is not None], dtype=torch.int32, device=accelerator.device)
         if cast(Tensor, accelerator.gather(failed)).any() and problem is None:
-            problem = UserError("run_dir: the main process could not lock it")
+            problem = UserError(f"run_dir: {lock.run_dir} could not be locked by the main process")
     if problem is not None:
         raise problem
 
 
-def make_run(lock: RunLock, run: Run, start: int) -> None:
-    """Make the run's folder and lock it, now that nothing in the config has turned out to be wrong; remove what a run
-    that continues after `start` steps will write again, and rename later checkpoints if `resume` named an earlier one.
+def prepare_run_dir(lock: RunLock, run: Run, start: int) -> None:
+    """Create and lock the run's folder, and remove what a run that continues after `start` steps writes again.
 
-    Raises UserError where another process has begun to train there meanwhile.
+    Called once the config and the data are known to be valid. Checkpoints later than the one that `resume` names are
+    renamed.
+
+    Raises:
+        UserError: If another process has started training in the folder.
     """
     run_dir, config, accelerator = run.run_dir, run.config, run.accelerator
-    accelerator.wait_for_everyone()  # until all processes have seen that it was not there
+    accelerator.wait_for_everyone()  # until all processes have checked that the folder does not exist
     if accelerator.is_main_process:
         make_run_dir(run_dir)
-    acquire(lock, accelerator)
+    acquire_lock(lock, accelerator)
     if not accelerator.is_main_process:
         return
     if run.resumed_from is None and not config.resume:
-        new_run_dir(config.run_dir)  # still: it could not be locked before it was there
+        new_run_dir(config.run_dir)  # check again: the folder had to exist before it could be locked
     if isinstance(config.resume, str) and (later := supersede_after(run_dir, start)):
         logger.warning("resume: renamed later checkpoints to %s", ", ".join(path.name for path in later))
-    for unfinished in (run_dir / "checkpoints").glob(".step-*"):  # of a run that was killed while it wrote this
+    for unfinished in (run_dir / "checkpoints").glob(".step-*"):  # from a run that was killed while saving
         shutil.rmtree(unfinished)
     for snapshot in (run_dir / SNAPSHOTS).glob("step-*"):
         if snapshot.suffix != ".safetensors" or int(snapshot.stem.removeprefix("step-")) > start:
             snapshot.unlink()
-    try:
+    with user_errors(f"run_dir: {run_dir} cannot be written to", OSError):
         save_config(config, run_dir / CONFIG_NAME)
-    except OSError as error:
-        raise UserError(f"run_dir: {run_dir} cannot be written to: {error.strerror}") from error

@@ -1,8 +1,8 @@
-"""What a step changes - the weights, the optimizer's moments, the averages of the weights - to files and back.
+"""Training state (weights, optimizer moments, averages of the weights), and saving it in the background.
 
-Under FSDP each process holds a piece of every tensor: a tensor is *whole* when the pieces have been gathered. Training
-state is written in pieces, one file a process, and read back by any number of processes; the averaged weights that are
-drawn from are written whole.
+`TrainingState` holds the state and loads it from a checkpoint; `Saver` writes checkpoints and snapshots. Under FSDP
+each process holds a shard of every tensor: the training state is written as one file per process, and any number of
+processes can load it; the averaged weights, which are sampled from, are gathered and written as full tensors.
 """
 
 import json
@@ -23,26 +23,32 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cond_diffusion.config.run import Config, TrainConfig, save_config
-from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.errors import UserError, first_line, user_errors
 from cond_diffusion.models.ema import EMA, Weights, save_snapshot
 from cond_diffusion.models.lora import digest_of_base, has_lora, load_lora, merged, save_lora
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.run_folder import PROGRESS_NAME, save_checkpoint
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
+logger = logging.getLogger(__name__)
+
+LocalShards = dict[str, dict[str, Tensor]]  # by file stem and tensor name
+
 
 class TrainingState:
-    """The network, its optimizer, and its averages: the one that is sampled from, and one of half its width where the
-    run stores snapshots.
+    """The network, its optimizer, and its averages: the one that is sampled from, and one of half its width if the run
+    stores snapshots.
 
-    unet, optimizer: after Accelerate has placed or sharded them.
+    Args:
+        unet: The network, after Accelerate has placed or sharded it.
+        optimizer: Its optimizer, as prepared by Accelerate.
     """
 
     def __init__(self, unet: UNet, optimizer: Any, config: TrainConfig, accelerator: Accelerator) -> None:
         self.unet = unet
         self.base = digest_of_base(unet) if has_lora(unet) else None
         self.optimizer = optimizer
-        self.scaler = accelerator.scaler  # of the loss, with fp16 alone
+        self.scaler = accelerator.scaler  # of the loss, with fp16 only
         named = unet.named_parameters()
         self.parameters: Weights = {name: parameter for name, parameter in named if parameter.requires_grad}
         widths = [config.ema_width, config.ema_width / 2] if config.snapshots else [config.ema_width]
@@ -51,53 +57,50 @@ class TrainingState:
         self.process, self.processes = accelerator.process_index, accelerator.num_processes
 
     def update_averages(self, step: int) -> None:
-        """Take in the weights after `step` steps."""
+        """Update the averages with the weights after `step` steps."""
         for average in self.averages:
             average.update(self.parameters, step)
 
     def is_finite(self) -> bool:
-        """Say whether the weights and both averages are finite, as far as this process holds them."""
-        parts = (self.parameters, *(average.weights for average in self.averages))
-        return all(bool(local_shard(weight.detach()).isfinite().all()) for part in parts for weight in part.values())
+        """Return whether the weights and averages that this process holds are finite."""
+        groups = (self.parameters, *(average.weights for average in self.averages))
+        return all(bool(local_shard(weight.detach()).isfinite().all()) for group in groups for weight in group.values())
 
     @contextmanager
     def ema_weights(self, pipe: TextToImage) -> Iterator[None]:
-        """Have a pipeline draw from the average; under FSDP all processes must ask, and each has a copy meanwhile."""
-        before = pipe.unet
+        """Context manager in which a pipeline uses the averaged weights; under FSDP all processes must call this."""
+        unet = pipe.unet
         pipe.unet = self.averaged_unet()
         try:
             yield
         finally:
-            pipe.unet = before
+            pipe.unet = unet
 
     def averaged_unet(self) -> UNet:
-        """Return the network whose weights are the average; under FSDP a copy, for which all processes must ask."""
+        """Return a network with the averaged weights; under FSDP it is a copy, and all processes must call this."""
         average = {name: full_tensor(weight) for name, weight in self.averages[0].weights.items()}
         return UNet.with_weights(self.unet.config, self.merge_lora(average))
 
     def merge_lora(self, weights: Weights) -> Weights:
-        """Return the weights of a plain network out of those that are trained."""
+        """Return the weights of a network without LoRA layers from the trained weights."""
         return weights if self.base is None else merged(self.unet, weights)
 
-    def local_shards(self) -> dict[str, dict[str, Tensor]]:
-        """Return copies of what this process holds, on the CPU, by the files' stems; without the average that is
-        written whole.
-        """
+    def local_shards(self) -> LocalShards:
+        """Return CPU copies of the training state on this process; the first average is saved separately, in full."""
         moments = {
             f"{number}.{name}": torch.as_tensor(value)
             for number, values in self.optimizer.state_dict()["state"].items()
             for name, value in values.items()
         }
-        parts = {
-            "unet": self.parameters,
-            "optimizer": moments,
-            **({"narrow_ema": self.averages[1].weights} if len(self.averages) > 1 else {}),
-        }
-        return {stem: copy_to_cpu(tensors, local_shard) for stem, tensors in parts.items()}
+        groups: dict[str, Weights] = {"unet": self.parameters, "optimizer": moments}
+        if len(self.averages) > 1:
+            groups["narrow_ema"] = self.averages[1].weights
+        return {stem: copy_to_cpu(tensors, local_shard) for stem, tensors in groups.items()}
 
-    def whole_averages(self, *, copy: bool) -> list[Weights]:
-        """Return copies of the averages, on the CPU; under FSDP all processes must ask together, and those that say
-        that they need no copy get none.
+    def full_averages(self, *, copy: bool) -> list[Weights]:
+        """Gather the averages and return CPU copies of them, or nothing if `copy` is false.
+
+        Under FSDP all processes must call this together.
         """
         if copy:
             return [copy_to_cpu(average.weights, full_tensor) for average in self.averages]
@@ -107,112 +110,102 @@ class TrainingState:
         return []
 
     def progress(self) -> dict[str, Any]:
-        """Return what is no tensor."""
-        found = {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
-        return found if self.base is None else {**found, "base": self.base}
+        """Return the part of the state that is saved as JSON."""
+        progress = {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+        return progress if self.base is None else {**progress, "base": self.base}
 
-    def write_pieces(self, folder: Path, local_shards: Mapping[str, Weights]) -> None:
-        """Write the pieces of this process; of processes that all hold the same only the first need do so."""
-        name = f"-{self.process + 1:05d}-of-{self.processes:05d}" if self.sharded else ""
+    def write_shards(self, folder: Path, local_shards: Mapping[str, Weights]) -> None:
+        """Write the shards of this process; without FSDP one process writes for all."""
+        suffix = f"-{self.process + 1:05d}-of-{self.processes:05d}" if self.sharded else ""
         for stem, tensors in local_shards.items():
-            save_file(dict(tensors), folder / f"{stem}{name}.safetensors")
+            save_file(dict(tensors), folder / f"{stem}{suffix}.safetensors")
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Put back what a checkpoint holds, and return its progress.
+        """Load the state of a checkpoint; return its progress.
 
-        Raises UserError if it is not whole or does not fit.
+        Raises:
+            UserError: If the checkpoint is damaged or belongs to a different network.
         """
         folder = checkpoint / "state"
-        has_narrow = any(folder.glob("narrow_ema*"))
-        if len(self.averages) > 1 and not has_narrow:
-            raise UserError("train.snapshots: this run has kept no second average until now; expected 0")
-        try:
-            progress = json.loads((folder / PROGRESS_NAME).read_text())
+        if len(self.averages) > 1 and not any(folder.glob("narrow_ema*")):
+            raise UserError("train.snapshots: this run has stored no second average so far; expected 0")
+        damaged = f"resume: {folder} is damaged or belongs to a different network"
+        library_errors = (OSError, SafetensorError, json.JSONDecodeError, RuntimeError, KeyError)
+        with user_errors(damaged, *library_errors, hint=f"; delete {checkpoint} to resume from the checkpoint before"):
+            progress = json.loads((folder / PROGRESS_NAME).read_text(encoding="utf-8"))
             if progress.get("base") != self.base:
-                raise UserError(
-                    "resume: init_from is not what it was when this run began, or train.lora_rank has come or gone; "
-                    "keep both"
-                )
-            _put(_read(folder, "unet"), self.parameters)
-            whole = UNet.from_pretrained(checkpoint / "unet").state_dict() if not self.base else load_lora(checkpoint)
-            _put({name: [weight] for name, weight in whole.items()}, self.averages[0].weights)
+                raise UserError("resume: the weights of init_from or train.lora_rank have changed; expected no change")
+            _load_weights(_read_shards(folder, "unet"), self.parameters)
+            average = UNet.from_pretrained(checkpoint / "unet").state_dict() if not self.base else load_lora(checkpoint)
+            _load_weights({name: [weight] for name, weight in average.items()}, self.averages[0].weights)
             if len(self.averages) > 1:
-                _put(_read(folder, "narrow_ema"), self.averages[1].weights)
-            self._load_moments(_read(folder, "optimizer"))
+                _load_weights(_read_shards(folder, "narrow_ema"), self.averages[1].weights)
+            self._load_moments(_read_shards(folder, "optimizer"))
             if self.scaler is not None and "scaler" in progress:
                 self.scaler.load_state_dict(progress["scaler"])
-            return progress
-        except UserError:
-            raise
-        except (OSError, SafetensorError, json.JSONDecodeError, RuntimeError, KeyError) as error:
-            raise UserError(
-                f"resume: {folder} is damaged, was cut short or belongs to another network ({first_line(error)}); "
-                f"delete {checkpoint} to go on from the checkpoint before it"
-            ) from error
+        return progress
 
-    def _load_moments(self, local_shards: Mapping[str, list[Tensor]]) -> None:
+    def _load_moments(self, shards: Mapping[str, list[Tensor]]) -> None:
         parameters = list(self.parameters.values())
         state: dict[int, dict[str, Tensor]] = {}
-        for key, parts in local_shards.items():
+        for key, parts in shards.items():
             number, name = key.split(".", 1)
-            like = parameters[int(number)]
-            joined = _joined(parts)
-            state.setdefault(int(number), {})[name] = _sharded_like(joined, like) if joined.ndim else joined
+            moment = _join(parts)
+            if moment.ndim:
+                moment = _shard_like(moment, parameters[int(number)])
+            state.setdefault(int(number), {})[name] = moment
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
-def _read(folder: Path, stem: str) -> dict[str, list[Tensor]]:
-    """Return the pieces of each tensor, in order."""
+def _read_shards(folder: Path, stem: str) -> dict[str, list[Tensor]]:
+    """Return the shards of each tensor, ordered by process."""
     files = [folder / f"{stem}.safetensors"]
     if not files[0].exists():
         files = sorted(folder.glob(f"{stem}-*-of-*.safetensors")) or files
-    local_shards: dict[str, list[Tensor]] = {}
+    shards: dict[str, list[Tensor]] = {}
     for file in files:
-        for name, piece in load_file(file).items():
-            local_shards.setdefault(name, []).append(piece)
-    return local_shards
+        for name, tensor in load_file(file).items():
+            shards.setdefault(name, []).append(tensor)
+    return shards
 
 
 @torch.no_grad()
-def _put(local_shards: Mapping[str, list[Tensor]], into: Weights) -> None:
-    if local_shards.keys() != into.keys():
-        raise KeyError(f"its weights are others: {', '.join(sorted(local_shards.keys() ^ into.keys())[:3])}")
-    for name, parts in local_shards.items():
-        into[name].copy_(_sharded_like(_joined(parts), into[name]))
+def _load_weights(shards: Mapping[str, list[Tensor]], weights: Weights) -> None:
+    if shards.keys() != weights.keys():
+        raise KeyError(f"weights that differ: {', '.join(sorted(shards.keys() ^ weights.keys())[:3])}")
+    for name, parts in shards.items():
+        weights[name].copy_(_shard_like(_join(parts), weights[name]))
 
 
-def _joined(local_shards: list[Tensor]) -> Tensor:
-    """Undo the sharding: FSDP cuts along the first dimension, and has every process keep the same scalars."""
-    return torch.cat(local_shards) if local_shards[0].ndim else local_shards[0]
+def _join(shards: list[Tensor]) -> Tensor:
+    """Return the full tensor: FSDP shards along the first dimension, and replicates scalars."""
+    return torch.cat(shards) if shards[0].ndim else shards[0]
 
 
-def _sharded_like(whole: Tensor, like: Tensor) -> Tensor:
+def _shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
-        return whole.to(like.device)
-    # Every process has the whole tensor and keeps its piece: nothing has to be sent (src_data_rank=None).
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return tensor.to(like.device)
+    # Every process has the full tensor and keeps its shard: no communication is needed (src_data_rank=None).
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor; return other tensors unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a sharded tensor; return other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def copy_to_cpu(tensors: Weights, take: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Copy to the CPU, so that training may go on while they are written."""
-    return {name: take(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-logger = logging.getLogger(__name__)
-
-Pieces = dict[str, dict[str, torch.Tensor]]
+def copy_to_cpu(tensors: Weights, convert: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Return converted copies on the CPU, which training does not modify while they are written."""
+    return {name: convert(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 class Saver:
-    """Writes checkpoints and snapshots of a run, one after the other, in the background."""
+    """Context manager that writes checkpoints and snapshots of a run in a background thread, one after the other."""
 
     def __init__(
         self, run_dir: Path, config: Config, pipe: TextToImage, state: TrainingState, accelerator: Accelerator
@@ -222,57 +215,61 @@ class Saver:
         self.pipe = pipe
         self.state = state
         self.is_main = accelerator.is_main_process
-        # The threads of several processes must speak to each other beside what training exchanges.
+        # Background threads must not use the process group of training.
         self.group = torch.distributed.new_group(backend="gloo") if state.sharded else None
-        self.thread = ThreadPoolExecutor(1, "saving")
-        self.writing: Future[None] | None = None
+        self.executor = ThreadPoolExecutor(1, "saving")
+        self.pending: Future[None] | None = None
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.finish()
-        self.thread.shutdown()
+        self.executor.shutdown()
 
     def save(self, step: int, progress: dict[str, Any] | None, *, snapshot: bool) -> None:
-        """Begin to write what is due after `step`: a checkpoint with this progress, a snapshot of both averages. All
-        processes must call this together.
+        """Copy the state and start writing it; all processes must call this together.
+
+        Args:
+            step: Number of completed steps.
+            progress: Progress to store in a checkpoint; None writes no checkpoint.
+            snapshot: Whether to write a snapshot of the averages.
         """
         if (progress is None and not snapshot) or not (self.is_main or self.state.sharded):
             return
         local_shards = {} if progress is None else self.state.local_shards()
-        averages = self.state.whole_averages(copy=self.is_main)
+        averages = self.state.full_averages(copy=self.is_main)
         self.finish()
-        self.writing = self.thread.submit(self._write, step, progress, local_shards, averages, snapshot)
+        self.pending = self.executor.submit(self._write, step, progress, local_shards, averages, snapshot)
 
-    def finish(self, *, must: bool = False) -> None:
-        """Wait until what was begun is written. A full disk costs that and no more, unless it `must` be written."""
-        writing, self.writing = self.writing, None
-        if writing is None:
+    def finish(self, *, required: bool = False) -> None:
+        """Wait for pending writes. Errors, such as a full disk, are logged, or raised if the write is `required`."""
+        pending, self.pending = self.pending, None
+        if pending is None:
             return
         try:
-            writing.result()
+            pending.result()
         except UserError as error:
-            if must:
+            if required:
                 raise
             logger.warning("%s", error)
 
     def _write(
-        self, step: int, progress: dict[str, Any] | None, local_shards: Pieces, averages: list[Weights], snapshot: bool
+        self, step: int, progress: dict[str, Any] | None, shards: LocalShards, averages: list[Weights], snapshot: bool
     ) -> None:
         if snapshot and self.is_main:
+            widths = [average.width for average in self.state.averages]
             try:
-                widths = [average.width for average in self.state.averages]
                 save_snapshot(self.run_dir, step, list(zip(widths, averages, strict=True)))
-            except UserError as error:  # a run without it is poorer by a choice of widths, and no more
+            except UserError as error:  # a missing snapshot only reduces the choice of --ema-width
                 logger.warning("%s", error)
         if progress is not None:
-            self._write_checkpoint(progress, local_shards, averages)
+            self._write_checkpoint(progress, shards, averages)
 
-    def _write_checkpoint(self, progress: dict[str, Any], local_shards: Pieces, averages: list[Weights]) -> None:
+    def _write_checkpoint(self, progress: dict[str, Any], shards: LocalShards, averages: list[Weights]) -> None:
         step = progress["step"]
-        aside = self.run_dir / "checkpoints" / f".step-{step:08d}.pieces"
-        problem = self._write_pieces(aside, local_shards)
+        state_folder = self.run_dir / "checkpoints" / f".step-{step:08d}.state"
+        problem = self._write_shards(state_folder, shards)
         if not self.is_main:
             return
 
@@ -285,25 +282,25 @@ class Saver:
             pipe = TextToImage(unet, self.pipe.text_encoder, self.pipe.prediction, self.pipe.latent_space)
             pipe.save_pretrained(folder)
             save_config(self.config, folder / "config.yaml")
-            aside.rename(folder / "state")
-            (folder / "state" / PROGRESS_NAME).write_text(json.dumps(progress, indent=2) + "\n")
+            state_folder.rename(folder / "state")
+            (folder / "state" / PROGRESS_NAME).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
 
         try:
             save_checkpoint(self.run_dir, step, write, keep=self.config.train.keep_checkpoints)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(state_folder, ignore_errors=True)
 
-    def _write_pieces(self, folder: Path, local_shards: Pieces) -> str | None:
-        """Write this process's pieces and wait for those of the others; say what went wrong with any of them."""
+    def _write_shards(self, folder: Path, shards: LocalShards) -> str | None:
+        """Write the shards of this process and wait for the others; return the error of any process."""
         problem = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.state.write_pieces(folder, local_shards)
+            self.state.write_shards(folder, shards)
         except (OSError, SafetensorError) as error:
             problem = first_line(error)
         if self.group is not None:
             failed = torch.tensor([problem is not None], dtype=torch.int32)
             torch.distributed.all_reduce(failed, group=self.group)
             if failed.item() and problem is None:
-                problem = "another process could not write its part"
+                problem = "another process could not write its shard"
         return problem

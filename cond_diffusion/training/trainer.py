@@ -1,4 +1,4 @@
-"""Training: the loop, and what begins and ends it."""
+"""Training loop: start or resume a run, train, validate, sample, and save checkpoints."""
 
 import logging
 import math
@@ -25,11 +25,11 @@ from cond_diffusion.pipeline.run_folder import RunLock, checkpoint_of, checkpoin
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.training.batches import Batches, MicroBatch
 from cond_diffusion.training.reporting import Interruption, Reporter
-from cond_diffusion.training.setup import Run, acquire, build_run, make_accelerator, make_run
+from cond_diffusion.training.setup import Run, acquire_lock, build_run, make_accelerator, prepare_run_dir
 from cond_diffusion.training.state import Saver, TrainingState
 from cond_diffusion.training.validation import Validator
 
-GIVEN = "a data set given to train()"  # in config.yaml, in the place of data.source
+DATASET_ARGUMENT = "a data set given to train()"  # stored in config.yaml as data.source
 
 logger = logging.getLogger(__name__)
 
@@ -49,101 +49,118 @@ def train(config: Config, dataset: datasets.Dataset | Sequence[Any] | None = Non
         UserError: If the config, the data or the run's folder cannot be used, or another process trains there.
     """
     if dataset is not None:
-        config = replace(config, data=replace(config.data, source=GIVEN, streaming=False))
+        config = replace(config, data=replace(config.data, source=DATASET_ARGUMENT, streaming=False))
     accelerator = make_accelerator(config)
     with RunLock(Path(config.run_dir)) as lock:
         if config.resume and lock.run_dir.is_dir():
-            acquire(lock, accelerator)  # before the checkpoint is read: no other process rotates it away
+            acquire_lock(lock, accelerator)  # so that no other process deletes the checkpoint while it is loaded
         return _train(build_run(config, accelerator), lock, dataset)
 
 
 def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | None) -> Path:
     config, accelerator, network, optimizer = run.config, run.accelerator, run.network, run.optimizer
     training_data = open_data(run, dataset)
-    contexts = build_text_embedder(training_data, run.text_encoder, accelerator)
+    num_images = training_data.num_images
+    num_captions = len(training_data.captions() or [""]) - 1  # without the empty one
+    size = "a stream" if num_images is None else f"{num_images} images, {num_captions} different captions"
+    logger.info("data.source: %s: %s", config.data.source, size)
+    text_embedder = build_text_embedder(training_data, run.text_encoder, accelerator)
     state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train, accelerator)
     progress = resume_from(run, state, training_data)
     start = progress.get("step", 0)
-    make_run(lock, run, start)
+    if run.resumed_from is not None and start >= config.train.max_steps:
+        logger.info("train.max_steps: %s has %d steps already; nothing to train", run.resumed_from, start)
+        return run.resumed_from
+    prepare_run_dir(lock, run, start)
 
-    with torch.device("meta"):  # without weights, but for the moments when it samples
+    with torch.device("meta"):  # it holds weights only while it samples
         pipe = TextToImage(UNet(run.unet.config), run.text_encoder, run.objective.prediction, run.latent_space)
-    validator = Validator(config, training_data, contexts, run.objective, run.latent_space)
-    batches = Batches(config, training_data, contexts, run.objective, accelerator, start, run.latent_space)
+    validator = Validator(config, training_data, text_embedder, run.objective, run.latent_space)
+    batches = Batches(config, training_data, text_embedder, run.objective, accelerator, start, run.latent_space)
     reporter = Reporter(config, run.run_dir, start, run.samples_per_step, accelerator)
-    reporter.announce_snapshots(state.averages)
-    done, bad, held_out_loss = start, 0, progress.get("held_out_loss")
-    good: MicroBatch | None = None  # of the last step since the newest checkpoint that changed the weights
+    reporter.log_snapshot_size(state.averages)
+    global_step, bad_steps, held_out_loss = start, 0, progress.get("held_out_loss")
+
+    def progress_at(step: int) -> dict[str, Any]:
+        counts = {"step": step, "samples_per_step": run.samples_per_step, "held_out_loss": held_out_loss}
+        return {**counts, **training_data.progress(), **state.progress()}
+
+    last_batch: MicroBatch | None = None  # of the last step that changed the weights since the newest checkpoint
     with Interruption(accelerator) as interruption, Saver(run.run_dir, config, pipe, state, accelerator) as saver:
         for step in reporter.steps():
-            loss, batch = accumulate_gradients(network, batches, accelerator)
+            try:
+                loss, batch = accumulate_gradients(network, batches, accelerator)
+            except UserError:  # of the data; with several processes the others cannot take part in saving
+                if accelerator.num_processes == 1 and _can_save(global_step, last_batch, state, batches, accelerator):
+                    saver.save(global_step, progress_at(global_step), snapshot=False)
+                    saver.finish(required=True)
+                raise
             gradient_norm: Any = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
             rate = learning_rate(config.train, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            # The same on all processes, which have exchanged their gradients.
-            bad = 0 if torch.isfinite(gradient_norm) else bad + 1
-            if bad:
-                _skip(step, bad, batches, optimizer, accelerator)
+            # Gradients are averaged over processes, so the norm is the same on all of them.
+            bad_steps = 0 if torch.isfinite(gradient_norm) else bad_steps + 1
+            if bad_steps:
+                _skip_step(step, bad_steps, batches, optimizer, accelerator)
             else:
                 optimizer.step()
                 state.update_averages(step + 1)
-                good = batch
+                last_batch = batch
             optimizer.zero_grad()
 
-            done = step + 1
-            reporter.log(done, loss, gradient_norm, rate)
-            interrupted = interruption.requested() and done < config.train.max_steps
-            leaving = interrupted or done == config.train.max_steps
-            if not interrupted:  # before the checkpoint, after which a resumed run continues
-                found = _validate_and_sample(done, config, validator, reporter, state, pipe, accelerator)
-                held_out_loss = held_out_loss if found is None else found
-            checkpoint_due = leaving or _is_due(done, config.train.checkpoint_every)
-            snapshot_due = is_snapshot_due(config.train, done, leaving)
-            if (checkpoint_due or snapshot_due) and _worth_saving(done, good, state, batches, accelerator):
-                progress = {"step": done, "samples_per_step": run.samples_per_step, "held_out_loss": held_out_loss}
-                progress |= {**training_data.progress(), **state.progress()}
-                saver.save(done, progress if checkpoint_due else None, snapshot=snapshot_due)
-                good = None if checkpoint_due else good
-            if leaving:
+            global_step = step + 1
+            reporter.log(global_step, loss, gradient_norm, rate)
+            interrupted = interruption.requested() and global_step < config.train.max_steps
+            is_last = interrupted or global_step == config.train.max_steps
+            if not interrupted:  # before saving: a resumed run does not repeat it
+                new_loss = _validate_and_sample(global_step, validator, reporter, state, pipe)
+                held_out_loss = held_out_loss if new_loss is None else new_loss
+            checkpoint_due = is_last or _is_due(global_step, config.train.checkpoint_every)
+            snapshot_due = is_snapshot_due(config.train, global_step, is_last)
+            if (checkpoint_due or snapshot_due) and _can_save(global_step, last_batch, state, batches, accelerator):
+                saver.save(global_step, progress_at(global_step) if checkpoint_due else None, snapshot=snapshot_due)
+                last_batch = None if checkpoint_due else last_batch
+            if is_last:
                 break
-        saver.finish(must=True)
+        saver.finish(required=True)
     accelerator.wait_for_everyone()
     end_training(accelerator)
-    until_here = [path for path in checkpoints(run.run_dir) if path.name <= checkpoint_of(run.run_dir, done).name]
-    saved = until_here[-1] if until_here else None
-    if interruption.signal is not None and done < config.train.max_steps:
-        interruption.leave(done, saved)
-    return reporter.log_summary(saved)
+    last_name = checkpoint_of(run.run_dir, global_step).name
+    newest = max((path for path in checkpoints(run.run_dir) if path.name <= last_name), default=None)
+    if interruption.signal is not None and global_step < config.train.max_steps:
+        interruption.raise_interrupted(global_step, newest)
+    return reporter.log_summary(newest)
 
 
 def resume_from(run: Run, state: TrainingState, training_data: TrainingData) -> dict[str, Any]:
-    """Load the checkpoint that a run continues from, and move the data to where it stood; return its progress.
+    """Load the checkpoint that the run continues from and move the data to its position; return its progress.
 
-    Raises UserError where the checkpoint is not whole, or for another number of samples a step.
+    Raises:
+        UserError: If the checkpoint is damaged, or the number of samples per step has changed.
     """
     if run.resumed_from is None:
         return {}
     progress = state.load(run.resumed_from)
     if progress["samples_per_step"] != run.samples_per_step:
         raise UserError(
-            f"resume: a step saw {progress['samples_per_step']} samples in this run and would now see "
-            f"{run.samples_per_step}; keep train.batch_size x train.gradient_accumulation_steps x processes the same"
+            f"resume: train.batch_size x train.gradient_accumulation_steps x processes changed from "
+            f"{progress['samples_per_step']} to {run.samples_per_step}; expected {progress['samples_per_step']}"
         )
-    then, now = progress["data"], training_data.identity()
-    if then != now:
-        logger.warning("resume: the data changed: %s, now %s; continuing with the new data in a new order", then, now)
-    training_data.resume(progress, progress["step"] * run.samples_per_step, same=then == now)
+    old, new = progress["data"], training_data.identity()
+    if old != new:
+        logger.warning("resume: the data changed from %s to %s; continuing with the new data in a new order", old, new)
+    training_data.resume(progress, progress["step"] * run.samples_per_step, same=old == new)
     return progress
 
 
 def end_training(accelerator: Accelerator) -> None:
-    """Close the trackers, and on GPUs the connections between processes."""
+    """Close experiment trackers and, on GPUs, the process group."""
     if accelerator.device.type != "cpu":
         accelerator.end_training()
         return
-    # Gloo's connections close with the process. Closed here they can wait for ever: whoever closes them holds Python's
-    # lock and waits for gloo's threads, one of which may be waiting for the lock, to let go of the last tensor.
+    # Gloo's process group ends with the process. Closing it here can deadlock: the caller holds Python's GIL and waits
+    # for gloo's threads, one of which may need the GIL to release the last tensor.
     for tracker in accelerator.trackers:
         tracker.finish()
 
@@ -151,25 +168,21 @@ def end_training(accelerator: Accelerator) -> None:
 def build_text_embedder(
     training_data: TrainingData, text_encoder: TextEncoder, accelerator: Accelerator
 ) -> TextEmbedder:
-    """Return captions -> contexts: a table of all that a set has, or the encoder itself for a stream, whose captions
-    nobody knows in advance. Say how many captions are longer than the encoder reads.
+    """Return a function from captions to text embeddings, and log how many captions are truncated.
+
+    For a data set it is a table of all captions; for a stream, whose captions are not known in advance, the encoder.
     """
     captions = training_data.captions()
     if captions is None:
         return text_encoder
-    if cut := text_encoder.cut(captions):
-        logger.warning(
-            "%d of %d captions are longer than text.max_length (%d tokens) and are cut, for example %r",
-            len(cut),
-            len(captions),
-            text_encoder.max_length,
-            cut[0],
-        )
+    if truncated := text_encoder.cut(captions):
+        message = "text.max_length: %d of %d captions are longer than %d tokens and are truncated, for example %r"
+        logger.warning(message, len(truncated), len(captions), text_encoder.max_length, truncated[0])
     return context_table(text_encoder, captions, accelerator)
 
 
 def open_data(run: Run, dataset: datasets.Dataset | Sequence[Any] | None = None) -> TrainingData:
-    """Return what training reads: the images, or their latents where an image always has the same."""
+    """Open the training data: images, or cached latents if each image always has the same latents."""
     config = run.config
     augmented = config.data.flip or config.data.crop == "random"
     if run.latent_space.is_latent and augmented:
@@ -181,18 +194,18 @@ def open_data(run: Run, dataset: datasets.Dataset | Sequence[Any] | None = None)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rise linearly over `warmup_steps`, then stay, or fall to 0 at `max_steps`: all the way along half a cosine, or in
-    a straight line over the last `decay_steps` (Hu et al. 2024, "MiniCPM", section 4).
+    """Return the learning rate of a step, counted from 0: linear warm-up, then constant, cosine, or linear decay over
+    the last `decay_steps` (Hu et al. 2024, "MiniCPM", section 4).
 
-    A function of the step alone: no scheduler's state can be lost, or be stepped once for each process.
+    It depends on the step alone, so no scheduler state has to be saved.
     """
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
     match config.learning_rate_schedule:
         case "constant":
             decay = 1.0
         case "cosine":
-            left = max(1, config.max_steps - config.warmup_steps)
-            decay = (1 + math.cos(math.pi * max(0, step - config.warmup_steps) / left)) / 2
+            decay_steps = max(1, config.max_steps - config.warmup_steps)
+            decay = (1 + math.cos(math.pi * max(0, step - config.warmup_steps) / decay_steps)) / 2
         case "warmup_stable_decay":
             decay = min(1.0, (config.max_steps - step) / (config.decay_steps + 1))
     return config.learning_rate * warmup * decay
@@ -201,89 +214,76 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def accumulate_gradients(
     network: Any, batches: Batches, accelerator: Accelerator
 ) -> tuple[Float[Tensor, ""], MicroBatch]:
-    """Add up the gradients of the next step's micro-batches; return their mean loss on this process, and the last."""
+    """Accumulate the gradients of the next step. Returns its mean loss on this process and its last micro-batch."""
     total, batch = torch.zeros((), device=accelerator.device), None
     for i, batch in enumerate(batches.next_step()):
-        # Processes exchange gradients once a step, with the last micro-batch.
-        with nullcontext() if i == batches.rounds - 1 else accelerator.no_sync(network):
+        # Processes exchange gradients once per step, with the last micro-batch.
+        with nullcontext() if i == batches.accumulation_steps - 1 else accelerator.no_sync(network):
             loss = batches.objective.loss(network, batch.x_0, batch.t, batch.eps, batch.context)
-            accelerator.backward(loss / batches.rounds)
-        total += loss.detach() / batches.rounds
-    assert batch is not None  # a step has at least one
+            accelerator.backward(loss / batches.accumulation_steps)
+        total += loss.detach() / batches.accumulation_steps
+    assert batch is not None
     return total, batch
 
 
-def is_snapshot_due(config: TrainConfig, done: int, leaving: bool) -> bool:
-    """Say whether `done` is one of the `snapshots` steps that lie evenly over the run, or the last that there is."""
-    return (
-        config.snapshots > 0
-        and not config.lora_rank
-        and (leaving or _is_due(done, math.ceil(config.max_steps / config.snapshots)))
-    )
+def is_snapshot_due(config: TrainConfig, step: int, is_last: bool) -> bool:
+    """Return whether to store a snapshot: at `config.snapshots` evenly spaced steps and at the last step."""
+    if config.snapshots == 0 or config.lora_rank:
+        return False
+    return is_last or _is_due(step, math.ceil(config.max_steps / config.snapshots))
 
 
 def _validate_and_sample(
-    done: int,
-    config: Config,
-    validator: Validator,
-    reporter: Reporter,
-    state: TrainingState,
-    pipe: TextToImage,
-    accelerator: Accelerator,
+    step: int, validator: Validator, reporter: Reporter, state: TrainingState, pipe: TextToImage
 ) -> float | None:
-    """Measure and draw what is due; the processes share the work. Return the held-out loss, where it was measured and
-    is finite.
-    """
-    evaluating = _is_due(done, config.train.evaluate_every)
-    drawing = bool(config.sample.prompts) and _is_due(done, config.train.sample_every)
-    if not (evaluating or drawing):
+    """Validate and sample if due; all processes must call this. Returns the held-out loss if it is new and finite."""
+    config = reporter.config
+    validation_due = _is_due(step, config.train.evaluate_every)
+    samples_due = bool(config.sample.prompts) and _is_due(step, config.train.sample_every)
+    if not (validation_due or samples_due):
         return None
     loss = math.nan
     with state.ema_weights(pipe):
-        if evaluating and (result := validator.measure(pipe.unet, accelerator)):
-            reporter.log_validation(done, result)
+        if validation_due and (result := validator.measure(pipe.unet, reporter.accelerator)):
+            reporter.log_validation(step, result)
             loss = result.true_caption
-        if drawing:
-            reporter.draw(done, pipe)
+        if samples_due:
+            reporter.log_samples(step, pipe)
     return loss if math.isfinite(loss) else None
 
 
-def _worth_saving(
-    done: int,
-    good: MicroBatch | None,
-    state: TrainingState,
-    batches: Batches,
-    accelerator: Accelerator,
+def _can_save(
+    step: int, last_batch: MicroBatch | None, state: TrainingState, batches: Batches, accelerator: Accelerator
 ) -> bool:
-    """Say whether training can go on from the weights: whether a step has changed them since the newest checkpoint, and
-    whether they, their averages, and their loss on that step's batch (`good`) are finite. All processes must call this.
+    """Return whether training can continue from the weights; all processes must call this.
 
-    A single step at too high a learning rate leaves weights that are finite, and a loss that is not.
+    It can if a step has changed the weights since the newest checkpoint, and the weights, their averages and the loss
+    on that step's batch are finite. One step at a learning rate that is too high leaves finite weights whose loss is
+    not finite.
     """
-    if good is None:
-        problem = "no step since the last one had finite gradients"
+    if last_batch is None:
+        problem = "no step since the last checkpoint had finite gradients"
     else:
-        loss = batches.objective.loss(state.unet, good.x_0, good.t, good.eps, good.context)
+        loss = batches.objective.loss(state.unet, last_batch.x_0, last_batch.t, last_batch.eps, last_batch.context)
         finite = torch.tensor([bool(loss.isfinite()) and state.is_finite()], device=accelerator.device)
         problem = None if cast(Tensor, accelerator.gather(finite)).all() else "weights or loss are not finite"
     if problem and accelerator.is_main_process:
-        logger.warning("step %d: no checkpoint is written: %s", done, problem)
+        logger.warning("step %d: no checkpoint is written: %s", step, problem)
     return problem is None
 
 
-def _skip(step: int, bad: int, batches: Batches, optimizer: Any, accelerator: Accelerator) -> None:
-    """Say which samples gave gradients that are not finite; raise UserError when there were too many such steps."""
+def _skip_step(step: int, bad_steps: int, batches: Batches, optimizer: Any, accelerator: Accelerator) -> None:
+    """Log the samples of a step with non-finite gradients; raise UserError after `max_bad_steps` of them in a row."""
     if accelerator.scaler is not None:
-        optimizer.step()  # changes no weights, but lowers the factor of the loss, which is what fp16 mostly wants
+        optimizer.step()  # leaves the weights unchanged, but decreases the loss scale
     if accelerator.is_main_process:
-        names = batches.names_of_step(step)
-        logger.warning("step %d has gradients that are not finite and is skipped; its samples: %s", step + 1, names)
-    if bad >= batches.config.train.max_bad_steps:
+        logger.warning("step %d: skipped, non-finite gradients; samples: %s", step + 1, batches.sample_names(step))
+    if bad_steps >= batches.config.train.max_bad_steps:
         raise UserError(
-            f"train.max_bad_steps: {bad} steps in a row, up to step {step + 1}, had gradients that are not finite; the "
-            "newest checkpoint is from before them; try a lower train.learning_rate"
+            f"train.max_bad_steps: non-finite gradients in {bad_steps} consecutive steps, up to step {step + 1}; the "
+            "newest checkpoint is from before them; lower train.learning_rate"
         )
 
 
-def _is_due(done: int, every: int) -> bool:
-    return every > 0 and done % every == 0
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

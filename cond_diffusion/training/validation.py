@@ -1,8 +1,7 @@
-"""What a run learns about itself while it trains: the loss on pictures that it is not trained on, timestep by timestep,
-and whether the captions make any difference.
+"""Validation: the loss on held-out images by timestep, and whether it depends on the captions.
 
-All of it is measured with the averaged weights, on the same pictures with the same noise each time, so that two steps
-of a run, and two runs, can be compared.
+All losses use the averaged weights and the same images, noise and timesteps each time, so that steps of a run, and
+different runs, are comparable.
 """
 
 from dataclasses import dataclass, replace
@@ -20,18 +19,24 @@ from cond_diffusion.diffusion.objective import Network, Objective
 from cond_diffusion.models.latents import LatentSpace, encode_images
 from cond_diffusion.seeding import generator
 
-EXAMPLES = 512
-BUCKETS = 8
-SURE, LEAST = 3, 0.002  # standard errors, and share of the loss, that a difference has to exceed to be one
+NUM_EXAMPLES = 512
+NUM_BUCKETS = 8
+# A difference is significant above this number of standard errors and this share of the loss.
+MIN_STANDARD_ERRORS, MIN_RELATIVE_DIFFERENCE = 3, 0.002
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Held-out losses: by timestep, in `BUCKETS` equal parts of the chain, and over all with the true captions, with
-    those of other pictures, and without any.
+    """Held-out losses.
 
-    difference, its_error: how much worse other captions are, on average over the examples, with its standard error.
-    captions_are_alike: there are no other captions.
+    Attributes:
+        by_timestep: Loss with the true captions in `NUM_BUCKETS` equal ranges of timesteps.
+        true_caption: Mean loss with the true captions.
+        other_caption: Mean loss with captions of other images.
+        no_caption: Mean loss with empty captions.
+        difference: Mean of `other_caption - true_caption` over the examples.
+        its_error: Standard error of `difference`.
+        captions_are_alike: Whether all captions are the same.
     """
 
     by_timestep: list[float]
@@ -44,80 +49,81 @@ class ValidationResult:
 
     @property
     def text_is_used(self) -> bool:
-        return self.difference > max(SURE * self.its_error, LEAST * self.true_caption)
+        """Whether captions of other images increase the loss significantly."""
+        return self.difference > max(MIN_STANDARD_ERRORS * self.its_error, MIN_RELATIVE_DIFFERENCE * self.true_caption)
 
     def summary(self) -> str:
-        """Say what was found."""
+        """Describe the mean losses and whether the network uses the text."""
         losses = (
-            f"held-out loss {self.true_caption:.4f}, with the captions of other pictures {self.other_caption:.4f}, "
+            f"held-out loss {self.true_caption:.4f}, with captions of other images {self.other_caption:.4f}, "
             f"without captions {self.no_caption:.4f}"
         )
         if self.captions_are_alike:
-            return f"{losses}: the held-out captions are all the same, so nothing can be said of the text"
+            return f"{losses}: all held-out captions are the same, so the use of the text cannot be measured"
         if self.text_is_used:
-            return f"{losses}: the text is used"
-        return f"{losses}: no difference to speak of; so far the network ignores the text"
+            return f"{losses}: the network uses the text"
+        return f"{losses}: no significant difference; so far the network ignores the text"
 
 
 class Validator:
-    """Fixed examples: held-out pictures with their captions, noise and timesteps.
+    """Computes the losses of fixed held-out examples.
 
-    contexts: captions to their contexts.
+    Args:
+        text_embedder: Maps captions to text embeddings of shape (batch, length, dim).
     """
 
     def __init__(
         self,
         config: Config,
         training_data: TrainingData,
-        contexts: TextEmbedder,
+        text_embedder: TextEmbedder,
         objective: Objective,
         latent_space: LatentSpace,
     ) -> None:
         self.latent_space = latent_space
-        self.contexts = contexts
+        self.text_embedder = text_embedder
         self.objective = objective
         self.batch_size = config.train.batch_size
-        middle = torch.full((EXAMPLES,), 0.5, dtype=torch.float64)
-        first_caption = torch.zeros_like(middle)
-        self.batch = training_data.held_out(RandomDraws(first_caption, middle))
+        center = torch.full((NUM_EXAMPLES,), 0.5, dtype=torch.float64)
+        self.batch = training_data.held_out(RandomDraws(caption=torch.zeros_like(center), crop=center))
         if self.batch is None:
             return
         self.images = self.batch.images
-        draw = generator("held-out noise", config.seed)
-        self.eps = torch.randn((EXAMPLES, *latent_space.shape(config.data)), generator=draw)
-        # Every part of the chain alike, and in an order that has nothing to do with that of the pictures.
-        order = torch.randperm(EXAMPLES, generator=generator("held-out timesteps", config.seed))
-        self.t = order * objective.schedule.num_timesteps // EXAMPLES
-        self.bucket = order * BUCKETS // EXAMPLES
+        noise_generator = generator("held-out noise", config.seed)
+        self.eps = torch.randn((NUM_EXAMPLES, *latent_space.shape(config.data)), generator=noise_generator)
+        # Timesteps are evenly spaced, in an order that is independent of the images'.
+        order = torch.randperm(NUM_EXAMPLES, generator=generator("held-out timesteps", config.seed))
+        self.t = order * objective.schedule.num_timesteps // NUM_EXAMPLES
+        self.bucket = order * NUM_BUCKETS // NUM_EXAMPLES
 
     @torch.no_grad()
     def measure(self, network: Network, accelerator: Accelerator) -> ValidationResult | None:
-        """Measure; None if no pictures are held out. All processes must ask together, and share the work."""
+        """Compute the held-out losses, shared among processes; all of them must call this.
+
+        Returns:
+            The losses; None if no images are held out.
+        """
         if self.batch is None:
             return None
-        captions = self.batch.captions
-        losses = torch.zeros(3, EXAMPLES, device=accelerator.device)
-        mine = torch.arange(EXAMPLES)[accelerator.process_index :: accelerator.num_processes]
-        for row, words in enumerate((captions, others(captions), [""] * EXAMPLES)):
-            for indices in mine.split(self.batch_size):
-                losses[row, indices] = self._losses(network, indices, words, accelerator.device)
+        true_captions = self.batch.captions
+        losses = torch.zeros(3, NUM_EXAMPLES, device=accelerator.device)
+        local = torch.arange(NUM_EXAMPLES)[accelerator.process_index :: accelerator.num_processes]
+        for row, captions in enumerate((true_captions, mismatched_captions(true_captions), [""] * NUM_EXAMPLES)):
+            for indices in local.split(self.batch_size):
+                losses[row, indices] = self.objective.losses(
+                    network,
+                    encode_images(self.images[indices].to(accelerator.device), self.latent_space),
+                    self.t[indices],
+                    self.eps[indices].to(accelerator.device),
+                    self.text_embedder([captions[i] for i in indices.tolist()]).to(accelerator.device),
+                )
         total: Tensor = accelerator.reduce(losses, "sum")  # type: ignore[assignment]
-        return replace(summarize_losses(total.cpu().double(), self.bucket), captions_are_alike=len(set(captions)) == 1)
-
-    def _losses(
-        self, network: Network, indices: Int64[Tensor, " b"], captions: list[str], device: torch.device
-    ) -> Float[Tensor, " b"]:
-        return self.objective.losses(
-            network,
-            encode_images(self.images[indices].to(device), self.latent_space),
-            self.t[indices],
-            self.eps[indices].to(device),
-            self.contexts([captions[i] for i in indices.tolist()]).to(device),
-        )
+        result = summarize_losses(total.cpu().double(), self.bucket)
+        return replace(result, captions_are_alike=len(set(true_captions)) == 1)
 
 
-def others(captions: list[str]) -> list[str]:
-    """Return for each caption the next one that is another; itself where all are the same."""
+def mismatched_captions(captions: list[str]) -> list[str]:
+    """Return for each caption the next different one; the caption itself if all are the same."""
     twice = captions + captions
     return [
         next((other for other in twice[i + 1 : i + len(captions)] if other != caption), caption)
@@ -126,14 +132,14 @@ def others(captions: list[str]) -> list[str]:
 
 
 def summarize_losses(losses: Float[Tensor, "3 n"], bucket: Int64[Tensor, " n"]) -> ValidationResult:
-    """Sum up the losses of n examples with the true captions, with others, and with none."""
-    true, other, none = losses
-    worse = other - true
+    """Average the losses of n examples with true, other and empty captions (rows of `losses`)."""
+    true, other, empty = losses
+    difference = other - true
     return ValidationResult(
-        by_timestep=[true[bucket == number].mean().item() for number in range(BUCKETS)],
+        by_timestep=[true[bucket == i].mean().item() for i in range(NUM_BUCKETS)],
         true_caption=true.mean().item(),
         other_caption=other.mean().item(),
-        no_caption=none.mean().item(),
-        difference=worse.mean().item(),
-        its_error=(worse.var() / len(worse)).sqrt().item(),
+        no_caption=empty.mean().item(),
+        difference=difference.mean().item(),
+        its_error=(difference.var() / len(difference)).sqrt().item(),
     )

@@ -1,9 +1,9 @@
-"""Run every benchmark and print one page of Markdown, with the hardware.
+"""Run all benchmarks and print the results and the hardware as Markdown.
 
     python tests/benchmarks/all.py > benchmarks.md
 
-Each part is a script of its own, which can be run alone. On 2 cores without a GPU they take many hours, nearly all of
-that for the last one, and about an hour and a half without it (`--only` with the others' names).
+Each benchmark is also a separate script. On 2 CPU cores all of them take many hours, nearly all of it for the last one;
+the others take about 1.5 hours (select them with `--only`).
 """
 
 import argparse
@@ -16,7 +16,7 @@ PARTS = {
     "Where a training step goes": ["step.py"],
     "The whole job": ["peers.py", "--who", "ours"],
     "The whole job, epsilon loss and prediction": ["peers.py", "--who", "ours", "--config", "configs/mnist.yaml"],
-    # Fewer samples: the peers' networks take minutes to draw a hundred.
+    # Fewer samples: the other libraries' networks take minutes for a hundred.
     "The whole job, by the peers": [
         "peers.py",
         "--samples",
@@ -44,7 +44,7 @@ SHORT = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="only show that everything runs: the figures mean nothing")
+    parser.add_argument("--short", action="store_true", help="only check that everything runs")
     parser.add_argument("--only", nargs="+", metavar="SCRIPT", default=[*SHORT], help=f"of {', '.join(SHORT)}")
     arguments = parser.parse_args()
     folder = Path(__file__).parent
@@ -53,7 +53,7 @@ def main() -> None:
         if script not in arguments.only:
             continue
         if arguments.short:
-            arguments.only.remove(script)  # once is enough
+            arguments.only.remove(script)  # one run of each script is enough
         print(f"\n## {title}\n", flush=True)
         more = SHORT[script] if arguments.short else []
         result = subprocess.run([sys.executable, str(folder / script), *words, *more], check=False)

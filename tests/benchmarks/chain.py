@@ -1,4 +1,4 @@
-"""The whole chain of 1000 steps beside a few steps of a solver: time, prompt accuracy, Fréchet distance.
+"""Compare DDPM over all timesteps with a few steps of an ODE solver: time, prompt accuracy, Fréchet distance.
 
 python tests/benchmarks/chain.py [--samples 500] [--guidance-scale 1.5] [--steps 20]
 """
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=1.5)
     parser.add_argument("--sampler", default="dpm_solver")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 15, 20])
-    parser.add_argument("--chain", type=int, help="steps of the chain (default: all)")
+    parser.add_argument("--chain", type=int, help="number of DDPM steps (default: all timesteps)")
     arguments = parser.parse_args()
 
     pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
@@ -31,8 +31,8 @@ def main() -> None:
     print(
         f"On {hardware()}; {arguments.samples} samples at scale {arguments.guidance_scale}, by {evaluator.judge_name}."
     )
-    print(f"As many real pictures have a Fréchet distance of {baseline:.2f}.\n")
-    print("| sampler | steps | seconds | faster | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|---|")
+    print(f"The same number of real images has a Fréchet distance of {baseline:.2f}.\n")
+    print("| sampler | steps | seconds | speedup | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|---|")
     whole = 0.0
     for sampler, steps in [("ddpm", arguments.chain), *((arguments.sampler, steps) for steps in arguments.steps)]:
         sampling = SamplingOptions(sampler=sampler, steps=steps, guidance_scale=arguments.guidance_scale)

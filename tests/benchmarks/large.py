@@ -1,9 +1,9 @@
-"""What a step costs at the true shapes of Stable Diffusion 1.5 and of configs/latent_256.yaml, in memory and time.
+"""Measure memory and time of a training step with the shapes of Stable Diffusion 1.5 and of configs/latent_256.yaml.
 
 python tests/benchmarks/large.py [--only stable_diffusion latent_256] [--batch-size 1]
 
-Nothing is fetched: the parts have random weights, and are made by diffusers' and transformers' own classes. They take
-5 GB on the disk while it runs.
+Nothing is downloaded: diffusers' and transformers' classes create the models with random weights, which need 5 GB of
+temporary disk space.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER
 from cond_diffusion.training.preflight import check
 
 PICTURES = 16
-# What is trained: key=value words beside the config's own, and the GB of memory that it needs at least.
+# What is trained: overrides of the config, and the minimum memory in GB.
 RUNS: dict[str, dict[str, tuple[list[str], int]]] = {
     "stable_diffusion": {"LoRA of rank 4": ([], 7), "all weights": (["train.lora_rank=0"], 20)},
     "latent_256": {"all weights": ([], 5)},
@@ -31,7 +31,7 @@ RUNS: dict[str, dict[str, tuple[list[str], int]]] = {
 
 
 def write_text_encoder(folder: Path, width: int, layers: int) -> None:
-    """Write a CLIP text encoder of OpenAI's shape, but for its vocabulary, which is the built-in encoder's."""
+    """Write a CLIP text encoder of OpenAI's shape, with the vocabulary of the built-in encoder."""
     tokenizer = CLIPTokenizer.from_pretrained(BUILT_IN_ENCODER, model_max_length=77)
     shape = {
         "vocab_size": len(tokenizer),
@@ -46,7 +46,7 @@ def write_text_encoder(folder: Path, width: int, layers: int) -> None:
 
 
 def write_autoencoder(folder: Path, *, small: bool) -> None:
-    """Write an autoencoder of Stable Diffusion's shape."""
+    """Write an autoencoder with the shape of Stable Diffusion's."""
     channels = (8, 8, 8, 8) if small else (128, 256, 512, 512)
     diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -59,7 +59,7 @@ def write_autoencoder(folder: Path, *, small: bool) -> None:
 
 
 def write_stable_diffusion(folder: Path, *, small: bool) -> None:
-    """Write a pipeline of the shape of Stable Diffusion 1.5."""
+    """Write a pipeline with the shapes of Stable Diffusion 1.5."""
     write_text_encoder(folder, 64 if small else 768, 1 if small else 12)
     write_autoencoder(folder, small=small)
     down, up = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
@@ -73,26 +73,26 @@ def write_stable_diffusion(folder: Path, *, small: bool) -> None:
     ).save_pretrained(folder / "unet")
     beta = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     diffusers.PNDMScheduler(**beta, skip_prk_steps=True, steps_offset=1).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}', encoding="utf-8")
 
 
 def write_pictures(folder: Path, side: int) -> None:
-    """Write pictures of one colour each, with captions."""
+    """Write single-color images with captions."""
     folder.mkdir(parents=True)
     for i in range(PICTURES):
         Image.new("RGB", (side, side), (16 * i, 128, 255 - 16 * i)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture number {i}")
+        (folder / f"{i}.txt").write_text(f"picture number {i}", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*RUNS], default=[*RUNS])
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--small", action="store_true", help="other shapes, only to show that everything runs")
+    parser.add_argument("--small", action="store_true", help="use small shapes, only to check that everything runs")
     arguments = parser.parse_args()
     print(f"On {hardware()}; random weights, batches of {arguments.batch_size}.\n")
     with TemporaryDirectory() as name:
-        os.chdir(name)  # where --check writes its picture
+        os.chdir(name)  # --check writes its image here
         parts = Path(name)
         torch.manual_seed(0)
         for config_name in arguments.only:
@@ -112,14 +112,14 @@ def main() -> None:
             for title, (more, least) in RUNS[config_name].items():
                 print(f"{config_name}, {title}:", flush=True)
                 if not arguments.small and free_gb() < least:
-                    print(f"- needs {least} GB, and there are {free_gb():.0f}")
+                    print(f"- skipped: needs {least} GB, only {free_gb():.0f} GB are free")
                     continue
                 for line in check(load_config(Config, path, [*words, *more])):
                     if line.startswith(("network:", "memory:", "time:")):
                         print(f"- {line}", flush=True)
                     if line.startswith("time:"):
-                        break  # the rest learns by heart
-                print(f"- at most {peak_memory_gb():.1f} GB in use so far", flush=True)
+                        break  # the rest is the overfitting test
+                print(f"- peak memory so far: {peak_memory_gb():.1f} GB", flush=True)
 
 
 if __name__ == "__main__":

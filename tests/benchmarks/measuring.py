@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, and times of functions that take turns."""
+"""Utilities of the benchmarks: hardware description, timing, FLOP and memory counts."""
 
 import gc
 import platform
@@ -14,23 +14,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def hardware() -> str:
-    """Name the processor or the GPU, and torch's version."""
+    """Return the names of the CPU or GPU, and the version of torch."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{torch.get_num_threads()} cores of {names[0] if names else platform.machine()}, torch {torch.__version__}"
 
 
 def finished() -> None:
-    """Wait for an accelerator, which answers before it has done the work."""
+    """Wait until asynchronous work on the GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def seconds(functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """Return the median time of each function; they take turns, so that whatever else the machine does hits all."""
+    """Return the median time of each function. Calls are interleaved, so that other load affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     gc.disable()
     for _ in range(warm_up + rounds):
@@ -45,35 +45,35 @@ def seconds(functions: Mapping[str, Callable[[], object]], rounds: int, warm_up:
 
 
 def flop(function: Callable[[], object]) -> int:
-    """Count the floating-point operations of a call: those of matrix products and convolutions."""
+    """Count the floating-point operations of the matrix products and convolutions in a call."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
 def peak_flop_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure a large matrix product: what this machine can do at its best."""
+    """Measure the peak throughput of the machine by a large matrix product."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / seconds({"product": lambda: a @ b}, rounds=7)["product"]
 
 
 def memory_gb() -> float:
-    """Return how much memory is in use: of the GPU, or of this process."""
+    """Return the memory in use on the GPU, or by this process."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 1e9
     return psutil.Process().memory_info().rss / 1e9
 
 
 def free_gb() -> float:
-    """Return how much memory is left: of the GPU, or of the machine."""
+    """Return the free memory of the GPU, or of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] / 1e9
     return psutil.virtual_memory().available / 1e9
 
 
 def peak_memory_gb() -> float:
-    """Return the most memory that was in use: of the GPU, or of this process."""
+    """Return the peak memory use on the GPU, or by this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,9 +1,9 @@
-"""Our UNet beside diffusers' `UNet2DConditionModel`, with the same weights: a training step, and guided sampling.
+"""Compare our UNet with diffusers' `UNet2DConditionModel` of the same weights: a training step, and guided sampling.
 
     python tests/benchmarks/networks.py [--sizes built-in rgb64 stable-diffusion] [--modes eager compiled] [--rounds 7]
 
-Both train as their users do: ours with AdamW in its fused version, theirs with AdamW as diffusers' examples make it;
-both sample with 20 steps of DDIM at scale 3, ours through its own sampler and guidance, theirs through DDIMScheduler.
+Each uses its usual setup: ours trains with fused AdamW, diffusers' with AdamW as in its examples; both sample in
+20 steps of DDIM at scale 3, ours with our sampler and guidance, diffusers' with DDIMScheduler.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.models.unet import UNet
 
 SIZES = {
-    # name: (the network, batch of a training step, pictures that are drawn at once, tokens)
+    # name: (UNet config, batch size in training, batch size in sampling, tokens)
     "built-in": (
         UNetConfig((32, 64), (False, True), num_groups=4, in_channels=4, sample_size=14, context_dim=64),
         128,
@@ -65,7 +65,7 @@ class Contest:
         torch.manual_seed(0)
         self.ours = UNet(config).to(device)
         with torch.no_grad():
-            for weight in self.ours.parameters():  # a fresh network answers 0, which would compare with anything
+            for weight in self.ours.parameters():  # a new network outputs 0, which makes the comparison meaningless
                 weight.normal_(0, 0.05)
         self.theirs = UNet2DConditionModel.from_config(to_diffusers(config)).to(device)
         self.theirs.load_state_dict(self.ours.state_dict())
@@ -142,13 +142,13 @@ class Contest:
 
 
 def rows(size: str, mode: str, rounds: int) -> list[str]:
-    """Measure one size in one mode; return the table's lines."""
+    """Measure one size in one mode, and return the lines of the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     contest = Contest(size, device)
     difference = (contest.our_pictures() - contest.their_pictures()).abs().max().item()
     if device.type == "cpu" and not difference < 1e-3 * contest.our_pictures().abs().max().item():
-        raise RuntimeError(f"{size}: the two draw other pictures (by {difference}), so their times mean nothing")
-    # In eager mode: what is compiled may do less.
+        raise RuntimeError(f"{size}: the images differ by {difference}, so the times are not comparable")
+    # Counted in eager mode: compilation may fuse or remove operations.
     work = flop(contest.our_step)
     if mode == "compiled":
         contest.compile()
@@ -169,7 +169,7 @@ def rows(size: str, mode: str, rounds: int) -> list[str]:
 
 
 def memory(size: str, whose: str) -> None:
-    """Print the peak memory of two training steps, in a process of its own."""
+    """Print the peak memory of two training steps; must run in a separate process."""
     contest = Contest(size, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     before = memory_gb()
     step: Callable[[], None] = contest.our_step if whose == "ours" else contest.their_step
@@ -189,7 +189,7 @@ def main() -> None:
     if arguments.memory:
         memory(*arguments.memory)
         return
-    print(f"On {hardware()}, {'bf16' if on_gpu else 'fp32'}; pictures a second, medians of {arguments.rounds}.\n")
+    print(f"On {hardware()}, {'bf16' if on_gpu else 'fp32'}; images per second, medians of {arguments.rounds}.\n")
     print("| network | mode | what | ours | diffusers | ratio | our share of the peak |")
     print("|---|---|---|---|---|---|---|")
     for size in arguments.sizes:

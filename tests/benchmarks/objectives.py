@@ -1,5 +1,5 @@
-"""Train the built-in model's network by AdamW with every prediction and every loss, for the same small budget, and tell
-how many of their samples are recognised, as a Markdown table.
+"""Train the built-in model's UNet with AdamW for every prediction and loss, with the same small budget, and print the
+prompt accuracy of their samples as a Markdown table.
 
     python tests/benchmarks/objectives.py [--steps 1000] [--samples 500] [--jobs 1] [--timesteps uniform]
 """
@@ -28,7 +28,7 @@ def python(*arguments: str) -> None:
 
 
 def train(prediction: str, loss: str, timesteps: str, folder: str, steps: int) -> str:
-    """Train one network and return its run folder."""
+    """Train one model and return its run folder."""
     run_dir = f"{folder}/{prediction}-{loss}"
     python(
         *["train.py", f"run_dir={run_dir}", f"objective.prediction={prediction}", f"objective.loss={loss}"],
@@ -51,11 +51,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--jobs", type=int, default=1, help="number of concurrent runs")
     parser.add_argument("--predictions", nargs="+", default=get_args(PredictionKind), help="default: all")
     parser.add_argument("--losses", nargs="+", default=get_args(Loss), help="default: all")
     parser.add_argument("--timesteps", choices=get_args(TimestepDensity), default="uniform")
-    parser.add_argument("--folder", help="where to leave the runs (default: nowhere)")
+    parser.add_argument("--folder", help="folder to keep the runs in (default: a temporary folder)")
     arguments = parser.parse_args()
 
     predictions, losses = arguments.predictions, arguments.losses
@@ -68,7 +68,7 @@ def main() -> None:
             for prediction in predictions
             for loss in losses
         }
-        print(f"Recognised by {evaluator.judge_name}.\n")
+        print(f"Prompt accuracy by {evaluator.judge_name}.\n")
         print(f"| prediction / loss | {' | '.join(losses)} |")
         print(f"|---|{'---|' * len(losses)}")
         for prediction in predictions:

@@ -1,13 +1,13 @@
-"""The whole job beside the peers, as their users run them: from nothing to pictures of digits, for the same wall time.
+"""Compare training from scratch on digits with other libraries, each in its usual setup, for the same wall time.
 
     python tests/benchmarks/peers.py [--minutes 5] [--who ours diffusers denoising-diffusion-pytorch]
 
-Ours is `accelerate launch train.py --config configs/mnist_fast.yaml`, timed from the launch on; each of its checkpoints
-is drawn from afterwards, in 20 steps of dpm_solver at the default scale. The peers get the pictures decoded, and the
-captions embedded (diffusers) or the classes as numbers (denoising-diffusion-pytorch, which knows no text); their clock
-starts behind all imports. They have the learning rates of their own examples and READMEs, not tuned ones; networks are
-of about our size, and guidance is at the scale of ours. One judge for all: the classifier of `evaluation/` and its
-features. Nothing here uses a GPU but our own run, so it belongs on a machine without one.
+Ours is `accelerate launch train.py --config configs/mnist_fast.yaml`, timed from the launch on; each checkpoint is
+sampled afterwards, in 20 steps of dpm_solver at the default scale. The others receive decoded images, and embedded
+captions (diffusers) or class indices (denoising-diffusion-pytorch, which does not support text); their time excludes
+imports. Their learning rates are those of their examples and READMEs, not tuned; networks have about the size of ours,
+and the guidance scale is the same. All are evaluated by the classifier of `evaluation/` and its features. Only our own
+run would use a GPU, so the benchmark must run on a machine without one.
 """
 
 import argparse
@@ -39,7 +39,7 @@ BATCH = 64
 
 
 class Referee:
-    """Accuracy and Fréchet distance of pictures of the ten digits, equally many of each, in their order."""
+    """Measures accuracy and Fréchet distance of images of the ten digits, the same number of each, in order."""
 
     def __init__(self, config: Config, samples: int) -> None:
         self.count = samples
@@ -58,7 +58,7 @@ class Referee:
 
 
 def ours(referee: Referee, folder: Path, config: Path, words: list[str]) -> Iterator[str]:
-    """Train, and judge each checkpoint."""
+    """Train, and evaluate each checkpoint."""
     run_dir = folder / "ours"
     accelerate = str(Path(sys.executable).parent / "accelerate")
     command = [accelerate, "launch", "train.py", "--config", str(config), f"run_dir={run_dir}"]
@@ -70,13 +70,13 @@ def ours(referee: Referee, folder: Path, config: Path, words: list[str]) -> Iter
     for checkpoint in checkpoints:
         pipe = TextToImage.from_pretrained(checkpoint)
         samples = referee.evaluator.generate(pipe, referee.prompts, referee.count, DEFAULT_SAMPLING)
-        # The folder got its name when all in it was written.
+        # A folder gets its final name after everything in it is written.
         seconds = whole if checkpoint == checkpoints[-1] else checkpoint.stat().st_ctime - start
         yield referee.line("ours", seconds, int(checkpoint.name.removeprefix("step-")) * batch, samples)
 
 
 def train_for(step: Callable[[torch.Tensor], None], count: int, seconds: float, name: str) -> tuple[int, float]:
-    """Take training steps of random samples for so long; return how many pictures that were, and the time."""
+    """Run training steps on random samples for `seconds`; return the number of images, and the time."""
     draw = torch.Generator().manual_seed(0)
     start, steps = time.perf_counter(), 0
     with tqdm(total=round(seconds), desc=name, unit=" s") as bar:
@@ -88,7 +88,7 @@ def train_for(step: Callable[[torch.Tensor], None], count: int, seconds: float, 
 
 
 def diffusers(referee: Referee, seconds: float) -> Iterator[str]:
-    """The loop of diffusers' `train_unconditional.py` around its text-conditional UNet, 10% of the captions dropped."""
+    """The loop of diffusers' `train_unconditional.py` with its text-conditional UNet, and 10% caption dropout."""
     torch.manual_seed(0)
     data, encoder = referee.evaluator.train, referee.pipe.text_encoder
     captions = encoder([*(group[0] for group in data.caption_groups), ""])
@@ -101,11 +101,11 @@ def diffusers(referee: Referee, seconds: float) -> Iterator[str]:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=captions.shape[2],
-        norm_num_groups=8,  # with their default of 32 each group of the first level would hold one channel
+        norm_num_groups=8,  # with the default of 32, each group of the first level has one channel
     )
     scheduler = DDPMScheduler()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
-    # How many steps a run of these minutes comes to is not known before, so behind the warm-up the rate stays.
+    # The number of steps is unknown in advance, so the learning rate is constant after the warm-up.
     rate = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=500)
     ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
 
@@ -128,17 +128,17 @@ def diffusers(referee: Referee, seconds: float) -> Iterator[str]:
     x = torch.randn(len(referee.labels), 1, 28, 28)
     context = torch.cat([captions[-1:].expand(len(referee.labels), -1, -1), captions[referee.labels]])
     with torch.inference_mode():
-        for t in tqdm(sampler.timesteps, desc="drawing", leave=False):
+        for t in tqdm(sampler.timesteps, desc="sampling", leave=False):
             uncond, cond = unet(torch.cat([x, x]), t, context).sample.chunk(2)
             x = sampler.step(uncond + 3 * (cond - uncond), t, x).prev_sample
     yield referee.line("diffusers' loop", taken, images, referee.of_pixels(x))
 
 
 def denoising_diffusion_pytorch(referee: Referee, seconds: float) -> Iterator[str]:
-    """The classifier-free-guidance UNet and the loop of its README, with the averaging of its Trainer."""
+    """The classifier-free-guidance UNet and the loop of its README, with the EMA of its Trainer."""
     from ema_pytorch import EMA
 
-    # The module alone: its package imports torchvision, which none of this needs.
+    # Import only the module: its package imports torchvision, which is not needed.
     package = importlib.util.find_spec("denoising_diffusion_pytorch")
     assert package is not None
     assert package.submodule_search_locations is not None
@@ -175,23 +175,23 @@ PEERS = {"diffusers": diffusers, "denoising-diffusion-pytorch": denoising_diffus
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=5.0, help="for each peer (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=500, help="(default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="minutes per other library (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=500, help="number of samples (default: %(default)s)")
     parser.add_argument("--who", nargs="+", choices=["ours", *PEERS], default=["ours", *PEERS])
-    parser.add_argument("--config", type=Path, default=FAST, help="of our run")
-    parser.add_argument("--folder", type=Path, help="where to leave our run (default: nowhere)")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="for our run")
+    parser.add_argument("--config", type=Path, default=FAST, help="config of our run")
+    parser.add_argument("--folder", type=Path, help="folder to keep our run in (default: a temporary folder)")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the config of our run")
     arguments = parser.parse_args()
     if torch.cuda.is_available():
-        sys.exit("peers.py compares on CPUs, and this machine has a GPU: hide it by CUDA_VISIBLE_DEVICES=")
+        sys.exit("peers.py requires a machine without a GPU; hide the GPU with CUDA_VISIBLE_DEVICES=")
 
     referee = Referee(load_config(Config, arguments.config), arguments.samples)
     baseline = referee.evaluator.real_baseline(arguments.samples)
     print(
         f"On {hardware()}; {arguments.samples} samples, by {referee.evaluator.judge_name}. "
-        f"As many real pictures have a Fréchet distance of {baseline:.1f}.\n"
+        f"The same number of real images has a Fréchet distance of {baseline:.1f}.\n"
     )
-    print("| who | time | pictures seen | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|", flush=True)
+    print("| library | time | images seen | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for who in arguments.who:
             lines = (

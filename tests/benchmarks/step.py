@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, in the very parts that `training.train` calls.
+"""Measure the time of each part of a training step, with the functions that `training.train` calls.
 
 python tests/benchmarks/step.py [--config configs/mnist.yaml] [--steps 40] [key=value ...]
 """
@@ -26,7 +26,7 @@ from cond_diffusion.training.state import TrainingState
 
 
 class Clock:
-    """Times of a step's parts, step by step."""
+    """Records the time of each part of each step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -82,12 +82,12 @@ def main() -> None:
     steps = clock.steps[warm_up:]
     whole = statistics.median(sum(parts.values()) for parts in steps)
     images = config.train.batch_size * config.train.gradient_accumulation_steps
-    print(f"On {hardware()}; {arguments.config.stem}, medians of {len(steps)} steps of {images} pictures.\n")
+    print(f"On {hardware()}; {arguments.config.stem}, medians of {len(steps)} steps of {images} images.\n")
     print("| part | ms | share |\n|---|---|---|")
     for name in steps[0]:
         time_of_part = statistics.median(parts[name] for parts in steps)
         print(f"| {name} | {1e3 * time_of_part:.1f} | {time_of_part / whole:.1%} |")
-    print(f"| the step | {1e3 * whole:.1f} | {images / whole:.0f} pictures a second |")
+    print(f"| the step | {1e3 * whole:.1f} | {images / whole:.0f} images per second |")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.errors import UserError
 
 
-def test_words_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path):
+def test_overrides_take_precedence_over_the_file_and_the_file_over_defaults(tmp_path: Path):
     file = tmp_path / "x.yaml"
-    file.write_text("train: {batch_size: 3, max_steps: 5}\nunet: {channels: [64, 96, 128]}")
+    file.write_text("train: {batch_size: 3, max_steps: 5}\nunet: {channels: [64, 96, 128]}", encoding="utf-8")
     config = load_config(Config, file, ["train.max_steps=7", "unet.attention=[false,true,true]", "run_dir=runs/x"])
     assert config.train == replace(TrainConfig(), batch_size=3, max_steps=7)
     assert config.unet.channels == (64, 96, 128)
@@ -25,79 +25,68 @@ def test_words_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path):
     assert config.run_dir == "runs/x"
 
 
-def test_a_saved_config_reads_back_the_same(tmp_path: Path):
+def test_saved_config_loads_as_an_equal_config(tmp_path: Path):
     config = load_config(Config, ROOT / "configs" / "mnist.yaml", ["unet.num_heads=[2,4]"])
     save_config(config, tmp_path / "config.yaml")
     assert load_config(Config, tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_config_that_comes_with_the_project_loads(file: Path):
+def test_every_file_in_configs_loads(file: Path):
     schema = ClipPretrainingConfig if file.stem.startswith("clip_") else Config
     assert load_config(schema, file) != schema()
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("override", "message"),
     [
-        ("train.batchsize=3", r"there is no config key 'train.batchsize' \(did you mean 'train.batch_size'\?\)"),
-        ("unet.chanels=[3]", r"did you mean 'unet.channels'\?"),
-        ("tran.batch_size=3", r"did you mean 'train"),
-        ("train.max_steps=many", "train.max_steps: 'many'"),
-        ("unet.channels=32", "unet.channels: "),
-        ("unet.channels=[a]", r"unet.channels\[0\]: 'a'"),
-        ("train.mixed_precision=fp8", "train.mixed_precision: 'fp8'"),
-        ("resume=perhaps", "resume: 'perhaps'; expected true, false or a checkpoint"),
-        ("data.channels=2", "data.channels: 2"),
-        ("train.batch_size=0", "train.batch_size: '0'"),
-        ("train.learning_rate=-1", "train.learning_rate: '-1'"),
-        ("schedule.beta_end=1.5", "schedule.beta_start, schedule.beta_end: 0.0001 and 1.5"),
-        ("unet.channels=[30,64]", "unet.channels: 30 must be divisible by unet.num_groups"),
-        ("unet.channels=[32", r"'unet.channels=\[32' cannot be read as key=value"),
-        ("train=3", "train: is a section"),
-        ("64", "'64' is no override; expected key=value"),
+        ("train.batchsize=3", r"^train\.batchsize: .*\(did you mean 'train\.batch_size'\?\)"),
+        ("unet.chanels=[3]", r"^unet\.chanels: .*\(did you mean 'unet\.channels'\?\)"),
+        ("tran.batch_size=3", r"^tran\.batch_size: .*\(did you mean 'train"),
+        ("train.max_steps=many", r"^train\.max_steps: 'many'"),
+        ("unet.channels=32", r"^unet\.channels: "),
+        ("unet.channels=[a]", r"^unet\.channels\[0\]: 'a'"),
+        ("train.mixed_precision=fp8", r"^train\.mixed_precision: 'fp8'"),
+        ("resume=perhaps", r"^resume: 'perhaps'"),
+        ("data.channels=2", r"^data\.channels: 2"),
+        ("train.batch_size=0", r"^train\.batch_size: '0'"),
+        ("train.learning_rate=-1", r"^train\.learning_rate: '-1'"),
+        ("schedule.beta_end=1.5", r"^schedule\.beta_start, schedule\.beta_end: 0\.0001 and 1\.5"),
+        ("unet.channels=[30,64]", r"^unet\.channels: 30 .*unet\.num_groups \(32\)"),
+        ("unet.channels=[32", r"^'unet\.channels=\[32' .*key=value"),
+        ("train=3", r"^train: '3' .*train\.batch_size="),
+        ("64", r"^'64' .*key=value"),
     ],
 )
-def test_a_bad_word_is_one_line_with_the_full_key(word: str, message: str):
-    with pytest.raises(UserError, match=message) as caught:
-        load_config(Config, overrides=[word])
-    assert "\n" not in str(caught.value)
+def test_invalid_override_is_a_one_line_error_with_the_full_key(override: str, message: str):
+    with pytest.raises(UserError, match=message) as error:
+        load_config(Config, overrides=[override])
+    assert "\n" not in str(error.value)
 
 
-def test_a_bad_file_is_one_line(tmp_path: Path):
-    with pytest.raises(UserError, match=r"no file .*configs/mnits.yaml \(did you mean '.*configs/mnist.yaml'\?\)"):
+def test_invalid_file_is_a_one_line_error(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^--config: .*configs/mnits\.yaml \(did you mean '.*configs/mnist\.yaml'\?\)"):
         load_config(Config, ROOT / "configs" / "mnits.yaml")
-    for content, message in (("a: [", "cannot be read as YAML"), ("- 1\n- 2", "no `key: value` lines"), ("", "")):
-        (tmp_path / "x.yaml").write_text(content)
-        if message:
-            with pytest.raises(UserError, match=message) as caught:
-                load_config(Config, tmp_path / "x.yaml")
-            assert "\n" not in str(caught.value)
-        else:
-            assert load_config(Config, tmp_path / "x.yaml") == Config()
+    for content, message in (("a: [", r"^--config: .*x\.yaml.* YAML"), ("- 1\n- 2", r"^--config: .*`key: value`")):
+        (tmp_path / "x.yaml").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=message) as error:
+            load_config(Config, tmp_path / "x.yaml")
+        assert "\n" not in str(error.value)
 
 
-TYPED = ["no", "on", "007", "20241125_1530", "3.10", "#ffffff", "a dog: red", r"\${5}", "- a", "[a"]
+def test_empty_file_gives_the_defaults(tmp_path: Path):
+    (tmp_path / "x.yaml").write_text("", encoding="utf-8")
+    assert load_config(Config, tmp_path / "x.yaml") == Config()
+
+
+# Texts that YAML would parse as another type, or not at all.
+SPECIAL = ["no", "on", "007", "20241125_1530", "3.10", "#ffffff", "a dog: red", r"\\${5}", "- a", "[a"]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.sampled_from(
-    [
-        "no",
-        "on",
-        "007",
-        "20241125_1530",
-        "3.10",
-        "#ffffff",
-        "a dog: red",
-        r"\\${5}",
-        "null",
-        "~",
-        "- a",
-        "[a",
-        "{a: b}",
-        "'",
-    ]
+    [*SPECIAL, "null", "~", "{a: b}", "'"]
 )
 
 
+@pytest.mark.slow
 @given(
     text=TEXT,
     texts=st.lists(TEXT, max_size=3),
@@ -108,7 +97,7 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.samp
     heads=st.sampled_from([4, (2, 4)]),
 )
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
-def test_whatever_is_saved_reads_back_equal(
+def test_config_with_any_values_is_restored_by_save_and_load(
     tmp_path: Path,
     text: str,
     texts: list[str],
@@ -131,10 +120,8 @@ def test_whatever_is_saved_reads_back_equal(
     assert load_config(Config, tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize(
-    "text", ["no", "on", "007", "20241125_1530", "3.10", "#ffffff", "a dog: red", r"\\${5}", "- a", "[a"]
-)
-def test_a_text_field_receives_the_text_that_was_typed(tmp_path: Path, text: str):
+@pytest.mark.parametrize("text", SPECIAL)
+def test_text_field_keeps_the_text_as_typed(tmp_path: Path, text: str):
     assert load_config(Config, overrides=[f"data.source={text}"]).data.source == text
     item = f"'{text}'" if text in ("#ffffff", "- a", "[a") else text
     field = f"'{text}'" if text == "a dog: red" else item
@@ -143,7 +130,7 @@ def test_a_text_field_receives_the_text_that_was_typed(tmp_path: Path, text: str
     assert (config.run_dir, config.sample.prompts) == (text, (text,))
 
 
-def test_mnist_brings_its_captions_and_other_sources_do_not():
+def test_only_built_in_sources_have_default_captions():
     mnist = load_config(Config, overrides=["data.source=mnist", "text.encoder=builtin"]).data.with_captions()
     assert mnist.caption_column == "label"
     assert len(mnist.caption_templates) == 12
@@ -155,6 +142,6 @@ def test_mnist_brings_its_captions_and_other_sources_do_not():
     assert (own.caption_templates, own.label_names) == (("{label}",), {})
 
 
-def test_the_config_imports_no_torch():
+def test_parsing_options_does_not_import_torch():
     code = "import sys, cond_diffusion.config.run, cond_diffusion.cli.sample; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,3 +1,5 @@
+"""Classifier-free guidance, rescaling and thresholding, against their formulas and diffusers."""
+
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
@@ -11,7 +13,7 @@ NULL_CONTEXT = torch.full((3, 2, 5), 2.0)
 
 
 class Network:
-    """Predict the context's mean everywhere, and x_t `slope` times that mean; remember how it was called."""
+    """Returns mean + (1 + slope mean) x_t, with the mean of the context; records its batch sizes."""
 
     def __init__(self, slope: float = 0.0) -> None:
         self.slope = slope
@@ -25,13 +27,13 @@ class Network:
 
 
 @pytest.mark.parametrize("scales", [[0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0], [3.0, 1.0, 0.0]])
-def test_guidance_is_uncond_plus_w_times_the_difference_for_each(scales: list[float]):
+def test_output_is_uncond_plus_w_times_the_difference_per_example(scales: list[float]):
     w = torch.tensor(scales)
     output = guided(Network(), CONTEXT, NULL_CONTEXT, w)(X_T, 9)
     torch.testing.assert_close(output, X_T + 2 + w.reshape(-1, 1, 1, 1) * (7 - 2))
 
 
-def test_both_passes_are_one_batch_and_scale_1_costs_one_alone():
+def test_both_passes_are_one_batch_and_rows_of_scale_1_are_evaluated_once():
     for scales, expected in (([3.0, 3.0, 3.0], 6), ([1.0, 1.0, 1.0], 3), ([1.0, 3.0, 1.0], 4)):
         network = Network()
         guided(network, CONTEXT, NULL_CONTEXT, torch.tensor(scales))(X_T, 9)
@@ -61,7 +63,7 @@ def test_the_context_is_projected_once():
 
 
 @pytest.mark.parametrize("phi", [0.3, 1.0])
-def test_rescaling_is_that_of_diffusers(phi: float):
+def test_rescaling_equals_that_of_diffusers(phi: float):
     guided_output, cond = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(1)).unbind(0)
     guided_output = 4 * guided_output
     torch.testing.assert_close(
@@ -69,28 +71,28 @@ def test_rescaling_is_that_of_diffusers(phi: float):
     )
 
 
-def test_whole_rescaling_takes_back_all_of_the_deviation():
+def test_rescaling_with_phi_1_restores_the_deviation_without_guidance():
     scales = torch.tensor([5.0, 1.0, 5.0])
-    cond, plain, tamed = (
+    cond, guided_only, rescaled = (
         guided(Network(slope=0.1), CONTEXT, NULL_CONTEXT, w, rescale=phi)(X_T, 9).flatten(1).std(1)
         for w, phi in ((torch.ones(3), 0.0), (scales, 0.0), (scales, 1.0))
     )
-    assert (plain[[0, 2]] > 1.5 * cond[[0, 2]]).all()
-    torch.testing.assert_close(tamed, cond)
-    torch.testing.assert_close(plain[1], cond[1])
+    assert (guided_only[[0, 2]] > 1.5 * cond[[0, 2]]).all()
+    torch.testing.assert_close(rescaled, cond)
+    torch.testing.assert_close(guided_only[1], cond[1])
 
 
-def test_dynamic_thresholding_cuts_at_the_quantile_and_leaves_alone_what_fits():
+def test_dynamic_thresholding_clips_at_the_quantile_and_keeps_images_within_range():
     x_0_hat = torch.linspace(-3, 3, 101).reshape(1, 1, 101).repeat(2, 1, 1)
     x_0_hat[1] /= 4
-    cut = threshold_dynamically(x_0_hat, 0.9)
+    clipped = threshold_dynamically(x_0_hat, 0.9)
     s = x_0_hat[0].abs().quantile(0.9)
-    torch.testing.assert_close(cut[0], x_0_hat[0].clamp(-s, s) / s)
-    assert torch.equal(cut[1], x_0_hat[1])
-    assert cut.abs().max() <= 1
+    torch.testing.assert_close(clipped[0], x_0_hat[0].clamp(-s, s) / s)
+    assert torch.equal(clipped[1], x_0_hat[1])
+    assert clipped.abs().max() <= 1
 
 
-def test_the_null_context_takes_the_place_of_dropped_captions():
+def test_the_null_context_replaces_dropped_captions():
     context, null_context = torch.ones(10_000, 1, 1), torch.zeros(1, 1)
     dropped = torch.arange(10_000) % 3 == 0
     assert torch.equal(drop_captions(context, null_context, dropped)[:, 0, 0] == 0, dropped)

@@ -1,4 +1,4 @@
-"""The losses, against the papers' formulas for them."""
+"""Losses and timestep densities, against the formulas of the papers."""
 
 from typing import get_args
 
@@ -19,7 +19,7 @@ X_0, EPS, ERROR = torch.randn(3, 200, 2, 3, dtype=torch.float64, generator=torch
 
 
 def loss_at_every_t(config: ObjectiveConfig, eps_hat: Tensor) -> Tensor:
-    """What the loss says of a network that thinks the noise is `eps_hat`, whatever it predicts, at each t alone."""
+    """Return the loss at each t of a network whose output, of any prediction type, corresponds to `eps_hat`."""
     objective = Objective(config, SCHEDULE)
     x_t = SCHEDULE.q_sample(X_0, EVERY_T, EPS)
     x_0_hat = Prediction("epsilon", SCHEDULE).denoised(eps_hat, x_t, EVERY_T).x_0_hat
@@ -33,7 +33,7 @@ def loss_at_every_t(config: ObjectiveConfig, eps_hat: Tensor) -> Tensor:
 
 
 def squared_errors(eps_hat: Tensor) -> dict[Loss, Tensor]:
-    """The losses as their papers write them, each in its own target."""
+    """Return the losses at each t as in their papers, each in its own target."""
     x_t = SCHEDULE.q_sample(X_0, EVERY_T, EPS)
     alpha, sigma = (a.sqrt().reshape(-1, 1, 1) for a in (SCHEDULE.alpha_bar, 1 - SCHEDULE.alpha_bar))
     x_0_hat = (x_t - sigma * eps_hat) / alpha
@@ -46,41 +46,41 @@ def squared_errors(eps_hat: Tensor) -> dict[Loss, Tensor]:
         "sample": (X_0 - x_0_hat).square().mean((1, 2)),
         "v_prediction": (v - v_hat).square().mean((1, 2)),
         "min_snr": in_eps * torch.minimum(snr, torch.tensor(5.0)) / snr,  # Hang et al. 2023, section 3.4
-        "variational_bound": bound,  # without t = 0, which is the decoder's
+        "variational_bound": bound,  # without t = 0, the decoder term
     }
 
 
 @pytest.mark.parametrize("loss", get_args(Loss))
 @pytest.mark.parametrize("kind", get_args(PredictionKind))
-def test_every_loss_is_its_papers_whatever_the_network_predicts(kind: PredictionKind, loss: Loss):
-    """Up to one factor for all t."""
+def test_every_loss_equals_its_paper_for_every_prediction_type(kind: PredictionKind, loss: Loss):
+    """Up to a common factor for all t."""
     eps_hat = EPS + 0.1 * ERROR
-    found, wanted = loss_at_every_t(ObjectiveConfig(kind, loss), eps_hat), squared_errors(eps_hat)[loss]
-    ratio = found[-len(wanted) :] / wanted
+    found, expected = loss_at_every_t(ObjectiveConfig(kind, loss), eps_hat), squared_errors(eps_hat)[loss]
+    ratio = found[-len(expected) :] / expected
     torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-9, atol=0)
     assert ratio[0] > 0
 
 
-def test_the_variational_bound_weighs_the_decoder_as_a_gaussian_around_x_0_hat():
-    """-log N(x_0; x_0_hat, v) grows by error^2 / 2 v; the weights are of errors of eps, so both are brought there."""
+def test_the_variational_bound_weighs_t_0_by_the_gaussian_decoder():
+    """-log N(x_0; x_0_hat, v) grows by error^2 / 2 v; both are converted to weights of the squared error of eps."""
     objective = Objective(ObjectiveConfig(loss="variational_bound"), SCHEDULE)
     noise_to_signal, posterior = 1 / SCHEDULE.snr, SCHEDULE.posterior(1, 0)
     decoder = noise_to_signal[0] / (2 * posterior.variance)
-    next_one = noise_to_signal[1] * posterior.x_0_coefficient**2 / (2 * posterior.variance)
-    torch.testing.assert_close(objective.weight[0] / objective.weight[1], decoder / next_one)
+    next_term = noise_to_signal[1] * posterior.x_0_coefficient**2 / (2 * posterior.variance)
+    torch.testing.assert_close(objective.weight[0] / objective.weight[1], decoder / next_term)
 
 
 @pytest.mark.parametrize("loss", get_args(Loss))
-def test_a_start_without_signal_is_trained_or_the_loss_refused(loss: Loss):
+def test_with_zero_terminal_snr_the_last_timestep_has_weight_or_is_an_error(loss: Loss):
     schedule, config = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True)), ObjectiveConfig("v_prediction", loss)
     if loss in ("epsilon", "min_snr"):
-        with pytest.raises(UserError, match=f"objective.loss: {loss} gives the last timestep no weight"):
+        with pytest.raises(UserError, match=rf"^objective\.loss: {loss} "):
             Objective(config, schedule)
     else:
         assert Objective(config, schedule).weight[-1] > 0
 
 
-def test_the_default_is_the_epsilon_loss_itself():
+def test_the_default_loss_is_the_squared_error_of_eps():
     eps_hat = EPS + 0.5
     torch.testing.assert_close(loss_at_every_t(ObjectiveConfig(), eps_hat), torch.full((200,), 0.25).double())
     matched = loss_at_every_t(ObjectiveConfig("v_prediction", "v_prediction"), eps_hat)
@@ -89,7 +89,7 @@ def test_the_default_is_the_epsilon_loss_itself():
 
 @pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "loss_weight"])
 @pytest.mark.parametrize("loss", ["epsilon", "variational_bound"])
-def test_drawing_some_timesteps_more_often_does_not_change_the_mean(timesteps, loss: Loss):
+def test_the_timestep_density_does_not_change_the_expected_loss(timesteps, loss: Loss):
     uniform = Objective(ObjectiveConfig(loss=loss), SCHEDULE)
     objective = Objective(ObjectiveConfig(loss=loss, timesteps=timesteps), SCHEDULE)
     torch.testing.assert_close(objective.density.sum(), torch.tensor(1.0, dtype=torch.float64))
@@ -99,22 +99,22 @@ def test_drawing_some_timesteps_more_often_does_not_change_the_mean(timesteps, l
 
 
 @pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "loss_weight"])
-def test_timesteps_are_drawn_from_the_density(timesteps):
+def test_timesteps_are_distributed_by_the_density(timesteps):
     objective = Objective(ObjectiveConfig(loss="variational_bound", timesteps=timesteps), SCHEDULE)
     count = 200_000
-    places = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = objective.timesteps_at(places).bincount(minlength=200)
+    quantiles = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = objective.timesteps_at(quantiles).bincount(minlength=200)
     expected = objective.density * count
-    chi_squared = ((drawn - expected) ** 2 / expected).sum().item()
+    chi_squared = ((counts - expected) ** 2 / expected).sum().item()
     assert chi_squared < 200 + 4 * (2 * 200) ** 0.5
 
 
-def test_logit_normal_prefers_the_middle():
+def test_the_logit_normal_density_equals_that_of_torch():
     density = Objective(ObjectiveConfig(timesteps="logit_normal"), SCHEDULE).density
-    share = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
+    time = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
     normal = torch.distributions.LogisticNormal(torch.tensor([0.0]).double(), torch.tensor([1.0]).double())
-    theirs = normal.log_prob(torch.stack([share, 1 - share], dim=-1)).exp()
-    torch.testing.assert_close(density, (theirs / theirs.sum() + 1 / 200) / 2)
+    reference = normal.log_prob(torch.stack([time, 1 - time], dim=-1)).exp()
+    torch.testing.assert_close(density, (reference / reference.sum() + 1 / 200) / 2)
 
 
 def test_gradients_reach_the_network():
@@ -127,6 +127,6 @@ def test_gradients_reach_the_network():
     )
 
 
-def test_a_gamma_that_is_no_ceiling_is_refused():
-    with pytest.raises(UserError, match="objective.min_snr_gamma: 0.0;"):
+def test_min_snr_gamma_0_is_a_user_error():
+    with pytest.raises(UserError, match=r"objective\.min_snr_gamma: 0.0"):
         ObjectiveConfig(min_snr_gamma=0.0)

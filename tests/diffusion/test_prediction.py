@@ -1,4 +1,4 @@
-"""What the network predicts, against the definitions in the papers and diffusers' own arithmetic."""
+"""Prediction types, against their definitions in the papers and diffusers."""
 
 import itertools
 from typing import get_args
@@ -25,13 +25,13 @@ def x_0_and_eps() -> tuple[Tensor, Tensor]:
     return x_0, eps
 
 
-def test_each_kind_is_what_its_paper_says(x_0_and_eps: tuple[Tensor, Tensor]):
+def test_each_target_equals_the_definition_of_its_paper(x_0_and_eps: tuple[Tensor, Tensor]):
     x_0, eps = x_0_and_eps
     alpha_bar = SCHEDULE.alpha_bar[T].reshape(-1, 1, 1, 1)
     x_t = SCHEDULE.q_sample(x_0, T, eps).requires_grad_()
     log_density = -((x_t - alpha_bar.sqrt() * x_0) ** 2 / (2 * (1 - alpha_bar))).sum()
     (score,) = torch.autograd.grad(log_density, x_t)
-    wanted = {
+    expected = {
         "epsilon": eps,
         "sample": x_0,
         "score": score,
@@ -42,11 +42,11 @@ def test_each_kind_is_what_its_paper_says(x_0_and_eps: tuple[Tensor, Tensor]):
     for kind in KINDS:
         tolerance = 1e-5 if kind == "v_prediction" else 1e-9  # diffusers' tables are fp32
         found = Prediction(kind, SCHEDULE).of(x_0, eps, T)
-        torch.testing.assert_close(found, wanted[kind], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(found, expected[kind], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_back_x_0_and_eps(kind: PredictionKind, x_0_and_eps: tuple[Tensor, Tensor]):
+def test_x_0_and_eps_are_recovered_from_every_target(kind: PredictionKind, x_0_and_eps: tuple[Tensor, Tensor]):
     x_0, eps = x_0_and_eps
     prediction = Prediction(kind, SCHEDULE)
     denoised = prediction.denoised(prediction.of(x_0, eps, T), SCHEDULE.q_sample(x_0, T, eps), T)
@@ -55,8 +55,8 @@ def test_every_kind_gives_back_x_0_and_eps(kind: PredictionKind, x_0_and_eps: tu
 
 
 @pytest.mark.parametrize(("kind", "other"), [*itertools.permutations(KINDS, 2)])
-def test_any_output_becomes_any_other(kind: PredictionKind, other: PredictionKind):
-    """For an output that is right for no x_0: x_t and what it is thought to be made of stay the same."""
+def test_outputs_convert_between_all_prediction_types(kind: PredictionKind, other: PredictionKind):
+    """Also for an arbitrary output: x_t and its decomposition stay the same."""
     output, x_t = torch.randn(2, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     here, there = Prediction(kind, SCHEDULE), Prediction(other, SCHEDULE)
     denoised = here.denoised(output, x_t, T)
@@ -67,24 +67,22 @@ def test_any_output_becomes_any_other(kind: PredictionKind, other: PredictionKin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_of_the_output_is_an_error_of_x_0_by_the_factor(kind: PredictionKind):
+def test_x_0_error_is_the_ratio_of_the_errors_of_x_0_hat_and_the_output(kind: PredictionKind):
     prediction = Prediction(kind, SCHEDULE)
     output, x_t = torch.randn(2, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    off = prediction.denoised(output + 1, x_t, T).x_0_hat - prediction.denoised(output, x_t, T).x_0_hat
-    torch.testing.assert_close(off.abs(), prediction.x_0_error(T)[:, None].expand(4, 2))
+    error = prediction.denoised(output + 1, x_t, T).x_0_hat - prediction.denoised(output, x_t, T).x_0_hat
+    torch.testing.assert_close(error.abs(), prediction.x_0_error(T)[:, None].expand(4, 2))
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "score"])
-def test_a_prediction_that_is_blind_without_signal_is_refused(kind: PredictionKind):
+def test_epsilon_and_score_with_zero_terminal_snr_are_a_user_error(kind: PredictionKind):
     schedule = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
-    with pytest.raises(
-        UserError, match=f"objective.prediction: {kind} tells nothing .* expected v_prediction or sample"
-    ):
+    with pytest.raises(UserError, match=rf"^objective\.prediction: {kind} .*v_prediction or sample"):
         Prediction(kind, schedule)
 
 
 @pytest.mark.parametrize("kind", ["sample", "v_prediction"])
-def test_the_others_tell_the_picture_even_there(kind: PredictionKind, x_0_and_eps: tuple[Tensor, Tensor]):
+def test_sample_and_v_prediction_determine_x_0_without_signal(kind: PredictionKind, x_0_and_eps: tuple[Tensor, Tensor]):
     x_0, eps = x_0_and_eps
     schedule, last = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True)), torch.full((4,), 999)
     prediction = Prediction(kind, schedule)
@@ -93,7 +91,7 @@ def test_the_others_tell_the_picture_even_there(kind: PredictionKind, x_0_and_ep
     torch.testing.assert_close(prediction.denoised(prediction.of(x_0, eps, last), x_t, last).x_0_hat, x_0)
 
 
-def test_bounds_change_x_0_hat_and_eps_hat_follows():
+def test_bounds_apply_to_x_0_hat_and_eps_hat_is_recomputed():
     denoise = denoiser(
         lambda x, t: -3 * x, Prediction("epsilon", SCHEDULE), lambda x_0: x_0.clamp(-1, 1), lambda x_0: x_0 / 2
     )

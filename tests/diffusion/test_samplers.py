@@ -1,4 +1,4 @@
-"""Samplers against models whose answer is known in closed form, by their order, and against diffusers."""
+"""Samplers against closed-form denoisers, their order of convergence, and diffusers."""
 
 import inspect
 from collections.abc import Callable
@@ -27,24 +27,27 @@ from cond_diffusion.diffusion.schedule import NoiseSchedule
 
 
 def run(sampler: Sampler, denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: list[int]) -> Tensor:
-    draw = torch.Generator().manual_seed(1)
-    *_, last = sampler(denoise, schedule, x, timesteps, lambda: torch.randn(x.shape, generator=draw, dtype=x.dtype))
+    generator = torch.Generator().manual_seed(1)
+    *_, last = sampler(
+        denoise, schedule, x, timesteps, lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    )
     return last.x
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_gaussian_is_drawn_by_whoever_knows_it(name: str):
+def test_the_closed_form_denoiser_yields_its_gaussian(name: str):
     schedule, count, mean, deviation = NoiseSchedule(ScheduleConfig()), 10_000, 2.0, 1.0
     denoise = mixture_denoiser(schedule, [mean], [deviation], [1.0])
     x_T = torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
     x = run(SAMPLERS[name], denoise, schedule, x_T, schedule.sampling_timesteps(None))
-    # Four standard errors of the estimates, and 1% for the chain's own discretisation (more than it is from 0.3 up).
+    # Four standard errors of the estimates, and 1% for the discretization, which is smaller for deviations above 0.3.
     assert x.mean().item() == pytest.approx(mean, abs=4 * deviation / count**0.5 + 0.01 * deviation)
     assert x.std().item() == pytest.approx(deviation, rel=4 / (2 * count) ** 0.5 + 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_mixture_of_gaussians_is_drawn_with_its_parts_and_their_weights(name: str):
+def test_the_closed_form_denoiser_yields_its_mixture_of_gaussians(name: str):
     schedule, count = NoiseSchedule(ScheduleConfig()), 10_000
     means, deviations, weights = [-1.0, 0.5], [0.2, 0.1], [0.3, 0.7]
     x_T = torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
@@ -53,22 +56,22 @@ def test_a_mixture_of_gaussians_is_drawn_with_its_parts_and_their_weights(name: 
     x = x.sort().values
     cumulative = sum(w * torch.special.ndtr((x - m) / d) for m, d, w in zip(means, deviations, weights, strict=True))
     assert isinstance(cumulative, Tensor)
-    distance = (cumulative - torch.arange(1, count + 1) / count).abs().max().item()  # Kolmogorov and Smirnov's
-    assert distance < 1.95 / count**0.5 + 0.01  # 1.95: one in a thousand exceeds it by chance
+    distance = (cumulative - torch.arange(1, count + 1) / count).abs().max().item()  # Kolmogorov-Smirnov
+    assert distance < 1.95 / count**0.5 + 0.01  # 1.95: exceeded by chance with probability 0.001
 
 
 def ode_solution(schedule: NoiseSchedule, x: Tensor, mean: float, deviation: float, start: int, end: int) -> Tensor:
-    """For a Gaussian, x_t / alpha - mean keeps its distance in deviations all along the probability-flow ODE."""
-    now, then = schedule.level(start), schedule.level(end)
-    stretch = ((deviation**2 + then.ratio**2) / (deviation**2 + now.ratio**2)) ** 0.5
-    return then.alpha * (mean + (x / now.alpha - mean) * stretch)
+    """Return x at `end`: along the ODE of a Gaussian, x_t / alpha - mean is a constant number of its deviations."""
+    current, target = schedule.level(start), schedule.level(end)
+    scale = ((deviation**2 + target.ratio**2) / (deviation**2 + current.ratio**2)) ** 0.5
+    return target.alpha * (mean + (x / current.alpha - mean) * scale)
 
 
 @pytest.mark.parametrize(
     ("name", "order"),
     [("ddim", 1), ("euler", 1), ("dpm_solver 1", 1), ("heun", 2), ("dpm_solver", 2), ("unipc", 2), ("unipc 3", 3)],
 )
-def test_halving_the_step_divides_the_error_by_two_to_the_order(name: str, order: int):
+def test_halving_the_step_size_divides_the_error_by_two_to_the_order(name: str, order: int):
     schedule = NoiseSchedule(ScheduleConfig(num_timesteps=20_000, beta_start=5e-6, beta_end=1e-3))
     start, end, mean, deviation = 19_000, 3_000, 0.4, 0.5
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
@@ -76,30 +79,30 @@ def test_halving_the_step_divides_the_error_by_two_to_the_order(name: str, order
     denoise = mixture_denoiser(schedule, [mean], [deviation], [1.0])
     errors = []
     for gap in (200, 100, 50, 25):
-        chain = SAMPLERS[name](denoise, schedule, x, list(range(start, end - 1, -gap)), lambda: torch.zeros_like(x))
-        at_the_end = [step.x for step in chain][-2]  # the last step leaves for the picture
-        errors.append((at_the_end - exact).abs().max().item())
+        steps = SAMPLERS[name](denoise, schedule, x, list(range(start, end - 1, -gap)), lambda: torch.zeros_like(x))
+        x_end = [step.x for step in steps][-2]  # the last step goes to x_0
+        errors.append((x_end - exact).abs().max().item())
     ratios = [coarse / fine for coarse, fine in pairwise(errors)]
-    assert errors[-1] > 1e-9  # far above rounding, so that the ratios mean something
-    # A method may do better than its order promises, as unipc does; it must not do worse.
+    assert errors[-1] > 1e-9  # far above rounding errors
+    # Convergence may be faster than the order, as it is for unipc, but not slower.
     assert ratios[-1] > 2**order * 0.9, ratios
     if not name.startswith("unipc"):
         assert ratios[-1] < 2**order * 1.1, ratios
 
 
-def test_the_first_order_samplers_are_one_at_eta_0_and_ddpm_at_eta_1():
+def test_first_order_samplers_are_equal_at_eta_0_and_equal_ddpm_at_eta_1():
     schedule = NoiseSchedule(ScheduleConfig())
     denoise = mixture_denoiser(schedule, [-0.5, 0.5], [0.1, 0.3], [0.5, 0.5])
     x_T = torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    drawn = {name: run(SAMPLERS[name], denoise, schedule, x_T, schedule.sampling_timesteps(40)) for name in SAMPLERS}
-    torch.testing.assert_close(drawn["ddim 1"], drawn["ddpm"])
-    torch.testing.assert_close(drawn["dpm_solver 1 sde"], drawn["ddpm"])
-    torch.testing.assert_close(drawn["ddim"], drawn["euler"])
-    torch.testing.assert_close(drawn["ddim"], drawn["dpm_solver 1"])
-    assert (drawn["ddim"] - drawn["dpm_solver"]).abs().max() > 1e-3
+    samples = {name: run(SAMPLERS[name], denoise, schedule, x_T, schedule.sampling_timesteps(40)) for name in SAMPLERS}
+    torch.testing.assert_close(samples["ddim 1"], samples["ddpm"])
+    torch.testing.assert_close(samples["dpm_solver 1 sde"], samples["ddpm"])
+    torch.testing.assert_close(samples["ddim"], samples["euler"])
+    torch.testing.assert_close(samples["ddim"], samples["dpm_solver 1"])
+    assert (samples["ddim"] - samples["dpm_solver"]).abs().max() > 1e-3
 
 
-# Our sampler, diffusers' scheduler of the same algorithm, and how that one is told to do the same.
+# The sampler, diffusers' scheduler of the same algorithm, the scheduler's options, and those of its steps.
 PAIRS: dict[str, tuple[Sampler, str, dict[str, Any], dict[str, Any]]] = {
     "ddpm": (SAMPLERS["ddpm"], "DDPMScheduler", {"variance_type": "fixed_small"}, {}),
     "ddpm beta": (SAMPLERS["ddpm beta"], "DDPMScheduler", {"variance_type": "fixed_large"}, {}),
@@ -120,42 +123,43 @@ PAIRS: dict[str, tuple[Sampler, str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def their_trajectory(
+def diffusers_result(
     name: str, config: ScheduleConfig, kind: PredictionKind, network: Callable, x_T: Tensor, steps: int, eps: Tensor
 ) -> Tensor:
-    """Take every step with diffusers' scheduler, which keeps x_t / alpha in places where we keep x_t."""
+    """Return the final x of diffusers' scheduler; some of the schedulers store x_t / alpha instead of x_t."""
     _, scheduler_class, options, step_options = PAIRS[name]
-    theirs = getattr(diffusers, scheduler_class)
+    scheduler_type = getattr(diffusers, scheduler_class)
     fields = {**to_diffusers(config), "prediction_type": kind, **options}
-    known = inspect.signature(theirs.__init__).parameters  # not all of them know clip_sample and the like
-    scheduler = theirs(**{name: value for name, value in fields.items() if name in known})
+    parameters = inspect.signature(scheduler_type.__init__).parameters  # not all of them have clip_sample, for example
+    scheduler = scheduler_type(**{name: value for name, value in fields.items() if name in parameters})
     scheduler.set_timesteps(steps)
-    keeps_x_over_alpha = scheduler_class in ("EulerDiscreteScheduler", "HeunDiscreteScheduler")
+    stores_x_over_alpha = scheduler_class in ("EulerDiscreteScheduler", "HeunDiscreteScheduler")
     x = x_T
-    if keeps_x_over_alpha:
+    if stores_x_over_alpha:
         x = x_T / NoiseSchedule(config).level(int(scheduler.timesteps[0])).alpha
     for number, t in enumerate(scheduler.timesteps):
         output = network(scheduler.scale_model_input(x, t), int(t))
-        fresh = eps[min(number, steps - 1)]  # Heun's has two of its timesteps for one of ours, and no noise
-        if scheduler_class == "DDPMScheduler":  # it takes a generator alone, not the noise itself
+        step_noise = eps[min(number, steps - 1)]  # the Heun scheduler has two timesteps per step, and no noise
+        if scheduler_class == "DDPMScheduler":  # it accepts a generator, but no noise
             if steps < config.num_timesteps and number == steps - 1:
-                fresh = 0 * fresh  # it adds noise to the last step of a shorter chain, which leads to the picture
-            with patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", return_value=fresh):
+                step_noise = 0 * step_noise  # it adds noise in the last step if timesteps are skipped
+            with patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", return_value=step_noise):
                 x = scheduler.step(output, t, x).prev_sample
         elif step_options.get("eta") or options.get("algorithm_type"):
-            x = scheduler.step(output, t, x, **step_options, variance_noise=fresh).prev_sample
+            x = scheduler.step(output, t, x, **step_options, variance_noise=step_noise).prev_sample
         else:
             x = scheduler.step(output, t, x, **step_options).prev_sample
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers, about numpy
 @pytest.mark.parametrize("steps", [10, 50, 200])
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_whole_trajectory_is_that_of_diffusers(name: str, kind: PredictionKind, steps: int):
-    """The same noise, the same network, whatever it predicts: latents equal within 1e-4."""
-    clip = name.startswith("dd")  # the only two of diffusers' that know clip_sample
+def test_trajectories_equal_those_of_diffusers(name: str, kind: PredictionKind, steps: int):
+    """With the same noise and network, for each prediction type, within 1e-4."""
+    clip = name.startswith("dd")  # only these two schedulers have clip_sample
     config = ScheduleConfig(200, 1e-4, 0.05, clip_x_0=clip, variance="beta" if name == "ddpm beta" else "posterior")
     schedule = NoiseSchedule(config)
     weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 3
@@ -165,18 +169,17 @@ def test_a_whole_trajectory_is_that_of_diffusers(name: str, kind: PredictionKind
 
     x_T = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
     eps = torch.randn(steps, 3, 6, generator=torch.Generator().manual_seed(3))
-    rest = iter(eps)
+    noises = iter(eps)
     bounds = [lambda x_0: x_0.clamp(-1, 1)] if clip else []
-    chain = PAIRS[name][0](
+    *_, last = PAIRS[name][0](
         denoiser(network, Prediction(kind, schedule), *bounds),
         schedule,
         x_T,
         schedule.sampling_timesteps(steps),
-        lambda: next(rest),
+        lambda: next(noises),
     )
-    *_, last = chain
-    theirs = their_trajectory(name, config, kind, network, x_T, steps, eps)
-    torch.testing.assert_close(last.x, theirs, rtol=1e-4, atol=1e-4)
+    expected = diffusers_result(name, config, kind, network, x_T, steps, eps)
+    torch.testing.assert_close(last.x, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers, about numpy
@@ -191,19 +194,20 @@ def test_a_whole_trajectory_is_that_of_diffusers(name: str, kind: PredictionKind
         ("unipc", diffusers.UniPCMultistepScheduler),
     ],
 )
-def test_shorter_chains_visit_what_diffusers_visits(name: str, scheduler: Any, spacing: Any):
+def test_sampling_timesteps_equal_those_of_diffusers(name: str, scheduler: Any, spacing: Any):
     config = ScheduleConfig(spacing=spacing, steps_offset=1 if spacing in ("leading", None) else 0)
-    theirs = scheduler.from_config(to_diffusers(config))
+    reference = scheduler.from_config(to_diffusers(config))
     for steps in (1, 7, 10, 50, 400):
-        theirs.set_timesteps(steps)
-        # Its Euler goes through fractions of timesteps.
-        expected = theirs.timesteps.double().round().long().tolist()
+        reference.set_timesteps(steps)
+        # The timesteps of its Euler scheduler are fractional.
+        expected = reference.timesteps.double().round().long().tolist()
         assert sampling_timesteps(name, NoiseSchedule(config), steps) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_from_a_start_without_signal_every_sampler_comes_to_the_gaussian(name: str):
-    """Zero terminal SNR: lambda and sigma / alpha are infinite at T - 1."""
+def test_every_sampler_reaches_the_gaussian_with_zero_terminal_snr(name: str):
+    """There, lambda and sigma / alpha are infinite at T - 1."""
     schedule = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
     assert schedule.alpha_bar[-1] == 0
     mean, deviation, count = 0.4, 0.5, 10_000
@@ -214,58 +218,58 @@ def test_from_a_start_without_signal_every_sampler_comes_to_the_gaussian(name: s
     assert x.std().item() == pytest.approx(deviation, rel=0.04)
 
 
-def test_the_mean_is_equation_11_and_the_last_step_adds_no_noise():
+def test_the_mean_of_ddpm_is_equation_11_and_the_last_step_adds_no_noise():
     schedule = NoiseSchedule(ScheduleConfig(50, 1e-3, 0.2))
     eps_hat = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x_t = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     denoise = denoiser(lambda x, t: eps_hat, Prediction("epsilon", schedule))
 
     def fail() -> Tensor:
-        raise AssertionError("the last step drew noise")
+        raise AssertionError("the last step sampled noise")
 
     for t, timesteps, noise in ((0, [0], fail), (20, [20, 19], lambda: torch.zeros(4, 2, dtype=torch.float64))):
-        chain = ddpm(denoise, schedule, x_t, timesteps, noise, variance="beta")
+        steps = ddpm(denoise, schedule, x_t, timesteps, noise, variance="beta")
         alpha, alpha_bar = 1 - schedule.betas[t], schedule.alpha_bar[t]
         mean = (x_t - (1 - alpha) / (1 - alpha_bar).sqrt() * eps_hat) / alpha.sqrt()
-        torch.testing.assert_close(next(chain).x, mean)
+        torch.testing.assert_close(next(steps).x, mean)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_last_step_ends_at_x_0_hat_itself(name: str):
+def test_the_last_step_ends_at_x_0_hat(name: str):
     schedule = NoiseSchedule(ScheduleConfig(20, 1e-3, 0.5))
     denoise = denoiser(lambda x, t: -2 * x, Prediction("epsilon", schedule), lambda x_0: x_0.clamp(-1, 1))
-    draw = torch.Generator().manual_seed(0)
-    x_T = torch.randn(16, 4, generator=draw)
+    generator = torch.Generator().manual_seed(0)
+    x_T = torch.randn(16, 4, generator=generator)
     *_, last = SAMPLERS[name](
-        denoise, schedule, x_T, schedule.sampling_timesteps(None), lambda: torch.randn(16, 4, generator=draw)
+        denoise, schedule, x_T, schedule.sampling_timesteps(None), lambda: torch.randn(16, 4, generator=generator)
     )
     torch.testing.assert_close(last.x, last.x_0_hat)
     assert last.x.abs().max() <= 1 + 1e-6
 
 
-def test_too_few_steps_do_not_walk_into_the_variance_beta(caplog: pytest.LogCaptureFixture):
+def test_variance_beta_with_few_steps_falls_back_to_posterior_with_a_warning(caplog: pytest.LogCaptureFixture):
     beta = ScheduleConfig(variance="beta")
     assert build_sampler(SamplingOptions(), beta, 1000).keywords == {"variance": "beta"}  # type: ignore[attr-defined]
     assert not caplog.text
     assert build_sampler(SamplingOptions(), beta, 199).keywords == {"variance": "posterior"}  # type: ignore[attr-defined]
     assert "variance=beta" in caplog.text
-    insists = build_sampler(SamplingOptions(variance="beta"), ScheduleConfig(), 10)
-    assert insists.keywords == {"variance": "beta"}  # type: ignore[attr-defined]
+    explicit = build_sampler(SamplingOptions(variance="beta"), ScheduleConfig(), 10)
+    assert explicit.keywords == {"variance": "beta"}  # type: ignore[attr-defined]
 
 
-def test_few_steps_with_the_variance_beta_are_worse_than_with_the_posterior():
-    """Why the default avoids it: how far 20 steps end from data that are narrow peaks at -1 and 1."""
+def test_variance_beta_is_worse_than_posterior_with_few_steps():
+    """The reason for the fallback: the error of 20 steps for data with narrow peaks at -1 and 1."""
     schedule = NoiseSchedule(ScheduleConfig())
     denoise = mixture_denoiser(schedule, [-1.0, 1.0], [0.05, 0.05], [0.5, 0.5])
     x_T = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
-    off = {}
+    errors = {}
     for name in ("ddpm", "ddpm beta"):
         x = run(SAMPLERS[name], denoise, schedule, x_T, schedule.sampling_timesteps(20))
-        off[name] = (x.abs() - 1).abs().mean().item()
-    assert off["ddpm beta"] > off["ddpm"]
+        errors[name] = (x.abs() - 1).abs().mean().item()
+    assert errors["ddpm beta"] > errors["ddpm"]
 
 
-def test_every_name_is_a_sampler_of_that_name():
+def test_build_sampler_returns_the_function_of_each_name():
     for name in ("ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"):
-        pick_captions = build_sampler(SamplingOptions(sampler=name), ScheduleConfig(), 10)
-        assert getattr(pick_captions, "func", pick_captions) is getattr(samplers, name)
+        sampler = build_sampler(SamplingOptions(sampler=name), ScheduleConfig(), 10)
+        assert getattr(sampler, "func", sampler) is getattr(samplers, name)

@@ -1,4 +1,4 @@
-"""Our UNet is diffusers' UNet2DConditionModel: keys, shapes, numbers and files."""
+"""The UNet agrees with diffusers' UNet2DConditionModel in keys, shapes, outputs and files."""
 
 import json
 from dataclasses import replace
@@ -14,22 +14,22 @@ from cond_diffusion.errors import UserError
 
 SMALL = UNetConfig(channels=(16, 32), num_groups=8, num_heads=2, in_channels=1, sample_size=8, context_dim=12)
 CONFIGS = {
-    "grey": SMALL,
+    "grayscale": SMALL,
     "rgb": replace(SMALL, in_channels=3),
     "attention at the first level": replace(SMALL, attention=(True, True)),
-    "attention in the middle alone": replace(SMALL, attention=(False, False)),
+    "attention in the middle only": replace(SMALL, attention=(False, False)),
     "two blocks a level": replace(SMALL, blocks_per_level=2, attention=(True, False)),
     "heads by level, three levels": replace(
         SMALL, channels=(16, 32, 64), attention=(True, False, True), num_heads=(1, 2, 8)
     ),
     "linear projection": replace(SMALL, linear_projection=True, blocks_per_level=2, norm_eps=1e-6),
-    "a side that does not halve": replace(SMALL, channels=(16, 16, 32), attention=(False, True, True), sample_size=7),
+    "odd size": replace(SMALL, channels=(16, 16, 32), attention=(False, True, True), sample_size=7),
     "one level": replace(SMALL, channels=(16,), attention=(True,)),
 }
 
 
 def randomized(unet: torch.nn.Module) -> torch.nn.Module:
-    """Replace the weights, some of which start at zero, by random ones."""
+    """Replace the weights, some of which are initialized to zero, by random ones."""
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in unet.parameters():
@@ -48,13 +48,13 @@ def inputs(config: UNetConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 @torch.no_grad()
-def test_outputs_are_those_of_diffusers_with_each_other_s_weights(config: UNetConfig):
+def test_outputs_equal_those_of_diffusers_with_the_same_weights(config: UNetConfig):
     theirs = randomized(UNet2DConditionModel.from_config(to_diffusers(config)))
     ours = UNet(config)
     ours.load_state_dict(theirs.state_dict())
     x_t, t, context = inputs(config)
     expected = theirs(x_t, t, context).sample
-    assert expected.std() > 0.05  # not the zeros of a fresh network
+    assert expected.std() > 0.05  # not the zeros of a new network
     torch.testing.assert_close(ours(x_t, t, context), expected, rtol=0, atol=1e-5)
 
     other = randomized(UNet(config))
@@ -79,7 +79,7 @@ def test_outputs_are_those_of_diffusers_with_each_other_s_weights(config: UNetCo
     ],
     ids=["1.5", "2.1"],
 )
-def test_keys_and_shapes_are_those_of_stable_diffusion(fields: dict[str, object]):
+def test_keys_and_shapes_equal_those_of_stable_diffusion(fields: dict[str, object]):
     with torch.device("meta"):
         theirs = UNet2DConditionModel(**fields)  # type: ignore[arg-type]
         ours = UNet(from_diffusers(dict(theirs.config)))
@@ -88,7 +88,7 @@ def test_keys_and_shapes_are_those_of_stable_diffusion(fields: dict[str, object]
 
 
 @torch.no_grad()
-def test_a_projected_context_serves_for_the_context():
+def test_a_projected_context_replaces_the_context():
     unet = randomized(UNet(CONFIGS["heads by level, three levels"]))
     x_t, t, context = inputs(SMALL)
     assert torch.equal(unet(x_t, t, unet.project_context(context)), unet(x_t, t, context))
@@ -100,25 +100,24 @@ def test_every_parameter_gets_a_gradient():
         unet(*inputs(config)).square().mean().backward()
         for name, weight in unet.named_parameters():
             assert weight.grad is not None, name
-            # A bias that every place of a group shares is taken out again by the norm behind it: its gradient is 0
-            # but for rounding, in any network of this shape. Keys have no bias here, and groups hold two or more
-            # channels.
+            # Group norm would cancel a bias that all channels of a group share; here groups have two or more channels.
+            # A bias of keys would cancel, too; they have none.
             assert weight.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 @torch.no_grad()
-def test_a_fresh_network_predicts_nothing_or_where_that_is_asked_that_all_it_sees_is_noise(config: UNetConfig):
+def test_a_new_network_returns_zero_and_start_as_copy_makes_it_return_its_input(config: UNetConfig):
     x_t, t, context = inputs(config)
     unet = UNet(config)
     assert unet(x_t, t, context).abs().max() == 0
     unet.start_as_copy()
-    # Off by the norm's own estimate of the noise's size, out of some hundred values.
+    # The error is that of the norm's estimate of the standard deviation from some hundred values.
     assert (unet(x_t, t, context) - x_t).square().mean() < 0.02
 
 
 @torch.no_grad()
-def test_the_text_and_the_timestep_change_the_output():
+def test_the_context_and_the_timestep_change_the_output():
     unet = randomized(UNet(SMALL))
     x_t, t, context = inputs(SMALL)
     before = unet(x_t, t, context)
@@ -127,7 +126,7 @@ def test_the_text_and_the_timestep_change_the_output():
 
 
 @torch.no_grad()
-def test_each_library_opens_the_folder_of_the_other(tmp_path: Path):
+def test_each_library_loads_the_folder_of_the_other(tmp_path: Path):
     ours = randomized(UNet(SMALL))
     assert isinstance(ours, UNet)
     ours.save_pretrained(tmp_path / "ours")
@@ -140,6 +139,18 @@ def test_each_library_opens_the_folder_of_the_other(tmp_path: Path):
     assert torch.equal(again(*inputs(SMALL)), ours(*inputs(SMALL)))
 
 
+def test_from_pretrained_supports_a_subfolder_and_a_dtype(tmp_path: Path):
+    unet = randomized(UNet(SMALL))
+    assert isinstance(unet, UNet)
+    unet.save_pretrained(tmp_path / "unet")
+    expected = UNet.from_pretrained(tmp_path / "unet").state_dict()
+    found = UNet.from_pretrained(tmp_path, subfolder="unet", dtype=torch.bfloat16).state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, expected[name].to(torch.bfloat16)), name
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -147,15 +158,15 @@ def test_each_library_opens_the_folder_of_the_other(tmp_path: Path):
         ("up_block_types", ["UpBlock2D", "CrossAttnUpBlock2D"]),
         ("act_fn", "gelu"),
         ("class_embed_type", "timestep"),
-        ("mid_block_type", None),
+        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
         ("transformer_layers_per_block", 2),
         ("out_channels", 2),
         ("time_embedding_type", "fourier"),
         ("layers_per_block", [1, 2]),
-        ("a_field_of_tomorrow", 1),
+        ("an_unknown_field", 1),
     ],
 )
-def test_a_unet_that_we_do_not_do_is_refused_by_name(field: str, value: object):
+def test_an_unsupported_field_of_the_config_is_refused(field: str, value: object):
     theirs = {**dict(UNet2DConditionModel.from_config(to_diffusers(SMALL)).config), field: value}
     with pytest.raises(UserError, match=field):
         from_diffusers(theirs)
@@ -164,32 +175,32 @@ def test_a_unet_that_we_do_not_do_is_refused_by_name(field: str, value: object):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"channels": (16, 30)}, r"unet.channels: 30 must be divisible by unet.num_groups \(8\)"),
-        ({"num_heads": (2, 5)}, r"unet.channels: 32 must be divisible by its unet.num_heads \(5\)"),
-        ({"attention": (True,)}, "unet.attention: 1 entries for the 2 of unet.channels"),
-        ({"num_heads": (1, 1, 1)}, "unet.num_heads: 3 entries for the 2 of unet.channels"),
-        ({"blocks_per_level": 0}, "unet.blocks_per_level: 0;"),
+        ({"channels": (16, 30)}, r"^unet\.channels: .*30.*unet\.num_groups.*8"),
+        ({"num_heads": (2, 5)}, r"^unet\.channels: .*32.*unet\.num_heads.*5"),
+        ({"attention": (True,)}, r"^unet\.attention: .*1.*2.*unet\.channels"),
+        ({"num_heads": (1, 1, 1)}, r"^unet\.num_heads: .*3.*2.*unet\.channels"),
+        ({"blocks_per_level": 0}, r"^unet\.blocks_per_level: 0"),
     ],
 )
-def test_a_config_that_fits_nothing_is_refused(change: dict[str, object], message: str):
+def test_an_inconsistent_config_is_refused(change: dict[str, object], message: str):
     with pytest.raises(UserError, match=message):
         replace(SMALL, **change)
 
 
-def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path):
-    with pytest.raises(UserError, match=r"there is no config\.json"):
+def test_a_damaged_folder_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=rf"^{tmp_path} .*config\.json"):
         UNet.from_pretrained(tmp_path)
     UNet(SMALL).save_pretrained(tmp_path)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cut short"):
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=rf"^{tmp_path}: "):
         UNet.from_pretrained(tmp_path)
-    weights.write_bytes(whole)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 13}))
-    with pytest.raises(UserError, match="not those of its config.json"):
+    weights.write_bytes(content)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 13}), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^{tmp_path}: .*config\.json.*attn2"):
         UNet.from_pretrained(tmp_path)
     weights.unlink()
-    with pytest.raises(UserError, match=r"there is no diffusion_pytorch_model\.safetensors"):
+    with pytest.raises(UserError, match=rf"^{tmp_path} .*diffusion_pytorch_model\.safetensors"):
         UNet.from_pretrained(tmp_path)

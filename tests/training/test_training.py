@@ -1,4 +1,4 @@
-"""The loop: exact, resumable, the same on any number of processes, and learning."""
+"""Training loop: resuming, checkpoints, errors, learning rate, and what a run learns."""
 
 import errno
 import json
@@ -30,47 +30,48 @@ from cond_diffusion.errors import UserError
 from cond_diffusion.models.latents import PixelPatchify
 from cond_diffusion.pipeline import checkpoint, run_folder
 from cond_diffusion.pipeline.run_folder import RunLock, checkpoints, find_corruption, save_checkpoint
-from cond_diffusion.training import batches, reporting, setup
-from cond_diffusion.training import state as saving
+from cond_diffusion.training import batches, reporting, setup, trainer
 from cond_diffusion.training import state as training_state
-from cond_diffusion.training import trainer as training
-from cond_diffusion.training.preflight import bytes_kept
+from cond_diffusion.training.preflight import activation_bytes
 from cond_diffusion.training.setup import complete_unet_config, make_accelerator, new_unet
 from cond_diffusion.training.trainer import learning_rate, train
 
 
-def changed(config: Config, **train_changes: object) -> Config:
-    return replace(config, train=replace(config.train, **train_changes))
+def with_train(config: Config, **changes: object) -> Config:
+    """Return the config with changes in its section `train`."""
+    return replace(config, train=replace(config.train, **changes))
 
 
-def test_four_steps_equal_two_and_resumed_two(bars_config: Config, tmp_path: Path):
-    """Bit for bit, with accumulation, across the end of an epoch (64 pictures, 48 a step)."""
-    config = changed(bars_config, gradient_accumulation_steps=6, learning_rate_schedule="constant")
+def test_resumed_run_equals_uninterrupted_run(bars_config: Config, tmp_path: Path):
+    """Bit for bit, with gradient accumulation, across the end of an epoch (64 images, 48 per step)."""
+    config = with_train(bars_config, gradient_accumulation_steps=6, learning_rate_schedule="constant")
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
-    straight = train(config)
-    train(changed(stopped, max_steps=2))
+    uninterrupted = train(config)
+    train(with_train(stopped, max_steps=2))
     resumed = train(replace(stopped, resume=True))
-    assert resumed.name == straight.name == "step-00000004"
-    expected, found = weights(straight), weights(resumed)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    own = {"images_per_second", "memory_gb"}
-    lines = [[{k: line[k] for k in line.keys() - own} for line in metrics(Path(c.run_dir))] for c in (config, stopped)]
+    assert resumed.name == uninterrupted.name == "step-00000004"
+    expected, actual = weights(uninterrupted), weights(resumed)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    varying = {"images_per_second", "memory_gb"}
+    lines = [
+        [{k: line[k] for k in line.keys() - varying} for line in metrics(Path(c.run_dir))] for c in (config, stopped)
+    ]
     assert lines[0] == lines[1]
     assert [line["step"] for line in lines[0]] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("prediction", "timesteps", "falls_to"),
-    # What v says of the picture is not to be known under much noise: the places of the bars are random.
+    ("prediction", "timesteps", "loss_ratio"),
+    # At high noise levels v is hard to predict, because it depends on the random positions of the bars.
     [("epsilon", "uniform", 0.4), ("v_prediction", "logit_normal", 0.6)],
 )
-def test_a_few_pictures_are_learned_by_heart_and_the_text_chooses_among_them(
-    bars_config: Config, prediction: Any, timesteps: Any, falls_to: float, caplog: pytest.LogCaptureFixture
+def test_overfitted_model_samples_images_that_match_the_prompt(
+    bars_config: Config, prediction: Any, timesteps: Any, loss_ratio: float, monkeypatch: pytest.MonkeyPatch
 ):
-    """Overfit; then the words alone decide which way the bar lies. Also where the last timestep holds no signal."""
-    config = changed(
+    """The prompt decides the bar's orientation, also with zero terminal SNR."""
+    config = with_train(
         bars_config,
         **{"max_steps": 300, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 20},
         **{"log_every": 10, "checkpoint_every": 0, "evaluate_every": 300},
@@ -80,25 +81,25 @@ def test_a_few_pictures_are_learned_by_heart_and_the_text_chooses_among_them(
         schedule=ScheduleConfig(100, 1e-3, 0.15, zero_terminal_snr=prediction != "epsilon"),
         objective=ObjectiveConfig(prediction, prediction, timesteps=timesteps),
     )
-    caplog.set_level("INFO", logger="cond_diffusion")
+    results = []
+    monkeypatch.setattr(reporting.Reporter, "log_validation", lambda self, step, result: results.append(result))
     train(config)
-    lines = metrics(Path(config.run_dir))
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert np.mean(losses[-5:]) < falls_to * losses[0]
-    assert "the text is used" in caplog.text
+    losses = [line["loss"] for line in metrics(Path(config.run_dir))]
+    assert np.mean(losses[-5:]) < loss_ratio * losses[0]
+    assert [result.text_is_used for result in results] == [True]
     pipe = TextToImage.from_pretrained(config.run_dir)
     assert pipe.prediction.kind == prediction
     images = pipe(["a bar that is upright", "level"], num_images=16, guidance_scale=2.0, progress=False)
     all_bars = [torch.stack([bar(label, place) for place in range(SIDE)]).float() for label in (0, 1)]
-    right = 0
+    correct = 0
     for i, image in enumerate(images):
         pixels = torch.from_numpy(np.asarray(image).astype(np.float32))
         distance = [(pixels - bars).square().mean((1, 2)).min().item() for bars in all_bars]
-        right += distance[i // 16] < distance[1 - i // 16]
-    assert right >= 29  # of 32
+        correct += distance[i // 16] < distance[1 - i // 16]
+    assert correct >= 29  # of 32
 
 
-def test_the_learning_rate_is_a_function_of_the_step():
+def test_learning_rate_schedules():
     config = TrainConfig(max_steps=110, warmup_steps=9, learning_rate=2.0)
     assert learning_rate(config, 0) == pytest.approx(0.2)
     assert learning_rate(config, 9) == pytest.approx(2.0)
@@ -112,158 +113,159 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert learning_rate(constant, 109) == 2.0
 
 
-def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path: Path):
-    save_checkpoint(tmp_path, 1, lambda folder: (folder / "a").write_text("whole") and None, keep=2)
+def test_a_partly_written_checkpoint_is_not_listed(tmp_path: Path):
+    save_checkpoint(
+        tmp_path, 1, lambda folder: (folder / "a").write_text("complete", encoding="utf-8") and None, keep=2
+    )
 
-    def dies(folder: Path) -> None:
-        (folder / "a").write_text("half")
+    def interrupted(folder: Path) -> None:
+        (folder / "a").write_text("partial", encoding="utf-8")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, 2, dies, keep=2)
+        save_checkpoint(tmp_path, 2, interrupted, keep=2)
     assert [c.name for c in checkpoints(tmp_path)] == ["step-00000001"]
     for step in (2, 3):
-        save_checkpoint(tmp_path, step, lambda folder: (folder / "a").write_text("whole") and None, keep=2)
+        save_checkpoint(
+            tmp_path, step, lambda folder: (folder / "a").write_text("complete", encoding="utf-8") and None, keep=2
+        )
     assert [c.name for c in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
-    assert all((c / "a").read_text() == "whole" for c in checkpoints(tmp_path))
+    assert all((c / "a").read_text(encoding="utf-8") == "complete" for c in checkpoints(tmp_path))
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_an_existing_run_is_never_overwritten_and_a_changed_one_not_resumed(bars_config: Config):
+def test_existing_runs_are_not_overwritten_and_incompatible_changes_not_resumed(bars_config: Config):
     newest = train(bars_config)
     before = weights(newest)
-    with pytest.raises(
-        UserError, match=r"exists and is not overwritten; name another, run_dir=.*-2, or continue it by resume=true"
-    ):
+    with pytest.raises(UserError, match=r"^run_dir: .* run_dir=.*-2.* resume=true"):
         train(bars_config)
     wider = replace(bars_config, resume=True, unet=replace(bars_config.unet, channels=(32, 64)))
-    with pytest.raises(UserError, match=r"resume: unet.channels was \(32, 32\) in this run and is now \(32, 64\)"):
+    with pytest.raises(UserError, match=r"^resume: unet\.channels .*\(32, 32\).*\(32, 64\)"):
         train(wider)
-    with pytest.raises(UserError, match="resume: seed was 0 in this run and is now 1"):
+    with pytest.raises(UserError, match=r"^resume: seed .*0.*1"):
         train(replace(bars_config, resume=True, seed=1))
-    with pytest.raises(UserError, match="resume: objective.prediction was 'epsilon' in this run and is now 'sample'"):
+    with pytest.raises(UserError, match=r"^resume: objective\.prediction .*'epsilon'.*'sample'"):
         train(replace(bars_config, resume=True, objective=ObjectiveConfig("sample", "sample")))
-    with pytest.raises(UserError, match="a step saw 8 samples in this run and would now see 16"):
-        train(replace(changed(bars_config, batch_size=16), resume=True))
+    with pytest.raises(UserError, match=r"^resume: train\.batch_size .*8.*16"):
+        train(replace(with_train(bars_config, batch_size=16), resume=True))
     after = weights(newest)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("file", ["state/optimizer.safetensors", "unet/config.json", "state/progress.json"])
-@pytest.mark.parametrize("harm", ["cut short", "changed", "deleted"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
-    bars_config: Config, file: str, harm: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("damage", ["truncated", "changed", "deleted"])
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
+    bars_config: Config, file: str, damage: str, caplog: pytest.LogCaptureFixture
 ):
-    straight = weights(train(replace(bars_config, run_dir=bars_config.run_dir + "-straight")))
-    victim = train(bars_config) / file
-    content = victim.read_bytes()
-    match harm:
-        case "cut short":
-            victim.write_bytes(content[: len(content) // 2])
+    expected = weights(train(replace(bars_config, run_dir=bars_config.run_dir + "-uninterrupted")))
+    damaged = train(bars_config) / file
+    content = damaged.read_bytes()
+    match damage:
+        case "truncated":
+            damaged.write_bytes(content[: len(content) // 2])
         case "changed":
-            victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         case "deleted":
-            victim.unlink()
+            damaged.unlink()
     if file.startswith("unet"):
         with pytest.raises(UserError, match=f"step-00000004: {file} "):
             TextToImage.from_pretrained(Path(bars_config.run_dir) / "checkpoints" / "step-00000004")
-        TextToImage.from_pretrained(bars_config.run_dir)  # the one before
-        assert "going back to the checkpoint before it" in caplog.text
+        TextToImage.from_pretrained(bars_config.run_dir)  # loads the previous one
+        assert f"step-00000004: {file} " in caplog.text
     caplog.clear()
     resumed = train(replace(bars_config, resume=True))
     assert f"step-00000004: {file} " in caplog.text
     assert [c.name for c in checkpoints(Path(bars_config.run_dir))] == ["step-00000002", "step-00000004"]
-    found = weights(resumed)
-    assert all(torch.equal(straight[name], found[name]) for name in straight)
+    actual = weights(resumed)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
-def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(bars_config: Config):
-    train(changed(bars_config, checkpoint_every=0))
-    (victim,) = Path(bars_config.run_dir).rglob("state/unet.safetensors")
-    victim.write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of its checkpoints is whole: state/unet.safetensors was cut short"):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_scratch(bars_config: Config):
+    train(with_train(bars_config, checkpoint_every=0))
+    (damaged,) = Path(bars_config.run_dir).rglob("state/unet.safetensors")
+    damaged.write_bytes(b"")
+    with pytest.raises(UserError, match=r": state/unet\.safetensors "):
         train(replace(bars_config, resume=True))
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Steps whose pictures become infinite; to be filled by the test."""
+def non_finite_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps whose noise becomes infinite; filled by the test."""
     steps: list[int] = []
     read = batches.Batches._read
 
-    def maybe_poisoned(self: Any, first: int) -> Any:
+    def read_with_infinity(self: Any, first: int) -> Any:
         samples = read(self, first)
         return replace(samples, eps=samples.eps * torch.inf) if first // self.per_step in steps else samples
 
-    monkeypatch.setattr(batches.Batches, "_read", maybe_poisoned)
+    monkeypatch.setattr(batches.Batches, "_read", read_with_infinity)
     return steps
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_named(
-    bars_config: Config, poisoned: list[int], caplog: pytest.LogCaptureFixture
+def test_a_step_with_non_finite_gradients_is_skipped_and_its_samples_logged(
+    bars_config: Config, non_finite_steps: list[int], caplog: pytest.LogCaptureFixture
 ):
-    before = weights(train(changed(bars_config, max_steps=2)))
-    poisoned += [2]
-    after = weights(train(replace(changed(bars_config, max_steps=3), resume=True)))
+    before = weights(train(with_train(bars_config, max_steps=2)))
+    non_finite_steps += [2]
+    after = weights(train(replace(with_train(bars_config, max_steps=3), resume=True)))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    (samples,) = re.findall(r"step 3 has gradients that are not finite and is skipped; its samples: (.*)", caplog.text)
+    (samples,) = re.findall(r"step 3: .*samples: (.*)", caplog.text)
     assert json.loads(samples) == ShuffledDataset(load_captioned_images(bars_config.data), 0, 3).indices(16, 8).tolist()
     assert metrics(Path(bars_config.run_dir))[-1]["loss"] is None
-    poisoned.clear()
-    assert metrics(Path(train(replace(bars_config, resume=True)).parent.parent))[-1]["loss"] < 10  # it goes on
+    non_finite_steps.clear()
+    assert metrics(Path(train(replace(bars_config, resume=True)).parent.parent))[-1]["loss"] < 10
 
 
-def test_too_many_such_steps_end_the_run_and_leave_the_last_good_checkpoint(bars_config: Config, poisoned: list[int]):
-    poisoned += [1, 3, 4, 5]
-    with pytest.raises(UserError, match="train.max_bad_steps: 3 steps in a row, up to step 6, had gradients that"):
-        train(changed(bars_config, max_steps=9, max_bad_steps=3))
+def test_max_bad_steps_ends_the_run_with_a_finite_checkpoint(bars_config: Config, non_finite_steps: list[int]):
+    non_finite_steps += [1, 3, 4, 5]
+    with pytest.raises(UserError, match=r"^train\.max_bad_steps: .* 3 .*step 6"):
+        train(with_train(bars_config, max_steps=9, max_bad_steps=3))
     newest = checkpoints(Path(bars_config.run_dir))[-1]
     assert all(value.isfinite().all() for value in weights(newest).values())
 
 
-def test_divergence_leaves_the_good_checkpoints_and_the_run_goes_on_from_them(
+def test_divergence_keeps_finite_checkpoints_and_the_run_resumes_from_them(
     bars_config: Config, caplog: pytest.LogCaptureFixture
 ):
-    """Steps at a rate that is far too high leave weights that are finite, and useless."""
+    """Steps at a learning rate that is far too high leave finite weights whose loss is not finite."""
     run_dir = Path(bars_config.run_dir)
-    straight = replace(changed(bars_config, max_steps=12, checkpoint_every=1), run_dir=f"{run_dir}-straight")
-    good = changed(bars_config, max_steps=9, checkpoint_every=1, learning_rate_schedule="constant")
-    newest = train(good)
+    config = with_train(bars_config, max_steps=9, checkpoint_every=1, learning_rate_schedule="constant")
+    newest = train(config)
     before = weights(newest)
-    exploding = {"max_steps": 40, "learning_rate": 1e30, "max_bad_steps": 5, "keep_checkpoints": 1}
-    with pytest.raises(UserError, match="train.max_bad_steps: 5 steps in a row"):
-        train(replace(changed(good, **exploding), resume=True))
-    assert "no checkpoint is written: weights or loss are not finite" in caplog.text
+    divergent = {"max_steps": 40, "learning_rate": 1e30, "max_bad_steps": 5, "keep_checkpoints": 1}
+    with pytest.raises(UserError, match=r"^train\.max_bad_steps: .* 5 "):
+        train(replace(with_train(config, **divergent), resume=True))
+    assert "no checkpoint is written: weights or loss" in caplog.text
     assert [path.name for path in checkpoints(run_dir)] == [f"step-0000000{step}" for step in (7, 8, 9)]
     after = weights(newest)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    sane = weights(train(replace(changed(good, max_steps=12), resume=True)))
-    expected = weights(train(changed(straight, learning_rate_schedule="constant")))
-    assert all(torch.equal(expected[name], sane[name]) for name in expected)
+    resumed = weights(train(replace(with_train(config, max_steps=12), resume=True)))
+    expected = weights(train(replace(with_train(config, max_steps=12), run_dir=f"{run_dir}-uninterrupted")))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_a_run_whose_weights_are_never_finite_ends_without_a_checkpoint(
-    bars_config: Config, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(training, "learning_rate", lambda config, step: float("inf"))
-    with pytest.raises(UserError, match="has no checkpoint: no step had finite gradients"):
-        train(changed(bars_config, max_steps=3))
+def test_a_run_without_finite_weights_writes_no_checkpoint(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trainer, "learning_rate", lambda config, step: float("inf"))
+    with pytest.raises(UserError, match=r"^train\.learning_rate: .* has no checkpoint"):
+        train(with_train(bars_config, max_steps=3))
     assert not list(Path(bars_config.run_dir).rglob("*.safetensors"))
     for key in ("learning_rate", "weight_decay"):
-        with pytest.raises(UserError, match=f"train.{key}: inf"):
-            changed(bars_config, **{key: float("inf")})
+        with pytest.raises(UserError, match=rf"train\.{key}: inf"):
+            with_train(bars_config, **{key: float("inf")})
 
 
-def test_steps_that_are_all_skipped_write_no_checkpoint(bars_config: Config, poisoned: list[int]):
-    poisoned += [2, 3, 4]
-    assert train(changed(bars_config, max_steps=5, checkpoint_every=1)).name == "step-00000002"
+def test_skipped_steps_write_no_checkpoint(bars_config: Config, non_finite_steps: list[int]):
+    non_finite_steps += [2, 3, 4]
+    assert train(with_train(bars_config, max_steps=5, checkpoint_every=1)).name == "step-00000002"
 
 
-def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_until_there_is_a_better_one(tmp_path: Path):
+def test_rotation_keeps_the_checkpoint_with_the_lowest_held_out_loss(tmp_path: Path):
     def save(step: int, loss: float | None) -> list[int]:
         def write(folder: Path) -> None:
             (folder / "state").mkdir()
-            (folder / "state" / "progress.json").write_text(json.dumps({"step": step, "held_out_loss": loss}))
+            (folder / "state" / "progress.json").write_text(
+                json.dumps({"step": step, "held_out_loss": loss}), encoding="utf-8"
+            )
 
         save_checkpoint(tmp_path, step, write, keep=2)
         return [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)]
@@ -277,44 +279,42 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_until_there_is_a_b
     assert save(7, 0.9) == [6, 7]
 
 
-def test_the_held_out_loss_is_kept_with_the_checkpoint(bars_config: Config):
-    config = changed(bars_config, evaluate_every=2, checkpoint_every=1, keep_checkpoints=9)
-    train(changed(config, max_steps=3))
-    train(replace(changed(config, max_steps=5), resume=True))
-    told = {line["step"]: line["held_out_loss"] for line in metrics(Path(config.run_dir)) if "held_out_loss" in line}
+def test_checkpoints_store_the_last_held_out_loss(bars_config: Config):
+    config = with_train(bars_config, evaluate_every=2, checkpoint_every=1, keep_checkpoints=9)
+    train(with_train(config, max_steps=3))
+    train(replace(with_train(config, max_steps=5), resume=True))
+    logged = {line["step"]: line["held_out_loss"] for line in metrics(Path(config.run_dir)) if "held_out_loss" in line}
     files = [path / "state" / "progress.json" for path in checkpoints(Path(config.run_dir))]
-    kept = [json.loads(file.read_text())["held_out_loss"] for file in files]
-    assert kept == [None, told[2], told[2], told[4], told[4]]
+    stored = [json.loads(file.read_text(encoding="utf-8"))["held_out_loss"] for file in files]
+    assert stored == [None, logged[2], logged[2], logged[4], logged[4]]
 
 
-def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_put_aside(
-    bars_config: Config, caplog: pytest.LogCaptureFixture
-):
+def test_resuming_from_a_named_checkpoint_renames_later_ones(bars_config: Config, caplog: pytest.LogCaptureFixture):
     run_dir = Path(bars_config.run_dir)
-    config = changed(bars_config, checkpoint_every=1, max_steps=4, learning_rate_schedule="constant")
+    config = with_train(bars_config, checkpoint_every=1, max_steps=4, learning_rate_schedule="constant")
     expected = weights(train(config))
     for number in (1, 2):
-        found = weights(train(replace(config, resume="step-00000002")))
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
-        aside = {f"step-0000000{step}.superseded-{i + 1}" for i in range(number) for step in (3, 4)}
-        assert {path.name for path in run_dir.glob("checkpoints/*.superseded-*")} == aside
-    assert "renamed later checkpoints to step-00000003.superseded-1, step-00000004.superseded-1" in caplog.text
+        actual = weights(train(replace(config, resume="step-00000002")))
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
+        superseded = {f"step-0000000{step}.superseded-{i + 1}" for i in range(number) for step in (3, 4)}
+        assert {path.name for path in run_dir.glob("checkpoints/*.superseded-*")} == superseded
+    assert "step-00000003.superseded-1, step-00000004.superseded-1" in caplog.text
     for name, message in (
-        ("step-00000009", "has no checkpoint step-00000009 .*; it has step-00000002, "),
-        ("step-9", "resume: 'step-9'; expected true, false or a checkpoint such as step-00001000"),
+        ("step-00000009", "^resume: .* step-00000009 .*step-00000002, "),
+        ("step-9", "resume: 'step-9'"),
     ):
         with pytest.raises(UserError, match=message):
             train(replace(config, resume=name))
-    with pytest.raises(UserError, match="there is no run in .*nowhere, and so no checkpoint step-00000002"):
+    with pytest.raises(UserError, match=r"^resume: .*step-00000002.*nowhere"):
         train(replace(config, run_dir=str(run_dir / "nowhere"), resume="step-00000002"))
 
 
 def train_slowly(config: Config, started: Any, may_end: Any) -> None:
-    """Train, and wait after the first step; in a process of its own."""
+    """Train, and wait after the first step; runs in its own process."""
     log = reporting.Reporter.log
 
-    def waiting(self: Any, done: int, *arguments: Any) -> None:
-        log(self, done, *arguments)
+    def waiting(self: Any, step: int, *arguments: Any) -> None:
+        log(self, step, *arguments)
         started.set()
         may_end.wait()
 
@@ -323,11 +323,10 @@ def train_slowly(config: Config, started: Any, may_end: Any) -> None:
 
 
 @pytest.mark.slow
-def test_two_trainers_in_one_folder_are_one_too_many(bars_config: Config):
-    """The second is refused until the first has ended, or has been killed."""
+def test_a_second_process_cannot_train_in_the_folder_of_a_live_run(bars_config: Config):
     context = multiprocessing.get_context("spawn")
     started, may_end = context.Event(), context.Event()
-    config = changed(bars_config, max_steps=2, checkpoint_every=1)
+    config = with_train(bars_config, max_steps=2, checkpoint_every=1)
     first = context.Process(target=train_slowly, args=(config, started, may_end))
     first.start()
     assert started.wait(120)
@@ -335,7 +334,7 @@ def test_two_trainers_in_one_folder_are_one_too_many(bars_config: Config):
     for second in (replace(config, seed=1), replace(config, resume=True)):
         with pytest.raises(UserError, match="run_dir: "):
             train(second)
-    with pytest.raises(UserError, match="another process is training into"):
+    with pytest.raises(UserError, match=r"^run_dir: .* in use"):
         train(replace(config, resume=True))
     assert before == {file: file.read_bytes() for file in Path(config.run_dir).rglob("*.yaml")}
     first.kill()
@@ -343,29 +342,29 @@ def test_two_trainers_in_one_folder_are_one_too_many(bars_config: Config):
     assert train(replace(config, resume=True)).name == "step-00000002"
 
 
-def test_a_trainer_that_comes_second_to_a_new_folder_is_refused(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
-    """Both have seen that nothing is there; one makes the folder while the other still reads its data."""
-    make_run = training.make_run
+def test_only_one_of_two_processes_can_create_the_run_folder(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
+    """Both find no folder; one creates it while the other loads its data."""
+    prepare_run_dir = trainer.prepare_run_dir
 
-    def too_late(lock: Any, *arguments: Any) -> None:
+    def late_prepare_run_dir(lock: Any, *arguments: Any) -> None:
         with RunLock(lock.run_dir) as other:
             lock.run_dir.mkdir()
             other.acquire()
-            make_run(lock, *arguments)
+            prepare_run_dir(lock, *arguments)
 
-    monkeypatch.setattr(training, "make_run", too_late)
-    with pytest.raises(UserError, match="another process is training into"):
+    monkeypatch.setattr(trainer, "prepare_run_dir", late_prepare_run_dir)
+    with pytest.raises(UserError, match=r"^run_dir: .* in use"):
         train(bars_config)
     assert [path.name for path in Path(bars_config.run_dir).iterdir()] == [".lock"]
 
 
-def test_reading_goes_on_where_training_deletes_the_checkpoint_that_is_read(
+def test_loading_survives_the_deletion_of_the_checkpoint_by_training(
     bars_config: Config, monkeypatch: pytest.MonkeyPatch
 ):
-    """Between finding it and reading it, between any two of its files, and while its checksums are computed."""
+    """During the checksums, before loading, and between any two files, the newest checkpoint gets another name."""
     checkpoints_dir = train(bars_config).parent
     newest = checkpoints_dir / "step-00000004"
-    wanted = load_file(newest / "unet" / "diffusion_pytorch_model.safetensors")
+    expected = load_file(newest / "unet" / "diffusion_pytorch_model.safetensors")
     step = 4
 
     def rotate() -> None:
@@ -382,7 +381,7 @@ def test_reading_goes_on_where_training_deletes_the_checkpoint_that_is_read(
     ):
         original, rotated = getattr(module, name), []
 
-        def first_rotating(
+        def rotate_at_first_call(
             *arguments: Any, original: Any = original, rotated: list[bool] = rotated, **options: Any
         ) -> Any:
             if not rotated:
@@ -391,46 +390,46 @@ def test_reading_goes_on_where_training_deletes_the_checkpoint_that_is_read(
             return original(*arguments, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, first_rotating)
+            patch.setattr(module, name, rotate_at_first_call)
             pipe = TextToImage.from_pretrained(bars_config.run_dir)
         assert rotated
         assert pipe.folder == checkpoints_dir / f"step-{step:08d}"
-        assert all(torch.equal(wanted[key], value) for key, value in pipe.unet.state_dict().items())
+        assert all(torch.equal(expected[key], value) for key, value in pipe.unet.state_dict().items())
     with pytest.raises(UserError):
-        TextToImage.from_pretrained(newest)  # which is gone
+        TextToImage.from_pretrained(newest)  # no longer exists
 
 
-def test_a_full_disk_costs_the_new_checkpoint_and_never_the_old_one(
+def test_a_full_disk_loses_the_new_checkpoint_and_keeps_the_old_one(
     bars_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """The run goes on without it; at the end, where nothing follows, it is an error."""
-    write, saved = training_state.TrainingState.write_pieces, []
+    """The run continues without it; only for the last checkpoint it is an error."""
+    write, saved = training_state.TrainingState.write_shards, []
 
-    def full_from_the_second_on(*arguments: Any) -> None:
+    def full_after_first(*arguments: Any) -> None:
         write(*arguments)
         saved.append(arguments)
         if len(saved) > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(training_state.TrainingState, "write_pieces", full_from_the_second_on)
-    with pytest.raises(UserError, match=r"step-00000006 cannot be written \(.*No space left .* are untouched"):
-        train(changed(bars_config, max_steps=6))
+    monkeypatch.setattr(training_state.TrainingState, "write_shards", full_after_first)
+    with pytest.raises(UserError, match=r"step-00000006 cannot be written \(.*No space left"):
+        train(with_train(bars_config, max_steps=6))
     assert len(saved) == 3
     assert "step-00000004 cannot be written" in caplog.text
     assert [path.name for path in (Path(bars_config.run_dir) / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_a_disk_that_is_really_full_does_the_same(bars_config: Config, tmp_path: Path, caplog: Any):
-    """A disk with room for one checkpoint, and no second one."""
-    size = sum(file.stat().st_size for file in train(changed(bars_config, snapshots=0)).rglob("*"))
+def test_a_file_system_without_space_loses_only_the_new_checkpoint(bars_config: Config, tmp_path: Path, caplog: Any):
+    """On a file system with space for one checkpoint."""
+    size = sum(file.stat().st_size for file in train(with_train(bars_config, snapshots=0)).rglob("*"))
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size)}", "tmpfs", str(disk)]
     if os.name != "posix" or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only the system's administrator can mount a small disk")
+        pytest.skip("needs root to mount a small file system")
     try:
-        config = changed(bars_config, max_steps=6, snapshots=0)
-        with pytest.raises(UserError, match=r"step-00000006 cannot be written \(.*\); the checkpoints before it are"):
+        config = with_train(bars_config, max_steps=6, snapshots=0)
+        with pytest.raises(UserError, match=r"step-00000006 cannot be written \("):
             train(replace(config, run_dir=str(disk / "run")))
         assert "step-00000004 cannot be written" in caplog.text
         assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-00000002"]
@@ -439,69 +438,69 @@ def test_a_disk_that_is_really_full_does_the_same(bars_config: Config, tmp_path:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_saving_holds_training_up_no_longer_than_copying(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
-    """While a checkpoint waits for its disk, steps go on; and what they change is not in it."""
-    disk_is_ready, begun = threading.Event(), threading.Event()
-    save = saving.save_checkpoint
+def test_training_continues_while_a_checkpoint_is_written(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
+    """The checkpoint does not contain the changes of later steps."""
+    disk_is_ready, started = threading.Event(), threading.Event()
+    save = training_state.save_checkpoint
 
-    def slow(*arguments: Any, **options: Any) -> Path:
-        begun.set()
+    def slow_save(*arguments: Any, **options: Any) -> Path:
+        started.set()
         assert disk_is_ready.wait(60)
         return save(*arguments, **options)
 
     log = reporting.Reporter.log
 
-    def watched(self: Any, done: int, *arguments: Any) -> None:
-        log(self, done, *arguments)
-        if done == 3:  # step 2 has begun to save
-            assert begun.wait(60)
+    def checking_log(self: Any, step: int, *arguments: Any) -> None:
+        log(self, step, *arguments)
+        if step == 3:  # the checkpoint of step 2 is being written
+            assert started.wait(60)
             assert not list((Path(config.run_dir) / "checkpoints").glob("step-*"))
             disk_is_ready.set()
 
-    monkeypatch.setattr(saving, "save_checkpoint", slow)
-    monkeypatch.setattr(reporting.Reporter, "log", watched)
-    config = replace(changed(bars_config, max_steps=3, keep_checkpoints=3, learning_rate_schedule="constant"))
+    monkeypatch.setattr(training_state, "save_checkpoint", slow_save)
+    monkeypatch.setattr(reporting.Reporter, "log", checking_log)
+    config = with_train(bars_config, max_steps=3, keep_checkpoints=3, learning_rate_schedule="constant")
     config = replace(config, run_dir=bars_config.run_dir + "-slow")
     train(config)
     assert [c.name for c in checkpoints(Path(config.run_dir))] == ["step-00000002", "step-00000003"]
-    constant = changed(bars_config, max_steps=2, learning_rate_schedule="constant")
+    constant = with_train(bars_config, max_steps=2, learning_rate_schedule="constant")
     monkeypatch.undo()
-    straight = weights(train(replace(constant, run_dir=bars_config.run_dir + "-2")))
-    found = weights(checkpoints(Path(config.run_dir))[0])
-    assert all(torch.equal(straight[name], found[name]) for name in straight)
+    expected = weights(train(replace(constant, run_dir=bars_config.run_dir + "-2")))
+    actual = weights(checkpoints(Path(config.run_dir))[0])
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
-def test_any_ema_width_can_be_drawn_from_after_training(bars_config: Config):
-    """The width of training gives the checkpoint's own weights; another one those that training with it would have."""
-    config = changed(bars_config, max_steps=32, snapshots=32, checkpoint_every=0)
+def test_averages_of_any_width_can_be_reconstructed_after_training(bars_config: Config):
+    """The width of training gives the checkpoint's weights; another one the weights of a training with that width."""
+    config = with_train(bars_config, max_steps=32, snapshots=32, checkpoint_every=0)
     train(config)
-    other = changed(replace(config, run_dir=config.run_dir + "-other"), ema_width=0.07)
+    other = with_train(replace(config, run_dir=config.run_dir + "-other"), ema_width=0.07)
     train(other)
     own, as_trained = (TextToImage.from_pretrained(config.run_dir, ema_width=w).unet.state_dict() for w in (0.1, None))
     for name, weight in as_trained.items():
         torch.testing.assert_close(own[name], weight, rtol=1e-5, atol=1e-6)
-    found = TextToImage.from_pretrained(config.run_dir, ema_width=0.07).unet.state_dict()
-    wanted = TextToImage.from_pretrained(other.run_dir).unet.state_dict()
-    distance, moved = (sum((w - of[n]).square().sum() for n, w in wanted.items()) for of in (found, as_trained))
-    assert distance < 0.01 * moved
+    actual = TextToImage.from_pretrained(config.run_dir, ema_width=0.07).unet.state_dict()
+    expected = TextToImage.from_pretrained(other.run_dir).unet.state_dict()
+    error, difference = (sum((w - of[n]).square().sum() for n, w in expected.items()) for of in (actual, as_trained))
+    assert error < 0.01 * difference
 
 
-def test_gradient_checkpointing_gives_the_same_weights_and_keeps_less(bars_config: Config):
-    plain = weights(train(bars_config))
-    config = changed(replace(bars_config, run_dir=bars_config.run_dir + "-2"), gradient_checkpointing=True)
-    found = weights(train(config))
-    assert all(torch.equal(plain[name], found[name]) for name in plain)
-    kept = []
+def test_gradient_checkpointing_gives_the_same_weights_with_less_memory(bars_config: Config):
+    expected = weights(train(bars_config))
+    config = with_train(replace(bars_config, run_dir=bars_config.run_dir + "-2"), gradient_checkpointing=True)
+    actual = weights(train(config))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    sizes = []
     for checkpointing in (False, True):
-        unet = new_unet(changed(bars_config, gradient_checkpointing=checkpointing), 64, PixelPatchify(1))
+        unet = new_unet(with_train(bars_config, gradient_checkpointing=checkpointing), 64, PixelPatchify(1))
         x, t, context = torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64), torch.randn(8, 16, 64)
-        kept.append(bytes_kept(unet, lambda unet=unet, x=x, t=t, context=context: unet(x, t, context).sum()))
-    assert kept[1] < 0.4 * kept[0]
+        sizes.append(activation_bytes(unet, lambda unet=unet, x=x, t=t, context=context: unet(x, t, context).sum()))
+    assert sizes[1] < 0.4 * sizes[0]
 
 
 @pytest.mark.slow
-def test_a_compiled_network_trains_the_same_but_for_rounding(bars_overrides: list[str], bars_config: Config):
-    """In a process of its own, where no types are checked: the compiler would compile the checks, too."""
+def test_a_compiled_network_trains_the_same_up_to_rounding(bars_overrides: list[str], bars_config: Config):
+    """In a process without runtime type checks, which the compiler would compile as well."""
     small = [*bars_overrides, "unet.channels=[32]", "unet.attention=[true]"]
     compiled = bars_config.run_dir + "-2"
     train(load_config(Config, ROOT / "configs" / "mnist.yaml", [*small, f"run_dir={bars_config.run_dir}"]))
@@ -514,123 +513,124 @@ def test_a_compiled_network_trains_the_same_but_for_rounding(bars_overrides: lis
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_cpu_without_the_instructions_trains_in_fp32_and_says_so(
+def test_a_cpu_without_half_precision_instructions_trains_in_fp32(
     bars_config: Config, precision: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(setup, "has_bf16", lambda: False)
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
-    assert make_accelerator(changed(bars_config, mixed_precision=precision)).mixed_precision == "no"
-    assert f"train.mixed_precision={precision}: this CPU has no instructions for it" in caplog.text
+    assert make_accelerator(with_train(bars_config, mixed_precision=precision)).mixed_precision == "no"
+    assert re.search(rf"train\.mixed_precision: .*{precision}", caplog.text)
 
 
-def test_muon_is_refused_where_matrices_are_cut_up(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
+def test_muon_with_fsdp_is_a_user_error(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(setup.Accelerator, "distributed_type", DistributedType.FSDP)
     monkeypatch.setattr(setup.Accelerator, "is_fsdp2", True)
-    with pytest.raises(UserError, match="train.optimizer: muon needs whole matrices"):
-        make_accelerator(changed(bars_config, optimizer="muon"))
+    with pytest.raises(UserError, match=r"^train\.optimizer: muon "):
+        make_accelerator(with_train(bars_config, optimizer="muon"))
 
 
-def test_with_fp16_a_step_that_overflows_lowers_the_factor_of_the_loss_and_no_weights(
-    bars_config: Config, poisoned: list[int], monkeypatch: pytest.MonkeyPatch
+def test_an_fp16_overflow_decreases_the_loss_scale_and_leaves_the_weights(
+    bars_config: Config, non_finite_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ):
-    """On a CPU Accelerate makes no scaler; here it is given torch's own."""
-    make = training.make_accelerator
+    """Accelerate creates no scaler on a CPU, so the test adds torch's."""
+    make_accelerator = trainer.make_accelerator
 
     def with_scaler(config: Config) -> Any:
-        accelerator = make(config)
+        accelerator = make_accelerator(config)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         return accelerator
 
-    train(changed(bars_config, max_steps=2))
-    monkeypatch.setattr(training, "make_accelerator", with_scaler)
-    poisoned += [2]
-    newest = train(replace(changed(bars_config, max_steps=4), resume=True))
+    train(with_train(bars_config, max_steps=2))
+    monkeypatch.setattr(trainer, "make_accelerator", with_scaler)
+    non_finite_steps += [2]
+    newest = train(replace(with_train(bars_config, max_steps=4), resume=True))
     assert newest.name == "step-00000004"
-    assert json.loads((newest / "state" / "progress.json").read_text())["scaler"]["scale"] == 512
-    poisoned.clear()
+    assert json.loads((newest / "state" / "progress.json").read_text(encoding="utf-8"))["scaler"]["scale"] == 512
+    non_finite_steps.clear()
     after = weights(newest)
-    train(replace(changed(bars_config, max_steps=6), resume=True))  # goes on with what was saved
+    train(replace(with_train(bars_config, max_steps=6), resume=True))  # loads the saved scale
     newest = checkpoints(Path(bars_config.run_dir))[-1]
-    assert json.loads((newest / "state" / "progress.json").read_text())["scaler"]["scale"] == 512
+    assert json.loads((newest / "state" / "progress.json").read_text(encoding="utf-8"))["scaler"]["scale"] == 512
     assert not all(torch.equal(value, after[name]) for name, value in weights(newest).items())
 
 
-def test_a_resumed_run_says_what_changed_and_goes_on_where_that_is_safe(
+def test_a_resumed_run_logs_allowed_changes_and_refuses_others(
     bars_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    train(changed(bars_config, max_steps=2))
+    train(with_train(bars_config, max_steps=2))
     colours.write(tmp_path / "other", "jsonl", 40)
     data = replace(bars_config.data, source=str(tmp_path / "other"), caption_column="text", caption_templates=())
-    train(replace(changed(bars_config, max_steps=4), data=data, resume=True))
-    assert f"resume: data.source was '{bars_config.data.source}' in this run and is now" in caplog.text
-    assert "resume: the data changed: {'pictures': 64, " in caplog.text
+    train(replace(with_train(bars_config, max_steps=4), data=data, resume=True))
+    assert re.search(rf"resume: data\.source .*'{re.escape(bars_config.data.source)}'", caplog.text)
+    assert re.search(r"resume: the data .*: 64, .*: 40, ", caplog.text)
     caplog.clear()
     streamed = replace(data, streaming=True)
-    train(replace(changed(bars_config, max_steps=5), data=streamed, resume=True))
-    assert "resume: data.streaming was False in this run and is now True; continuing with it" in caplog.text
-    train(replace(changed(bars_config, max_steps=6), data=streamed, resume=True))
-    with pytest.raises(UserError, match="resume: data.resolution was 8 in this run and is now 16; the weights mean"):
+    train(replace(with_train(bars_config, max_steps=5), data=streamed, resume=True))
+    assert re.search(r"resume: data\.streaming .*False.*True", caplog.text)
+    train(replace(with_train(bars_config, max_steps=6), data=streamed, resume=True))
+    with pytest.raises(UserError, match=r"^resume: data\.resolution .*8.*16"):
         train(replace(bars_config, data=replace(data, resolution=16), resume=True))
 
 
-def test_a_full_disk_costs_lines_and_grids_and_not_the_run(
+def test_a_full_disk_does_not_stop_a_run_that_cannot_write_metrics_and_grids(
     bars_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    opened = Path.open
+    original_open = Path.open
 
     def full(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         if self.name == "metrics.jsonl" and mode == "a":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return opened(self, mode, *arguments, **options)
+        return original_open(self, mode, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", full)
     Path(bars_config.run_dir).mkdir()
-    config = replace(changed(bars_config, sample_every=2), resume=False)
+    config = replace(with_train(bars_config, sample_every=2), resume=False)
     monkeypatch.setattr("PIL.Image.Image.save", lambda *_: full(Path("metrics.jsonl"), "a"))
     assert train(config).name == "step-00000004"
-    assert "metrics.jsonl cannot be written (No space left on device); training goes on" in caplog.text
-    assert "step-00000002.png cannot be written (No space left on device); training goes on" in caplog.text
+    for file in ("metrics.jsonl", "step-00000002.png"):
+        assert f"{file} cannot be written (No space left on device)" in caplog.text
 
 
-def test_what_a_kill_has_left_of_a_line_is_forgotten(bars_config: Config):
-    train(changed(bars_config, max_steps=2))
+def test_incomplete_lines_of_metrics_are_removed_on_resume(bars_config: Config):
+    train(with_train(bars_config, max_steps=2))
     file = Path(bars_config.run_dir) / "metrics.jsonl"
-    first, second = file.read_text().splitlines()
-    file.write_text(f'{first}\n{second}\n{{"step": 3, "lo{{"step": 3}}\n{{"step"')
+    first, second = file.read_text(encoding="utf-8").splitlines()
+    file.write_text(f'{first}\n{second}\n{{"step": 3, "lo{{"step": 3}}\n{{"step"', encoding="utf-8")
     train(replace(bars_config, resume=True))
     assert [line["step"] for line in metrics(Path(bars_config.run_dir))] == [1, 2, 3, 4]
 
 
-def test_what_follows_the_checkpoint_is_measured_again_and_its_snapshots_are_made_again(bars_config: Config):
-    """A run that comes back to step 2 with other settings keeps nothing of what it was after it."""
-    train(changed(bars_config, evaluate_every=2, snapshots=16))
+def test_a_resumed_run_replaces_metrics_and_snapshots_after_its_checkpoint(bars_config: Config):
+    train(with_train(bars_config, evaluate_every=2, snapshots=16))
     run_dir = Path(bars_config.run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step-00000004")
-    train(replace(changed(bars_config, max_steps=6, snapshots=3, evaluate_every=2), resume=True))
+    train(replace(with_train(bars_config, max_steps=6, snapshots=3, evaluate_every=2), resume=True))
     assert [file.stem for file in sorted((run_dir / "snapshots").iterdir())] == [
         f"step-0000000{step}" for step in (1, 2, 4, 6)
     ]
     assert [line["step"] for line in metrics(run_dir) if "held_out_loss" in line] == [2, 4, 6]
 
 
-def test_the_checkpoint_that_was_just_written_is_never_the_one_that_is_deleted(tmp_path: Path):
-    """Later ones that are damaged, behind which a run has begun again, do not count."""
+def test_rotation_never_deletes_the_checkpoint_just_written(tmp_path: Path):
+    """Later checkpoints, which are damaged if a run went back before them, do not count."""
     for step in (500, 1000, 1500):
-        save_checkpoint(tmp_path, step, lambda folder: (folder / "a").write_text("x") and None, keep=3)
-    save_checkpoint(tmp_path, 600, lambda folder: (folder / "a").write_text("x") and None, keep=1)
+        save_checkpoint(
+            tmp_path, step, lambda folder: (folder / "a").write_text("x", encoding="utf-8") and None, keep=3
+        )
+    save_checkpoint(tmp_path, 600, lambda folder: (folder / "a").write_text("x", encoding="utf-8") and None, keep=1)
     assert [c.name for c in checkpoints(tmp_path)] == ["step-00000600", "step-00001000", "step-00001500"]
 
 
-def test_the_width_of_the_average_cannot_change_within_a_run(bars_config: Config):
-    train(changed(bars_config, max_steps=2))
-    with pytest.raises(UserError, match="resume: train.ema_width was 0.1 in this run and is now 0.2; keep it"):
-        train(replace(changed(bars_config, ema_width=0.2), resume=True))
+def test_ema_width_cannot_change_on_resume(bars_config: Config):
+    train(with_train(bars_config, max_steps=2))
+    with pytest.raises(UserError, match=r"^resume: train\.ema_width .*0\.1.*0\.2"):
+        train(replace(with_train(bars_config, ema_width=0.2), resume=True))
 
 
-def test_what_the_data_decides_about_the_unet_is_filled_in_or_checked(bars_config: Config):
+def test_unet_config_is_completed_from_the_data_or_checked_against_it(bars_config: Config):
     complete = complete_unet_config(bars_config, 64, PixelPatchify(2))
     assert (complete.in_channels, complete.sample_size, complete.context_dim) == (4, 4, 64)
-    with pytest.raises(UserError, match=r"latent.patch_size: 3 does not divide data.resolution \(8\)"):
+    with pytest.raises(UserError, match=r"latent\.patch_size: 3 .*8"):
         complete_unet_config(bars_config, 64, PixelPatchify(3))
-    with pytest.raises(UserError, match="unet.in_channels: 3 does not fit the data"):
+    with pytest.raises(UserError, match=r"^unet\.in_channels: 3 .*1"):
         complete_unet_config(replace(bars_config, unet=replace(bars_config.unet, in_channels=3)), 64, PixelPatchify(1))
