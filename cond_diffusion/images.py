@@ -78,7 +78,7 @@ def fit(
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=(place, place))
 
 
-class Pictures(list[Image.Image]):
+class ImageGrid(list[Image.Image]):
     """List of PIL images that a notebook displays as a grid."""
 
     def __init__(self, images: Iterable[Image.Image] = (), columns: int = 1) -> None:

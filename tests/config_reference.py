@@ -1,6 +1,7 @@
 """Writes the config reference of training/README.md: `python tests/config_reference.py`."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +21,13 @@ def rows(config: Any, prefix: str = "") -> Iterator[str]:
             yield from rows(value, f"{prefix}{field.name}.")
         else:
             meaning = config.__pydantic_fields__[field.name].description
-            default = {None: "none", (): "none", True: "true", False: "false"}.get(_hashable(value), _text(value))
-            yield f"| `{prefix}{field.name}` | {default} | {meaning} |\n"
-
-
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, bool | tuple) or value is None else object()
+            yield f"| `{prefix}{field.name}` | {_text(value)} | {meaning} |\n"
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return str([*value]).replace("True", "true").replace("False", "false")
-    return str(value) if value != {} else "none"
+    if value in (None, (), {}):
+        return "none"
+    return json.dumps(value) if isinstance(value, bool | tuple) else str(value)
 
 
 def table() -> str:

@@ -1,4 +1,4 @@
-"""What the tests share: small captioned pictures, and a config that trains on them in seconds."""
+"""What the tests share: small captioned images, and a config that trains on them in seconds."""
 
 # ruff: noqa: E402 - the environment is set before the libraries are imported that read it.
 
@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 from cond_diffusion.config.run import Config, load_config
 
 # Fixtures of tests that train or start processes; `pytest -m "not slow"` leaves these tests out.
-SLOW_FIXTURES = {"bars_overrides", "bars_config", "clone", "run_in_processes"}
+SLOW_FIXTURES = {"bars_overrides", "bars_config", "clone"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,9 +54,9 @@ SIDE = 8
 
 def bar(label: int, place: int) -> torch.Tensor:
     """Return a white bar on black, upright for label 0 and level for label 1, at one of eight places."""
-    picture = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
-    picture[:, place % SIDE] = 255
-    return picture if label == 0 else picture.T.contiguous()
+    image = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
+    image[:, place % SIDE] = 255
+    return image if label == 0 else image.T.contiguous()
 
 
 def write_empty_parquet(file: Path) -> None:
@@ -91,12 +91,12 @@ def _as_process(process: int, count: int, port: int, target: Callable[..., None]
 
 @pytest.fixture(scope="session")
 def bars_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 pictures of bars with labels, in a Parquet file as the hub has them."""
+    """64 images of bars with labels, in a Parquet file as the hub has them."""
     file = tmp_path_factory.mktemp("bars") / "train.parquet"
     labels = [i % 2 for i in range(64)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["upright", "level"])})
-    pictures = [bar(label, i // 2).numpy() for i, label in enumerate(labels)]
-    datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features).to_parquet(file)
+    images = [bar(label, i // 2).numpy() for i, label in enumerate(labels)]
+    datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(file)
     return file
 
 

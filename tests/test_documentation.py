@@ -191,25 +191,23 @@ def test_every_command_runs_and_writes_its_files(document: str, clone: Path, mon
                         assert least < greatest, file
 
 
-def test_lines_that_need_the_hub_have_valid_configs():
-    lines = [
+def console_lines() -> list[str]:
+    return [
         line
         for block in blocks(DOCUMENTS["cond_diffusion/training/README.md"], "console")
         for line in block.splitlines()
     ]
-    words = [line.split() for line in lines if line.startswith("python ")]
+
+
+def test_lines_that_need_the_hub_have_valid_configs():
+    words = [line.split() for line in console_lines() if line.startswith("python ")]
     configs = [load_config(Config, ROOT / line[3], line[4:]) for line in words]
     assert [config.latent.vae for config in configs] == ["stabilityai/sd-vae-ft-mse", None]
     assert [config.train.lora_rank for config in configs] == [0, 4]
 
 
 def test_accelerate_parses_the_lines_for_several_gpus():
-    lines = [
-        line
-        for block in blocks(DOCUMENTS["cond_diffusion/training/README.md"], "console")
-        for line in block.splitlines()
-    ]
-    lines = [line for line in lines if line.startswith("accelerate ")]
+    lines = [line for line in console_lines() if line.startswith("accelerate ")]
     assert len(lines) == 3
     for line in lines:
         given = launch_command_parser().parse_args(line.removeprefix("accelerate launch ").split())

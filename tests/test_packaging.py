@@ -13,15 +13,22 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([*PIP, "wheel", "--no-deps", "--wheel-dir", folder, ROOT], check=True)
+    (file,) = folder.glob("*.whl")
+    return file
+
 
 @pytest.mark.slow
-def test_installed_wheel_trains_and_samples(tmp_path: Path):
+def test_installed_wheel_trains_and_samples(wheel: Path, tmp_path: Path):
     """The commands run in a folder outside the project."""
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    subprocess.run([*PIP, "install", "--no-deps", "--target", site, wheel], check=True)
     folder = tmp_path / "elsewhere"
     folder.mkdir()
 
@@ -40,17 +47,15 @@ def test_installed_wheel_trains_and_samples(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_types_are_seen_by_the_pyright_of_a_user(tmp_path: Path):
+def test_types_are_seen_by_the_pyright_of_a_user(wheel: Path, tmp_path: Path):
     """The wheel in a virtual environment of its own, beside the dependencies of this one."""
     if importlib.util.find_spec("pyright") is None:
         assert "CI" not in os.environ
         pytest.skip("pyright is not installed; run: pip install --group dev")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
     venv.create(tmp_path / "venv")
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        wheel.extractall(site)
+    with zipfile.ZipFile(wheel) as content:
+        content.extractall(site)
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     script = tmp_path / "script.py"
     script.write_text(

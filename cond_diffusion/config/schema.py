@@ -57,7 +57,7 @@ def expand_home(value: Any) -> Any:
 
 def local_path(text: str) -> Path:
     """Convert an argument of the command line."""
-    return Path(text).expanduser()
+    return Path(expand_home(text))
 
 
 LocalPath = Annotated[str, BeforeValidator(expand_home)]

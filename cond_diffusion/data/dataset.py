@@ -184,6 +184,15 @@ class RandomDraws:
     caption: Float[Tensor, " b"]
     crop: Float[Tensor, " b"]
 
+    @classmethod
+    def fixed(cls, count: int) -> "RandomDraws":
+        """Return the draws that pick the first caption and the center crop for each of `count` samples."""
+        return cls(caption=torch.zeros(count), crop=torch.full((count,), 0.5))
+
+    def first(self, count: int) -> "RandomDraws":
+        """Return the draws of the first `count` samples."""
+        return RandomDraws(self.caption[:count], self.crop[:count])
+
 
 @dataclass(frozen=True)
 class CaptionedBatch:

@@ -70,8 +70,8 @@ class ShuffledDataset:
         if not self.num_held_out:
             return None
         numbers = torch.arange(self.num_trained_on, len(self.data))[: len(draws.crop)]
-        first_draws = RandomDraws(draws.caption[: len(numbers)], draws.crop[: len(numbers)])
-        return self._read(numbers, self.num_trained_on, len(self.data), first_draws).repeated(len(draws.crop))
+        first = draws.first(len(numbers))
+        return self._read(numbers, self.num_trained_on, len(self.data), first).repeated(len(draws.crop))
 
     def held_out_indices(self) -> Int64[Tensor, " n"]:
         """Return the dataset indices of the held-out samples."""
@@ -115,6 +115,11 @@ class ShuffledDataset:
     @property
     def num_images(self) -> int:
         return len(self.data)
+
+    @property
+    def size(self) -> str:
+        """The number of images, as text."""
+        return f"{self.num_images} images"
 
     @property
     def is_in_memory(self) -> bool:

@@ -128,13 +128,14 @@ def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _F
         found += [f"{len(pairs)} image(s) with text files"] * bool(pairs)
         hint = "expected one kind; set data.source to a subfolder or a file"
         raise UserError(f"data.source: {source} contains {' and '.join(found)}; {hint}")
-    for suffix, kind in archives.items():
+    if archives:
+        ((suffix, kind),) = archives.items()
         return _Files(BUILDERS[suffix], split, _files_of_split(source, folder, kind, split))
     if split != "train" and split_folder == folder:
         raise UserError(f"data.source: {source} has no split {split!r}: no folder {split}")
     if pairs:
         _warn_unpaired(source, files, pairs)
-        texts = [read_caption(caption) for caption in pairs.values()]
+        texts = [_read_caption(caption) for caption in pairs.values()]
         table = datasets.Dataset.from_dict({"image": [str(image) for image in pairs], "text": texts})
         return table.cast_column("image", datasets.Image())
     if not files:
@@ -210,7 +211,7 @@ def _num_rows(metadata: Path) -> int:
         return sum(1 for line in lines if line.strip())
 
 
-def read_caption(file: Path) -> str:
+def _read_caption(file: Path) -> str:
     """Return the text of a caption file.
 
     Raises:

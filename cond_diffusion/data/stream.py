@@ -54,6 +54,7 @@ class CaptionedStream:
 
     is_in_memory = False
     num_images = None  # unknown
+    size = "a stream"
 
     def __init__(self, config: DataConfig, seed: int) -> None:
         self.config = config = config.with_captions()
@@ -131,8 +132,7 @@ class CaptionedStream:
             return None
         count = min(len(draws.crop), len(self.held_out_rows))
         rows = [_BlockRow(self.held_out_rows, i) for i in range(count)]
-        first_draws = RandomDraws(draws.caption[:count], draws.crop[:count])
-        return self._decoded(rows, "held-out row %d", first_draws).repeated(len(draws.crop))
+        return self._decoded(rows, "held-out row %d", draws.first(count)).repeated(len(draws.crop))
 
     def _decoded(self, block_rows: list["_BlockRow"], name: str, draws: RandomDraws) -> CaptionedBatch:
         def fetch(positions: list[int], attempt: int) -> list[EncodedImage]:

@@ -113,7 +113,7 @@ class TextEncoder(nn.Module):
 
     def unknown_words(self, captions: Sequence[str]) -> list[str]:
         """Return the words that the vocabulary does not hold: they are split into tokens of one or two letters."""
-        words = list(dict.fromkeys(word for caption in captions for word in re.findall(r"[^\W\d_]{3,}", caption)))
+        words = distinct_words(captions)
         tokens: Any = self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"] if words else []
         return [word for word, own in zip(words, tokens, strict=True) if len(word) < 2 * len(own)]
 
@@ -146,6 +146,11 @@ class TextEncoder(nn.Module):
             if tokens := [i for i, (start, end) in offsets if start < word.end() and end > word.start()]:
                 words.append((word.group(), tokens))
         return words
+
+
+def distinct_words(captions: Sequence[str]) -> list[str]:
+    """Return the words of three letters or more, each once."""
+    return list(dict.fromkeys(word for caption in captions for word in re.findall(r"[^\W\d_]{3,}", caption)))
 
 
 def find_clip(source: str | Path) -> Path:

@@ -23,7 +23,7 @@ from cond_diffusion.diffusion.objective import Prediction, denoiser
 from cond_diffusion.diffusion.samplers import Noise, Sampler, Step, build_sampler, sampling_timesteps
 from cond_diffusion.errors import Interrupted, UserError
 from cond_diffusion.hub import upload
-from cond_diffusion.images import PILLOW_MODES, Pictures, fit, from_pillow, grid, normalize_image, to_pillow
+from cond_diffusion.images import PILLOW_MODES, ImageGrid, fit, from_pillow, grid, normalize_image, to_pillow
 from cond_diffusion.models.ema import weights_of_width
 from cond_diffusion.models.latents import LatentSpace
 from cond_diffusion.models.lora import add_lora_file
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 class SamplingInterrupted(KeyboardInterrupt):
     """Sampling was interrupted; `images` holds the images of the complete batches."""
 
-    def __init__(self, images: Pictures) -> None:
+    def __init__(self, images: ImageGrid) -> None:
         super().__init__(f"interrupted; {len(images)} images are complete")
         self.images = images
 
@@ -396,8 +396,8 @@ class TextToImage:
         denoise = denoiser(network, self.prediction, clip, job.edit.apply_mask)
         return job.sampler(denoise, self.schedule, x, job.timesteps, noise)
 
-    def _to_pil(self, batches: list[Tensor], job: Job) -> Pictures:
-        return Pictures((image for batch in batches for image in to_pillow(batch)), columns=job.options.num_images)
+    def _to_pil(self, batches: list[Tensor], job: Job) -> ImageGrid:
+        return ImageGrid((image for batch in batches for image in to_pillow(batch)), columns=job.options.num_images)
 
     def _preprocess(self, image: Image.Image) -> Float[Tensor, "1 c h w"]:
         return from_pillow(fit(image, (self.image_size, self.image_size), self.channels)).to(self.device)[None]

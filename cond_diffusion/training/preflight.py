@@ -5,7 +5,6 @@ learn a data set.
 """
 
 import math
-import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from cond_diffusion.data.dataset import RandomDraws
 from cond_diffusion.data.loader import TrainingData, open_training_data
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import enlarged, grid, to_model, to_pillow
-from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.models.text_encoder import TextEncoder, distinct_words
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.generate import reserve_path
 from cond_diffusion.training.batches import Batches
@@ -89,17 +88,15 @@ def _data_summary(
     """Describe the source, from the first images in training order; return its problems, the most important first."""
     data, decoder = config.data.with_captions(), training_data.decoder
     num_images = training_data.num_images
-    size = "a stream" if num_images is None else f"{num_images} images"
     count = MAX_INSPECTED if num_images is None else min(num_images, MAX_INSPECTED)
-    yield f"data: {data.source}, {size}; columns: {', '.join(training_data.columns)}"
+    yield f"data: {data.source}, {training_data.size}; columns: {', '.join(training_data.columns)}"
 
     captions: list[str] = []
     images: list[Image.Image] = []
     for first in tqdm(range(0, count, INSPECTION_BATCH), desc="inspecting images", leave=False):
-        center = torch.full((min(INSPECTION_BATCH, count - first),), 0.5)
         if training_data.state is not None and training_data.state["epoch"] > 0:
             break  # the whole stream has been inspected
-        batch = training_data.read(first, RandomDraws(caption=torch.zeros_like(center), crop=center))
+        batch = training_data.read(first, RandomDraws.fixed(min(INSPECTION_BATCH, count - first)))
         captions += batch.captions
         images += to_pillow(to_model(batch.images[: GRID_IMAGES - len(images)]))
     training_data.resume({}, position=0, same=False)
@@ -122,8 +119,7 @@ def _data_summary(
         length, longest = text_encoder.max_length_for(unique, 0.99), text_encoder.clip.config.max_position_embeddings
         change = f"text.max_length={length}" if length <= longest else OTHER_ENCODER
         problems.append(f"{len(truncated) / len(unique):.0%} of the captions are truncated; set {change}")
-    words = {word for caption in unique for word in re.findall(r"[^\W\d_]{3,}", caption)}
-    unknown = text_encoder.unknown_words(unique)
+    words, unknown = distinct_words(unique), text_encoder.unknown_words(unique)
     if len(unknown) > MAX_UNKNOWN * len(words):
         share, examples = len(unknown) / len(words), ", ".join(unknown[:3])
         problems.append(f"{share:.0%} of the words are unknown to text.encoder ({examples}); set {OTHER_ENCODER}")
@@ -176,21 +172,19 @@ def verdict(losses: Sequence[float], learning_rate: float, problems: Sequence[st
     """Yield the result of the overfitting test, and what to change before the run, the most important first."""
     option, changes = f"train.learning_rate ({learning_rate})", [*problems]
     if not all(math.isfinite(value) for value in losses):
-        change = "the loss of one batch is not finite"
+        result = "the loss of one batch is not finite"
         changes.insert(0, f"{option} is too high")
     else:
-        change, ratio = (
-            f"loss of one batch {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps",
-            losses[-1] / losses[0],
-        )
+        result = f"loss of one batch {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps"
+        ratio = losses[-1] / losses[0]
         if ratio >= 1:
             changes.insert(0, f"the network does not learn; {option} may be too high")
         elif ratio >= MAX_LOSS_RATIO:
             changes.append(f"the network learns slowly; {option} may be too low")
     if not changes:
-        yield f"verdict: {change}: the network learns; start the run"
+        yield f"verdict: {result}: the network learns; start the run"
         return
-    yield f"verdict: {change}; before you start the run, change:"
+    yield f"verdict: {result}; before you start the run, change:"
     yield from (f"  {number}. {change}" for number, change in enumerate(changes, 1))
 
 

@@ -60,11 +60,10 @@ def train(config: Config, dataset: datasets.Dataset | Sequence[Any] | None = Non
 def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | None) -> Path:
     config, accelerator, network, optimizer = run.config, run.accelerator, run.network, run.optimizer
     training_data = open_data(run, dataset)
-    num_images = training_data.num_images
-    num_captions = len(training_data.captions() or [""]) - 1  # without the empty one
-    size = "a stream" if num_images is None else f"{num_images} images, {num_captions} different captions"
-    logger.info("data.source: %s: %s", config.data.source, size)
-    text_embedder = build_text_embedder(training_data, run.text_encoder, accelerator)
+    captions = training_data.captions()
+    counted = "" if captions is None else f", {len(captions) - 1} different captions"  # without the empty one
+    logger.info("data.source: %s: %s%s", config.data.source, training_data.size, counted)
+    text_embedder = build_text_embedder(captions, run.text_encoder, accelerator)
     state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train, accelerator)
     progress = resume_from(run, state, training_data)
     start = progress.get("step", 0)
@@ -166,13 +165,13 @@ def end_training(accelerator: Accelerator) -> None:
 
 
 def build_text_embedder(
-    training_data: TrainingData, text_encoder: TextEncoder, accelerator: Accelerator
+    captions: Sequence[str] | None, text_encoder: TextEncoder, accelerator: Accelerator
 ) -> TextEmbedder:
     """Return a function from captions to text embeddings, and log how many captions are truncated.
 
-    For a data set it is a table of all captions; for a stream, whose captions are not known in advance, the encoder.
+    For a data set it is a table of all captions; for a stream, whose captions are not known in advance (None), the
+    encoder.
     """
-    captions = training_data.captions()
     if captions is None:
         return text_encoder
     if truncated := text_encoder.cut(captions):

@@ -84,8 +84,7 @@ class Validator:
         self.text_embedder = text_embedder
         self.objective = objective
         self.batch_size = config.train.batch_size
-        center = torch.full((NUM_EXAMPLES,), 0.5, dtype=torch.float64)
-        self.batch = training_data.held_out(RandomDraws(caption=torch.zeros_like(center), crop=center))
+        self.batch = training_data.held_out(RandomDraws.fixed(NUM_EXAMPLES))
         if self.batch is None:
             return
         self.images = self.batch.images

@@ -60,11 +60,6 @@ def data_config(overrides: list[str], **changes: Any) -> DataConfig:
     return replace(load_config(Config, overrides=[*TINY, *overrides]).data, **changes)
 
 
-def fixed_draws(count: int) -> RandomDraws:
-    """The first caption and the center crop for each sample."""
-    return RandomDraws(caption=torch.zeros(count), crop=torch.full((count,), 0.5))
-
-
 def as_set(batches: list[CaptionedBatch]) -> set[tuple[bytes, str]]:
     return {
         (image.numpy().tobytes(), caption)
@@ -123,12 +118,12 @@ def test_an_epoch_of_a_stream_has_every_image_once_except_held_out_ones(color_se
     config = data_config(color_sets[kind])
     stream = open_training_data(replace(config, streaming=True), seed=0)
     dataset = ShuffledDataset(load_captioned_images(config), 0, 0)
-    all_samples = as_set([dataset.read(0, fixed_draws(COUNT))])
-    held_out_batch = stream.held_out(fixed_draws(10))
+    all_samples = as_set([dataset.read(0, RandomDraws.fixed(COUNT))])
+    held_out_batch = stream.held_out(RandomDraws.fixed(10))
     assert held_out_batch is not None
     held_out = as_set([held_out_batch])
     count = COUNT - len(held_out)
-    epochs = [[stream.read(epoch * count + i, fixed_draws(1)) for i in range(count)] for epoch in range(2)]
+    epochs = [[stream.read(epoch * count + i, RandomDraws.fixed(1)) for i in range(count)] for epoch in range(2)]
     for epoch in epochs:
         assert as_set(epoch) == all_samples - held_out
     assert [b.captions for b in epochs[0]] != [b.captions for b in epochs[1]]
@@ -140,15 +135,15 @@ def test_a_stream_resumes_at_any_position(color_sets: dict[str, list[str]]):
     for kind in ("parquet", "tar"):
         config = data_config(color_sets[kind], streaming=True)
         uninterrupted = CaptionedStream(config, seed=3)
-        expected = [uninterrupted.read(i, fixed_draws(1)).captions[0] for i in range(130)]
+        expected = [uninterrupted.read(i, RandomDraws.fixed(1)).captions[0] for i in range(130)]
         for stop in (0, 1, 20, 29, 30, 85, 86, 87, 115):
             first = CaptionedStream(config, seed=3)
             if stop:
-                first.read(stop - 1, fixed_draws(1))
+                first.read(stop - 1, RandomDraws.fixed(1))
                 first.last_consumed_state = first.state
             second = CaptionedStream(config, seed=3)
             second.resume(first.progress(), stop, same=True)
-            assert [second.read(i, fixed_draws(1)).captions[0] for i in range(stop, 130)] == expected[stop:], (
+            assert [second.read(i, RandomDraws.fixed(1)).captions[0] for i in range(stop, 130)] == expected[stop:], (
                 kind,
                 stop,
             )
@@ -156,9 +151,9 @@ def test_a_stream_resumes_at_any_position(color_sets: dict[str, list[str]]):
 
 def test_two_processes_read_disjoint_parts_of_a_stream(color_sets: dict[str, list[str]]):
     config = data_config(color_sets["tar"], streaming=True)
-    whole = CaptionedStream(config, seed=0).read(0, fixed_draws(32)).captions
+    whole = CaptionedStream(config, seed=0).read(0, RandomDraws.fixed(32)).captions
     streams = [CaptionedStream(config, seed=0) for _ in range(2)]
-    shared = [streams[i % 2].read(8 * i, fixed_draws(8)).captions for i in range(4)]
+    shared = [streams[i % 2].read(8 * i, RandomDraws.fixed(8)).captions for i in range(4)]
     assert [caption for part in shared for caption in part] == whole
 
 
@@ -183,12 +178,12 @@ def test_held_out_samples_of_a_dataset_are_never_trained_on(color_sets: dict[str
     assert training_data.num_held_out == COUNT // 20
     trained_on = set(training_data.indices(0, 3 * training_data.num_trained_on).tolist())
     assert len(trained_on) == training_data.num_trained_on
-    batch = training_data.held_out(fixed_draws(9))
+    batch = training_data.held_out(RandomDraws.fixed(9))
     assert batch is not None
     assert as_set([batch]).isdisjoint(
-        as_set([data.read(lambda _: torch.tensor(sorted(trained_on)), fixed_draws(len(trained_on)))])
+        as_set([data.read(lambda _: torch.tensor(sorted(trained_on)), RandomDraws.fixed(len(trained_on)))])
     )
-    assert ShuffledDataset(data, seed=1, held_out=0).held_out(fixed_draws(9)) is None
+    assert ShuffledDataset(data, seed=1, held_out=0).held_out(RandomDraws.fixed(9)) is None
 
 
 def test_crops_are_taken_at_the_drawn_position_or_the_center(tmp_path: Path):
@@ -226,9 +221,9 @@ def test_an_unreadable_image_is_replaced_by_the_same_one_for_any_number_of_proce
     def training_data() -> Any:
         return CaptionedStream(config, 0) if streaming else ShuffledDataset(open_captioned_files(config), 0, 0)
 
-    whole = training_data().read(0, fixed_draws(80)).captions
+    whole = training_data().read(0, RandomDraws.fixed(80)).captions
     one_by_one = training_data()
-    assert [one_by_one.read(i, fixed_draws(1)).captions[0] for i in range(80)] == whole
+    assert [one_by_one.read(i, RandomDraws.fixed(1)).captions[0] for i in range(80)] == whole
     assert "number 3" not in whole
     for epoch in (whole[:40], whole[40:]):
         assert len(set(epoch)) == 39
@@ -239,20 +234,20 @@ def test_an_unreadable_image_is_replaced_by_the_same_one_for_any_number_of_proce
 def test_too_many_unreadable_images_are_an_error_and_each_image_counts_once(one_bad: DataConfig):
     files = open_captioned_files(one_bad)
     for _ in range(5):
-        files.read(lambda attempt: torch.tensor([3 + attempt, 4]), fixed_draws(2))
+        files.read(lambda attempt: torch.tensor([3 + attempt, 4]), RandomDraws.fixed(2))
     assert len(files.decoder.bad) == 1
     none_allowed = open_captioned_files(replace(one_bad, max_bad_fraction=0.02))
     with pytest.raises(UserError, match=r"^data\.image_column: 'image' .*: 1 of 40 .*max_bad_fraction \(0\.02\)"):
-        none_allowed.read(lambda attempt: torch.tensor([3 + attempt]), fixed_draws(1))
+        none_allowed.read(lambda attempt: torch.tensor([3 + attempt]), RandomDraws.fixed(1))
     for file in Path(one_bad.source).glob("*.png"):
         file.write_text("not an image", encoding="utf-8")
     all_allowed = replace(one_bad, max_bad_fraction=1.0)
     with pytest.raises(UserError, match=r"^data\.image_column: 'image' of .*: none of the 40 "):
-        ShuffledDataset(open_captioned_files(all_allowed), 0, 0).read(0, fixed_draws(3))
+        ShuffledDataset(open_captioned_files(all_allowed), 0, 0).read(0, RandomDraws.fixed(3))
     with pytest.raises(UserError, match=r"^data\.image_column: 'image' of .*: none of the 40 "):
         load_captioned_images(all_allowed)
     with pytest.raises(UserError, match=r"^data\.image_column: 'image' of .*data\.max_bad_fraction \(0\.0\)"):
-        CaptionedStream(replace(all_allowed, streaming=True, max_bad_fraction=0.0), 0).read(0, fixed_draws(3))
+        CaptionedStream(replace(all_allowed, streaming=True, max_bad_fraction=0.0), 0).read(0, RandomDraws.fixed(3))
 
 
 def test_file_names_do_not_select_splits_of_image_folders(tmp_path: Path):
@@ -336,7 +331,7 @@ def test_an_invalid_stream_is_refused_in_one_line(
     color_sets: dict[str, list[str]], change: dict[str, Any], message: str
 ):
     with pytest.raises(UserError, match=message) as caught:
-        CaptionedStream(data_config(color_sets["tar"], streaming=True, **change), seed=0).read(0, fixed_draws(4))
+        CaptionedStream(data_config(color_sets["tar"], streaming=True, **change), seed=0).read(0, RandomDraws.fixed(4))
     assert "\n" not in str(caught.value)
 
 
@@ -359,10 +354,10 @@ def test_a_damaged_and_an_empty_stream_are_refused(tmp_path: Path):
     victim.write_bytes(victim.read_bytes()[:700])
     config = DataConfig(str(tmp_path / "set"), True, image_column="png", caption_column="txt", resolution=8, channels=3)
     with pytest.raises(UserError, match=r"^data\.source: .*/set\b"):
-        CaptionedStream(config, seed=0).read(0, fixed_draws(9))
+        CaptionedStream(config, seed=0).read(0, RandomDraws.fixed(9))
     write_empty_parquet(tmp_path / "x.parquet")
     with pytest.raises(UserError, match=r"^data\.source: .*/x\.parquet "):
-        CaptionedStream(DataConfig(str(tmp_path / "x.parquet"), streaming=True), seed=0).read(0, fixed_draws(1))
+        CaptionedStream(DataConfig(str(tmp_path / "x.parquet"), streaming=True), seed=0).read(0, RandomDraws.fixed(1))
 
 
 def test_ambiguous_sources_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any):

@@ -48,11 +48,16 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, errors
 
 
-def train_in_process(config: Config) -> None:
-    process = PROCESSES.Process(target=train, args=(config,))
+def run_process(target: Callable[..., Any], *arguments: Any) -> int | None:
+    """Call `target` in a process of its own; return its exit code."""
+    process = PROCESSES.Process(target=target, args=arguments)
     process.start()
     process.join()
-    assert process.exitcode == 0
+    return process.exitcode
+
+
+def train_in_process(config: Config) -> None:
+    assert run_process(train, config) == 0
 
 
 def at_step(step: int, action: Callable[[], None]) -> None:
@@ -82,17 +87,15 @@ def train_and_die(config: Config, step: int | None) -> None:
 
 def train_and_signal(arguments: list[str], step: int, number: int, errors: Path) -> None:
     """Run the command, and signal this process at a step; SIGTERM twice, as a cluster and torchrun may send it."""
-    at_step(step, lambda: [os.kill(os.getpid(), number) for _ in range(2 if number == signal.SIGTERM else 1)] and None)
+
+    def send() -> None:
+        for _ in range(2 if number == signal.SIGTERM else 1):
+            os.kill(os.getpid(), number)
+
+    at_step(step, send)
     with errors.open("w", encoding="utf-8") as sys.stderr:
         code = main.run("train", arguments)
     sys.exit(code)
-
-
-def run_process(target: Callable[..., None], *arguments: Any) -> int | None:
-    process = PROCESSES.Process(target=target, args=arguments)
-    process.start()
-    process.join()
-    return process.exitcode
 
 
 @pytest.mark.slow
