@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -36,6 +37,14 @@ def user_errors(what: str, *exception_types: type[Exception], hint: str = "") ->
         raise
     except exception_types as error:
         raise UserError(f"{what} ({first_line(error)}){hint}") from error
+
+
+def check_cache(error: BaseException, cache: str | Path, variable: str) -> None:
+    """Raise UserError if `error` is about a file or folder of `cache`, which the environment variable moves."""
+    file = getattr(error, "filename", None)
+    if file and (Path(file).is_relative_to(cache) or Path(cache).is_relative_to(file)):
+        message = f"the cache {cache} cannot be written ({first_line(error)}); set {variable} to another folder"
+        raise UserError(message) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
-from cond_diffusion.errors import UserError, first_line, user_errors
+from cond_diffusion.errors import UserError, check_cache, first_line, user_errors
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -64,6 +64,7 @@ def download(repo_id: str, files: Sequence[str] = FILES, **options: Any) -> Path
     except UserError:
         raise
     except HUB_ERRORS as error:
+        check_cache(error, options.get("cache_dir") or huggingface_hub.constants.HF_HUB_CACHE, "HF_HUB_CACHE")
         reason = first_line(error)
         if isinstance(error, LocalEntryNotFoundError):
             reason = "local_files_only" if options.get("local_files_only") else first_line(error.__cause__ or error)

@@ -5,7 +5,7 @@ import io
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from textwrap import wrap
 
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 PILLOW_MODES = {1: "L", 3: "RGB"}
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)
 LABEL_WIDTH, LINE_HEIGHT = 112, 13  # pixels
+# Fonts of the system with letters outside ASCII; matplotlib ships the first one.
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")
 
 
 def to_model(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -108,23 +110,33 @@ def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | No
     for i, label in enumerate(labels or ()):
         lines = wrap(label, 22, max_lines=max(1, height // LINE_HEIGHT), placeholder="…")
         top = i * (height + 2) + (height - LINE_HEIGHT * len(lines)) // 2
-        font = ImageFont.load_default(10) if label.isascii() else _unicode_font()
-        draw.multiline_text((2, top), "\n".join(lines), fill="white", font=font, spacing=2)
+        draw.multiline_text((2, top), "\n".join(lines), fill="white", font=label_font(label), spacing=2)
     for i, image in enumerate(images):  # after the labels, because wide letters can exceed LABEL_WIDTH
         sheet.paste(image, (left + (i % columns) * (width + 2), (i // columns) * (height + 2)))
     return sheet
 
 
-@cache
-def _unicode_font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, of the system or of matplotlib; the default font has no letters beyond ASCII."""
+@lru_cache(256)
+def label_font(text: str) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Return a font of 10 pixels: the default one for ASCII, else the first of `FONTS` that has all letters."""
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont = ImageFont.load_default(10)
+    if text.isascii():
+        return font
     matplotlib = importlib.util.find_spec("matplotlib")
-    folder = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" if matplotlib and matplotlib.origin else None
-    for path in ("DejaVuSans.ttf", *([] if folder is None else [str(folder / "DejaVuSans.ttf")])):
+    folder = Path(matplotlib.origin or "").parent / "mpl-data" / "fonts" / "ttf" if matplotlib else Path()
+    for name in (*FONTS, str(folder / FONTS[0])):
         with suppress(OSError):
-            return ImageFont.truetype(path, 10)
-    logger.warning("labels: no font with letters beyond ASCII was found; install DejaVu Sans or matplotlib")
-    return ImageFont.load_default(10)
+            font = ImageFont.truetype(name, 10)
+            box = bytes(font.getmask("\U0010ffff"))  # drawn in place of a letter that the font does not have
+            if all(letter.isascii() or bytes(font.getmask(letter)) != box for letter in text):
+                return font
+    _warn_without_font()
+    return font
+
+
+@cache
+def _warn_without_font() -> None:
+    logger.warning("labels: no font has all letters of the labels; install one of %s", ", ".join(FONTS))
 
 
 def enlarged(image: Image.Image, width: int) -> Image.Image:

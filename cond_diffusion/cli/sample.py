@@ -7,7 +7,7 @@ from typing import Any
 
 from cond_diffusion.cli.main import add_options
 from cond_diffusion.config.sampling import IMAGE_OPTIONS, SAMPLERS_OF, GenerationSettings, SamplingOptions
-from cond_diffusion.config.schema import expand_home
+from cond_diffusion.config.schema import decode_text, expand_home
 from cond_diffusion.errors import UserError, user_errors
 
 FILES = ("output", "no_labels", "film", "attention_maps")
@@ -82,9 +82,10 @@ def read_prompts(file: str | None) -> list[str]:
     """
     if file is None:
         return []
-    hint = "; expected prompts, one per line"
-    with user_errors(f"--prompts-file: {file} cannot be read", OSError, UnicodeDecodeError, hint=hint):
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
+    name = "--prompts-file: " + ("standard input" if file == "-" else file)
+    with user_errors(f"{name} cannot be read", OSError, hint="; expected prompts, one per line"):
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    text = decode_text(content, name)
     if not (prompts := [line.strip() for line in text.splitlines() if line.strip()]):
-        raise UserError(f"--prompts-file: {file} contains no prompts; expected one per line")
+        raise UserError(f"{name} contains no prompts; expected one per line")
     return prompts

@@ -273,9 +273,18 @@ def read_text(file: Path, option: str) -> str:
     Raises:
         UserError: The file does not exist or cannot be read.
     """
-    with user_errors(f"{option}: {file} cannot be read", OSError, UnicodeDecodeError):
+    with user_errors(f"{option}: {file} cannot be read", OSError):
         try:
-            return file.read_text(encoding="utf-8-sig")
+            return decode_text(file.read_bytes(), f"{option}: {file}")
         except FileNotFoundError as error:
             existing = sorted(map(str, file.parent.glob("*.yaml"))) if file.parent.is_dir() else []
             raise UserError(f"{option}: there is no file {file}{did_you_mean(str(file), existing)}") from error
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """Return UTF-8 text without a byte order mark; raise UserError, beginning with `name`, for another encoding."""
+    with user_errors(f"{name} is not UTF-8", UnicodeDecodeError, hint="; convert it"):
+        text = content.decode("utf-8-sig")
+    if "\0" in text:  # of UTF-16 without a byte order mark
+        raise UserError(f"{name} is not UTF-8 (it contains NUL characters); convert it")
+    return text

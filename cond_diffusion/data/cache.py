@@ -72,7 +72,8 @@ def cached_shards(
             try:
                 save_tensors(tensors, file)
             except (OSError, SafetensorError) as error:
-                message = f"{what}: cannot write to {folder} ({first_line(error)})"
+                hint = "set XDG_CACHE_HOME to another folder"
+                message = f"{what}: the cache {folder} cannot be written ({first_line(error)}); {hint}"
                 raise UserError(message, of_this_process=True) from error
             bar.update(len(rows))
     if group is not None:

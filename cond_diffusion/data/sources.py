@@ -5,6 +5,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -12,14 +13,14 @@ from string import Formatter
 from typing import Any
 
 import datasets
-from datasets.config import HF_DATASETS_CACHE
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
 from PIL import Image
 from pyarrow import parquet
 
 from cond_diffusion.config.data import DataConfig
-from cond_diffusion.errors import UserError, did_you_mean, first_line, user_errors
+from cond_diffusion.config.schema import decode_text
+from cond_diffusion.errors import UserError, check_cache, did_you_mean, first_line, user_errors
 
 BUILT_IN_SOURCES = {"mnist": Path(__file__).parent.parent / "assets" / "mnist"}
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -68,12 +69,7 @@ def open_source(
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
         raise UserError(f"data.source: {source} contains no images, Parquet files or tar files") from error
     except (OSError, DatasetNotFoundError) as error:
-        cache = str(HF_DATASETS_CACHE)
-        if str(getattr(error, "filename", None) or "").startswith(cache):
-            hint = "set HF_DATASETS_CACHE to another folder"
-            raise UserError(
-                f"data.source: the cache {cache} cannot be written ({first_line(error)}); {hint}"
-            ) from error
+        check_cache(error, datasets.config.HF_DATASETS_CACHE, "HF_DATASETS_CACHE")
         if path.exists():
             raise UserError(f"data.source: cannot read {source} ({first_line(error)})") from error
         raise UserError(
@@ -83,8 +79,10 @@ def open_source(
     except ValueError as error:
         if "corresponds to no data" in str(error):  # the message of `datasets` for a split without rows
             raise UserError(f"data.source: {source} ({split}) is empty; expected at least one image") from error
+        _check_encodings(found.files)
         raise UserError(f"data.source: cannot read {source} ({' '.join(str(error).split())[:300]})") from error
     except (DatasetsError, tarfile.TarError, RuntimeError) as error:
+        _check_encodings(found.files)
         raise UserError(f"data.source: cannot read {source} ({first_line(error.__cause__ or error)})") from error
     if split not in splits:
         raise UserError(f"data.source: {source} has no split {split!r}; it has {', '.join(map(repr, splits))}")
@@ -219,11 +217,19 @@ def _read_caption(file: Path) -> str:
     """
     with user_errors(f"data.source: {file} cannot be read", OSError):
         content = file.read_bytes()
-    with user_errors(f"data.source: {file} is not UTF-8", UnicodeDecodeError, hint="; convert it"):
-        text = content.decode("utf-8-sig")
-    if "\0" in text:
-        raise UserError(f"data.source: {file} is not UTF-8 (it contains NUL characters); convert it")
-    return text.strip()
+    return decode_text(content, f"data.source: {file}").strip()
+
+
+def _check_encodings(files: Sequence[Path]) -> None:
+    """Raise UserError for metadata, or text in a tar file, that is not UTF-8; `datasets` does not name the file."""
+    for file in files:
+        if file.name in METADATA_NAMES and file.suffix != ".parquet":
+            decode_text(file.read_bytes(), f"data.source: {file}")
+        elif file.suffix == ".tar":
+            with suppress(tarfile.TarError), tarfile.open(file) as tar:
+                for member in tar:
+                    if member.name.endswith((".txt", ".json")) and (content := tar.extractfile(member)):
+                        decode_text(content.read(), f"data.source: {file}: {member.name}")
 
 
 def _check_tar(file: Path) -> None:
@@ -362,4 +368,6 @@ def _captions_of_cell(value: Any, column: str) -> CaptionGroup:
         raise UserError(
             f"data.caption_column: {column!r} contains {repr(value)[:60]}; expected a string or a list of strings{hint}"
         )
+    if any("\0" in caption for caption in captions):
+        raise UserError(f"data.caption_column: {column!r} contains {captions!r:.60}, which is not UTF-8; convert it")
     return tuple(caption.removeprefix("\ufeff") for caption in captions)

@@ -196,6 +196,7 @@ class _Reader:
         self.source, self.table = stream.config.source, stream.table
         self.order = order
         self.skipped = skipped
+        self.last_name = ""  # of the last row that was read
         self._open(shard, inside)
 
     def place(self) -> dict[str, Any]:
@@ -231,5 +232,8 @@ class _Reader:
     def _read(self) -> Row | None:
         # The types of exceptions depend on the format and on where the source is.
         errors = (OSError, ValueError, TypeError, NotImplementedError, tarfile.TarError)
-        with user_errors(f"data.source: cannot read {self.source}", *errors):
-            return next(self.rows, None)
+        with user_errors(f"data.source: cannot read {self.source}{self.last_name}", *errors):
+            row = next(self.rows, None)
+        if row is not None and "__key__" in row:  # of a tar file
+            self.last_name = f" after {row['__url__']}: {row['__key__']}"
+        return row

@@ -92,6 +92,11 @@ def checkpoint_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the number of completed steps of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, the oldest first."""
     return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))

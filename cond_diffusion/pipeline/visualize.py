@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import user_errors
-from cond_diffusion.images import enlarged, grid, to_pillow
+from cond_diffusion.images import enlarged, grid, label_font, to_pillow
 from cond_diffusion.models.layers import Attention, TransformerBlock
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
@@ -142,7 +142,7 @@ def render_maps(rows: list[tuple[Image.Image, list[tuple[str, Float[Tensor, "sid
     for i, row in enumerate(cells):
         for j, (word, cell) in enumerate(row):
             x, y = j * (width + 2), i * (LABEL_HEIGHT + height + 2)
-            draw.text((x + 2, y + 1), word, fill="white")
+            draw.text((x + 2, y + 1), word, fill="white", font=label_font(word))
             page.paste(cell, (x, y + LABEL_HEIGHT))
     return page
 

@@ -8,7 +8,7 @@ uninterrupted one, and dividing a step among micro-batches and processes changes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -85,21 +85,26 @@ class Batches:
         self._samples = prefetch(jobs, depth=0 if training_data.is_in_memory else PREFETCH_DEPTH)
 
     def next_step(self) -> Iterator[MicroBatch]:
-        """Yield the micro-batches of this process for the next step."""
-        for _ in range(self.accumulation_steps):
-            samples = next(self._samples)
-            self.training_data.consumed(samples.state)
-            context = self.text_embedder(samples.captions).to(self.device)
-            yield MicroBatch(
-                x_0=encode_images(samples.images.to(self.device), self.latent_space),
-                context=drop_captions(context, self.null_context, samples.is_dropped),
-                t=self.objective.timesteps_at(samples.t_uniform),
-                eps=samples.eps.to(self.device),
-            )
+        """Read the data of the next step, and return an iterator over its micro-batches on this process.
+
+        Raises:
+            UserError: If too many images are unreadable, or a stream cannot be read.
+        """
+        return map(self._micro_batch, list(islice(self._samples, self.accumulation_steps)))
 
     def sample_names(self, step: int) -> str:
         """Return the dataset indices of all samples in a step, across processes."""
         return self.training_data.sample_names(step * self.per_step, self.per_step)
+
+    def _micro_batch(self, samples: _Samples) -> MicroBatch:
+        self.training_data.consumed(samples.state)
+        context = self.text_embedder(samples.captions).to(self.device)
+        return MicroBatch(
+            x_0=encode_images(samples.images.to(self.device), self.latent_space),
+            context=drop_captions(context, self.null_context, samples.is_dropped),
+            t=self.objective.timesteps_at(samples.t_uniform),
+            eps=samples.eps.to(self.device),
+        )
 
     def _read(self, first: int) -> _Samples:
         """Load one micro-batch from position `first` of the training order."""

@@ -22,7 +22,7 @@ from cond_diffusion.config.run import Config
 from cond_diffusion.data.dataset import RandomDraws
 from cond_diffusion.data.loader import TrainingData, open_training_data
 from cond_diffusion.errors import UserError
-from cond_diffusion.images import enlarged, grid, to_model, to_pillow
+from cond_diffusion.images import enlarged, grid, label_font, to_model, to_pillow
 from cond_diffusion.models.text_encoder import TextEncoder, distinct_words
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.generate import reserve_path
@@ -194,5 +194,5 @@ def _labeled(image: Image.Image, caption: str) -> Image.Image:
     labeled = Image.new("RGB", (GRID_WIDTH, GRID_WIDTH + 48), "white")
     labeled.paste(large)
     text = "\n".join(wrap(caption, GRID_WIDTH // 7)[:3])
-    ImageDraw.Draw(labeled).text((4, GRID_WIDTH + 4), text, fill="black")
+    ImageDraw.Draw(labeled).text((4, GRID_WIDTH + 4), text, fill="black", font=label_font(caption))
     return labeled

@@ -30,6 +30,7 @@ from cond_diffusion.config.run import Config
 from cond_diffusion.errors import Interrupted, UserError, did_you_mean, user_errors
 from cond_diffusion.images import grid, to_bytes, to_model, to_pillow
 from cond_diffusion.models.ema import EMA
+from cond_diffusion.pipeline.run_folder import step_of
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.training.validation import ValidationResult
 
@@ -233,7 +234,7 @@ class Interruption:
     def raise_interrupted(self, step: int, newest: Path | None) -> None:
         """Raise `Interrupted` after `step` completed steps; `newest` is the newest checkpoint."""
         assert self.signal is not None
-        if newest is not None and int(newest.name.removeprefix("step-")) == step:
+        if newest is not None and step_of(newest) == step:
             status = f"saved as {newest.name}"
         else:
             status = f"not saved; newest checkpoint: {newest.name if newest else 'none'}"

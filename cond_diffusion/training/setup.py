@@ -381,12 +381,16 @@ def acquire_lock(lock: RunLock, accelerator: Accelerator) -> None:
             lock.acquire()
         except UserError as error:
             problem = error
-    if accelerator.num_processes > 1:
-        failed = torch.tensor([problem is not None], dtype=torch.int32, device=accelerator.device)
-        if cast(Tensor, accelerator.gather(failed)).any() and problem is None:
-            problem = UserError(f"run_dir: {lock.run_dir} could not be locked by the main process")
-    if problem is not None:
-        raise problem
+    if any_process(problem is not None, accelerator):
+        raise problem or UserError(f"run_dir: {lock.run_dir} could not be locked by the main process")
+
+
+def any_process(condition: bool, accelerator: Accelerator) -> bool:
+    """Return whether `condition` holds on any process; all processes must call this together."""
+    if accelerator.num_processes == 1:
+        return condition
+    local = torch.tensor([condition], dtype=torch.int32, device=accelerator.device)
+    return bool(cast(Tensor, accelerator.gather(local)).any())
 
 
 def prepare_run_dir(lock: RunLock, run: Run, start: int) -> None:

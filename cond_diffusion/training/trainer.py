@@ -2,11 +2,11 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
@@ -21,11 +21,11 @@ from cond_diffusion.data.loader import ShuffledDataset, TrainingData, open_train
 from cond_diffusion.errors import UserError
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.run_folder import RunLock, checkpoint_of, checkpoints
+from cond_diffusion.pipeline.run_folder import RunLock, checkpoint_of, checkpoints, step_of
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.training.batches import Batches, MicroBatch
 from cond_diffusion.training.reporting import Interruption, Reporter
-from cond_diffusion.training.setup import Run, acquire_lock, build_run, make_accelerator, prepare_run_dir
+from cond_diffusion.training.setup import Run, acquire_lock, any_process, build_run, make_accelerator, prepare_run_dir
 from cond_diffusion.training.state import Saver, TrainingState
 from cond_diffusion.training.validation import Validator
 
@@ -59,6 +59,9 @@ def train(config: Config, dataset: datasets.Dataset | Sequence[Any] | None = Non
 
 def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | None) -> Path:
     config, accelerator, network, optimizer = run.config, run.accelerator, run.network, run.optimizer
+    if run.resumed_from is not None and (done := step_of(run.resumed_from)) >= config.train.max_steps:
+        logger.info("train.max_steps: %s has %d steps already; nothing to train", run.resumed_from, done)
+        return run.resumed_from
     training_data = open_data(run, dataset)
     captions = training_data.captions()
     counted = "" if captions is None else f", {len(captions) - 1} different captions"  # without the empty one
@@ -67,9 +70,6 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
     state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train, accelerator)
     progress = resume_from(run, state, training_data)
     start = progress.get("step", 0)
-    if run.resumed_from is not None and start >= config.train.max_steps:
-        logger.info("train.max_steps: %s has %d steps already; nothing to train", run.resumed_from, start)
-        return run.resumed_from
     prepare_run_dir(lock, run, start)
 
     with torch.device("meta"):  # it holds weights only while it samples
@@ -87,13 +87,18 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
     last_batch: MicroBatch | None = None  # of the last step that changed the weights since the newest checkpoint
     with Interruption(accelerator) as interruption, Saver(run.run_dir, config, pipe, state, accelerator) as saver:
         for step in reporter.steps():
+            problem, micro_batches = None, iter(())
             try:
-                loss, batch = accumulate_gradients(network, batches, accelerator)
-            except UserError:  # of the data; with several processes the others cannot take part in saving
-                if accelerator.num_processes == 1 and _can_save(global_step, last_batch, state, batches, accelerator):
+                micro_batches = batches.next_step()
+            except UserError as error:
+                problem = UserError(str(error), of_this_process=True)
+            if any_process(problem is not None, accelerator):
+                if last_batch is not None and _can_save(global_step, last_batch, state, batches, accelerator):
                     saver.save(global_step, progress_at(global_step), snapshot=False)
                     saver.finish(required=True)
-                raise
+                accelerator.wait_for_everyone()  # a launcher stops the other processes when the first one ends
+                raise problem or UserError(f"data.source: step {step + 1}: another process cannot read its data")
+            loss, batch = accumulate_gradients(network, micro_batches, batches, accelerator)
             gradient_norm: Any = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
             rate = learning_rate(config.train, step)
             for group in optimizer.param_groups:
@@ -211,11 +216,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def accumulate_gradients(
-    network: Any, batches: Batches, accelerator: Accelerator
+    network: Any, micro_batches: Iterator[MicroBatch], batches: Batches, accelerator: Accelerator
 ) -> tuple[Float[Tensor, ""], MicroBatch]:
-    """Accumulate the gradients of the next step. Returns its mean loss on this process and its last micro-batch."""
+    """Accumulate the gradients of a step. Returns its mean loss on this process and its last micro-batch."""
     total, batch = torch.zeros((), device=accelerator.device), None
-    for i, batch in enumerate(batches.next_step()):
+    for i, batch in enumerate(micro_batches):
         # Processes exchange gradients once per step, with the last micro-batch.
         with nullcontext() if i == batches.accumulation_steps - 1 else accelerator.no_sync(network):
             loss = batches.objective.loss(network, batch.x_0, batch.t, batch.eps, batch.context)
@@ -264,8 +269,8 @@ def _can_save(
         problem = "no step since the last checkpoint had finite gradients"
     else:
         loss = batches.objective.loss(state.unet, last_batch.x_0, last_batch.t, last_batch.eps, last_batch.context)
-        finite = torch.tensor([bool(loss.isfinite()) and state.is_finite()], device=accelerator.device)
-        problem = None if cast(Tensor, accelerator.gather(finite)).all() else "weights or loss are not finite"
+        finite = bool(loss.isfinite()) and state.is_finite()
+        problem = "weights or loss are not finite" if any_process(not finite, accelerator) else None
     if problem and accelerator.is_main_process:
         logger.warning("step %d: no checkpoint is written: %s", step, problem)
     return problem is None

@@ -17,6 +17,7 @@ from PIL import Image
 
 from cond_diffusion import TextToImage
 from cond_diffusion.cli.main import command_line
+from cond_diffusion.cli.sample import read_prompts
 from cond_diffusion.diffusion.samplers import Noise
 from cond_diffusion.errors import UserError
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL
@@ -66,13 +67,36 @@ def test_prompts_are_read_from_a_file_or_standard_input_and_labels_can_be_omitte
     run_script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "prompts.txt").write_text("two\n\n  three \n", encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("four\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"four\n"), encoding="utf-8"))
     arguments = ["--steps", "2", "--no-labels"]
     assert run_script("sample", "one", "--prompts-file", "prompts.txt", *arguments)[:2] == (0, "one.png\n")
     assert run_script("sample", "--prompts-file", "-", *arguments)[:2] == (0, "four.png\n")
     assert read_settings("one.png", "")["prompts"] == ["one", "two", "three"]
     with Image.open("one.png") as image:
         assert image.size == (28, 3 * 30 - 2)
+
+
+@pytest.mark.parametrize("source", ["-", "prompts.txt"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("\ufeffein Bär\r\nzwei".encode(), ["ein Bär", "zwei"]),
+        ("ein Bär".encode("latin1"), None),
+        ("ein Bär".encode("utf-16"), None),
+        ("a bear".encode("utf-16-le"), None),
+    ],
+)
+def test_prompts_are_utf_8_in_any_locale(
+    source: str, content: bytes, expected: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+    if expected is not None:
+        assert read_prompts(source) == expected
+        return
+    with pytest.raises(UserError, match=r"^--prompts-file: (standard input|prompts\.txt) .*UTF-8"):
+        read_prompts(source)
 
 
 def interrupt_after(batches: int) -> Callable[[TextToImage, list[int]], Noise]:

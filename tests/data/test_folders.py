@@ -8,17 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.run import Config
+from cond_diffusion.data.cache import cached_shards
 from cond_diffusion.data.dataset import load_captioned_images
 from cond_diffusion.data.loader import open_training_data
 from cond_diffusion.data.stream import CaptionedStream, RandomDraws
 from cond_diffusion.errors import UserError
+from cond_diffusion.hub import download
 
 
 def write_image(file: Path, value: int = 200) -> None:
@@ -94,6 +98,56 @@ def test_a_caption_in_another_encoding_is_refused_by_name(tmp_path: Path, conten
     (write_pairs(tmp_path) / "001.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"^data\.source: .*001\.txt"):
         captions_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "a.tar"])
+@pytest.mark.parametrize("encoding", ["latin1", "utf-16", "utf-16-le"])
+def test_metadata_and_tars_in_another_encoding_are_refused_by_name(tmp_path: Path, name: str, encoding: str):
+    options: dict[str, object] = {}
+    if name == "a.tar":
+        write_tar(tmp_path / name, 3, lambda i: "Bär".encode(encoding) if i == 1 else b"x")
+        options, name = TAR, r"a\.tar: 00001\.txt"
+    else:
+        write_image(tmp_path / "0.png")
+        text = "file_name,text\n0.png,Bär\n" if name.endswith("csv") else '{"file_name": "0.png", "text": "Bär"}\n'
+        (tmp_path / name).write_text(text, encoding=encoding)
+    with pytest.raises(UserError, match=rf"^data\.source: .*{name} is not UTF-8"):
+        captions_of(tmp_path, **options)
+
+
+def test_a_stream_names_the_place_of_a_caption_in_another_encoding(tmp_path: Path):
+    write_tar(tmp_path / "a.tar", 40, lambda i: "Bär".encode("latin1") if i == 30 else b"x")
+    config = DataConfig(source=str(tmp_path), channels=3, streaming=True, held_out=0, **TAR)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^data\.source: .*a\.tar: 00029"):
+        CaptionedStream(config, 0).read(0, RandomDraws.fixed(40))
+
+
+def test_a_cell_with_nul_characters_is_refused_by_row(tmp_path: Path):
+    write_tar(tmp_path / "a.tar", 3, lambda i: "bear".encode("utf-16-le") if i == 1 else b"x")
+    with pytest.raises(UserError, match=r"^data\.caption_column: .*row 1 of 3"):
+        captions_of(tmp_path, **TAR)
+
+
+@pytest.mark.parametrize("kind", ["data set", "hub", "embeddings"])
+def test_a_cache_that_cannot_be_written_is_named_with_its_variable(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+):
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    cache = tmp_path / "file" / "cache"
+    if kind == "data set":
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+        write_tar(tmp_path / "set" / "a.tar", 3)
+        with pytest.raises(UserError, match=rf"{cache} .*HF_DATASETS_CACHE"):
+            captions_of(tmp_path / "set", **TAR)
+    elif kind == "hub":
+        hub = request.getfixturevalue("model_hub")
+        hub.repositories["someone/model"] = {"model_index.json": b"{}"}
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+        with pytest.raises(UserError, match=rf"{cache} .*HF_HUB_CACHE"):
+            download("someone/model", cache_dir=str(cache))
+    else:
+        with pytest.raises(UserError, match=rf"{cache}.*XDG_CACHE_HOME"):
+            cached_shards(cache, 1, 1, lambda rows: {"x": torch.zeros(len(rows))}, Accelerator(cpu=True), kind)
 
 
 def test_a_caption_that_cannot_be_read_is_refused_by_name(tmp_path: Path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import weights
+from conftest import run_in_processes, weights
 
 from cond_diffusion.config.run import Config, TrainConfig
 from cond_diffusion.errors import UserError
@@ -64,24 +64,41 @@ def test_precisions_that_contradict_or_are_unsupported_are_refused(
 def test_resuming_a_run_that_is_done_changes_nothing(bars_config: Config, max_steps: int):
     saved = train(bars_config)
     before = (Path(bars_config.run_dir) / "config.yaml").read_bytes()
-    done = replace(bars_config, resume=True, train=replace(bars_config.train, max_steps=max_steps))
+    data = replace(bars_config.data, source="no/such/folder")  # is not opened
+    done = replace(bars_config, resume=True, data=data, train=replace(bars_config.train, max_steps=max_steps))
     assert train(done) == saved
     assert (Path(bars_config.run_dir) / "config.yaml").read_bytes() == before
 
 
-def test_a_run_that_its_data_stop_is_saved_first(bars_config: Config, bars_parquet: Path, tmp_path: Path):
+def train_until_its_data_stop_it(process: int, config: Config) -> None:
+    with pytest.raises(UserError) as error:
+        train(config)
+    (Path(config.run_dir) / f"error-{process}").write_text(str(error.value), encoding="utf-8")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_its_data_stop_is_saved_first(
+    bars_config: Config, bars_parquet: Path, tmp_path: Path, processes: int
+):
+    """Only one of two processes reads the bad row."""
     table = datasets.load_dataset("parquet", data_files=str(bars_parquet), split="train")
     assert isinstance(table, datasets.Dataset)
     labels = table["label"]
     table = table.remove_columns("label").add_column(
-        "text", [None if i >= 40 else str(x) for i, x in enumerate(labels)]
+        "text", [None if i == 40 else str(x) for i, x in enumerate(labels)]
     )
     table.to_parquet(tmp_path / "set" / "a.parquet")
     changes = {"source": str(tmp_path / "set"), "streaming": True, "caption_column": "text", "caption_templates": ()}
     data = replace(bars_config.data, **changes, shuffle_buffer=8, held_out=0, max_bad_fraction=0.0)
-    config = replace(bars_config, data=data, train=replace(bars_config.train, max_steps=10, checkpoint_every=0))
-    with pytest.raises(UserError, match=r"^data\.image_column: .*row 40"):
-        train(config)
+    changes = {"max_steps": 10, "checkpoint_every": 0, "batch_size": 8 // processes}
+    config = replace(bars_config, data=data, train=replace(bars_config.train, **changes))
+    if processes == 1:
+        train_until_its_data_stop_it(0, config)
+    else:
+        run_in_processes(processes, train_until_its_data_stop_it, config)
+    errors = [file.read_text(encoding="utf-8") for file in Path(config.run_dir).glob("error-*")]
+    assert len(errors) == processes
+    assert sum("data.image_column: " in error and "expected a string" in error for error in errors) == 1
     assert [path.name for path in checkpoints(Path(config.run_dir))] == ["step-00000005"]
 
 
