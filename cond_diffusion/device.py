@@ -1,6 +1,7 @@
-"""CPU features, and CPU settings of torch and the memory allocator."""
+"""What the hardware computes fastest in, and CPU settings of torch and the memory allocator."""
 
 import ctypes
+import logging
 import os
 import platform
 import sys
@@ -8,6 +9,9 @@ import sys
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+logger = logging.getLogger(__name__)
 
 
 def cores_of_this_process() -> int:
@@ -43,6 +47,33 @@ def has_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
         not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
+
+
+def choose_precision(requested: str, device: torch.device, key: str) -> str:
+    """Return the precision to compute in: "fp32", "bf16" or "fp16".
+
+    Args:
+        requested: One of these, or "auto" for bf16 where the device computes faster in it, and fp32 elsewhere.
+        device: The device of the network.
+        key: The option, for the log.
+    """
+    if requested != "auto":
+        if requested != "fp32" and device.type == "cpu" and not (requested == "bf16" and has_bf16()):
+            logger.warning("%s: %s is slower than fp32 on this CPU, which has no instructions for it", key, requested)
+        return requested
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    chosen = "bf16" if on_gpu or (device.type == "cpu" and has_bf16()) else "fp32"
+    logger.info("%s: auto: computing in %s on %s", key, chosen, device)
+    return chosen
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Return a context manager in which matrix products and convolutions run in `precision`; "fp32" disables autocast.
+
+    Weights stay fp32, and so do the statistics of norms, the sums of softmax and everything outside the network. Within
+    one context, weights are cast once.
+    """
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def is_main_process() -> bool:

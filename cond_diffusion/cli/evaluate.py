@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cond_diffusion.cli.main import add_options
 from cond_diffusion.config.run import Config
-from cond_diffusion.config.sampling import SamplingOptions
+from cond_diffusion.config.sampling import GenerationSettings, SamplingOptions
 from cond_diffusion.config.schema import expand_home, local_path
 from cond_diffusion.data.loader import open_training_data
 from cond_diffusion.diffusion.samplers import sampling_timesteps
@@ -24,6 +24,8 @@ from cond_diffusion.evaluation.metrics import load_clip_judge
 from cond_diffusion.evaluation.report import Results, evaluate, format_table, sweep
 from cond_diffusion.pipeline.checkpoint import read_checkpoint
 from cond_diffusion.pipeline.text_to_image import TextToImage
+
+MODEL_OPTIONS = ("dtype", "compile")
 
 
 def evaluate_command(arguments: list[str] | None = None) -> None:
@@ -46,7 +48,7 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
             raise UserError(f'evaluate: requires {package}; install it with: pip install "cond_diffusion[eval]"')
     given = {name: value for name, value in vars(options).items() if name in REPORTED_OPTIONS}
     sampling = SamplingOptions(**{**reported(DEFAULT_SAMPLING), **given})
-    pipe, config = _load(options.checkpoint)
+    pipe, config = _load(options)
     sampling_timesteps(sampling.sampler, pipe.schedule, sampling.steps)
     for name in ("guidance_scale", "seed"):
         sampling.per_prompt(name, 1)
@@ -55,6 +57,7 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
         # A run folder refers to its newest checkpoint, which changes during training.
         "checkpoint": str(pipe.folder) if Path(options.checkpoint).is_dir() else options.checkpoint,
         **{name: getattr(options, name) for name in ("samples", "paraphrases", "features")},
+        "dtype": pipe.precision,
         **reported(sampling),
     }
     results = Results(options.output, settings)
@@ -80,7 +83,7 @@ def likelihood_command(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     _check_minimum("samples", options.samples, 1)
     _check_minimum("batch-size", options.batch_size, 1)
-    pipe, config = _load(options.checkpoint)
+    pipe, config = _load(options)
     size, seed = options.batch_size, options.seed
     bits = bits_per_dimension(pipe, config.data, options.split, count=options.samples, batch_size=size, seed=seed)
     print(format_bits(*bits))
@@ -90,6 +93,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     checkpoint_help = "a run folder, a checkpoint folder or a Hub id (default: %(default)s)"
     parser.add_argument("--checkpoint", type=expand_home, default="builtin", help=checkpoint_help)
+    add_options(parser, GenerationSettings, only=MODEL_OPTIONS)
     return parser
 
 
@@ -98,6 +102,12 @@ def _check_minimum(option: str, value: int | None, minimum: int) -> None:
         raise UserError(f"--{option}: {value}; expected at least {minimum}")
 
 
-def _load(checkpoint: str) -> tuple[TextToImage, Config]:
-    pipe, config = read_checkpoint(checkpoint, lambda found: (TextToImage.from_checkpoint(found), found.run_config))
-    return pipe.to_accelerator(), config
+def _load(options: argparse.Namespace) -> tuple[TextToImage, Config]:
+    given = {name: value for name, value in vars(options).items() if name in MODEL_OPTIONS}
+    settings = GenerationSettings(checkpoint=options.checkpoint, **given)
+    pipe, config = read_checkpoint(
+        settings.checkpoint,
+        lambda found: (TextToImage.from_checkpoint(found, dtype=settings.dtype), found.run_config),
+    )
+    pipe.to_accelerator()
+    return pipe.compile() if settings.compile else pipe, config

@@ -154,15 +154,16 @@ def add_options(
             continue
         field = schema.__pydantic_fields__[name]
         default = (defaults or {}).get(name, field.default)
-        suffix = "" if default in (None, "") else f" (default: {default})"
+        is_flag = field.annotation is bool
+        suffix = "" if is_flag or default in (None, "") else f" (default: {default})"
         title = field.json_schema_extra["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         groups[title].add_argument(
             f"--{name.replace('_', '-')}",
             default=argparse.SUPPRESS,
-            metavar=field.json_schema_extra["metavar"],
             help=f"{field.description}{suffix}".replace("%", "%%"),
+            **({"action": "store_true"} if is_flag else {"metavar": field.json_schema_extra["metavar"]}),
         )
 
 

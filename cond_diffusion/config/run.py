@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cond_diffusion.config.data import DataConfig
-from cond_diffusion.config.sampling import MAX_GUIDANCE_SCALE, SamplingOptions
+from cond_diffusion.config.sampling import MAX_GUIDANCE_SCALE, Precision, SamplingOptions
 from cond_diffusion.config.schedule import SPACINGS_WITH_OFFSET, ScheduleConfig
 from cond_diffusion.config.schema import (
     Fraction,
@@ -60,11 +60,13 @@ class TrainConfig:
         10, "consecutive steps with non-finite gradients, which are skipped, before the run stops"
     )
     gradient_accumulation_steps: PositiveInt = option(1, "forward passes of each process in one step")
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
-        None, "`no`, `bf16` or `fp16`; default: that of `accelerate launch`; a CPU without bf16 instructions uses fp32"
+    mixed_precision: Literal[Precision, "no"] | None = option(
+        "auto",
+        "`fp32` or `no`, `bf16`, `fp16`, or `auto`: that of `accelerate launch`, or else `bf16` where the hardware is "
+        "faster in it; a CPU without bf16 instructions uses fp32",
     )
     tf32: bool = option(True, "allow TF32 for fp32 matrix products on GPUs")
-    compile: bool = option(False, "compile the network; adds a minute or more before the first step")
+    compile: bool = option(False, "compile the network; adds a minute or more before the first step of a first run")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     ema_width: float = option(
         0.1, "relative width of the average of the weights (sigma_rel, Karras et al. 2024)", gt=0, le=0.28

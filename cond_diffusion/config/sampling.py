@@ -10,6 +10,7 @@ from cond_diffusion.config.schema import Fraction, Integer, LocalPath, PositiveI
 from cond_diffusion.errors import UserError
 
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MAX_GUIDANCE_SCALE = 10_000  # far above useful values, and far below fp32 overflow
 
 # Options that apply only to some samplers, and options that require an input image.
@@ -96,6 +97,8 @@ class GenerationSettings:
         None, "average the weights over this fraction of the training, 0.03 to 0.25 (default: as trained)"
     )
     lora: LocalPath | None = option(None, "LoRA to add to the network: a file, a folder or a Hub id", metavar="FILE")
+    dtype: Precision = option("auto", "precision: fp32, bf16, fp16, or auto: bf16 where the hardware is faster in it")
+    compile: bool = option(False, "compile the network with torch.compile; pays for many images only")
     image: LocalPath | None = option(None, "image to start from", group="input images", metavar="FILE")
     mask: LocalPath | None = option(
         None, "white areas are regenerated, black areas are kept", group="input images", metavar="FILE"

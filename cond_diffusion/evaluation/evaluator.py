@@ -15,6 +15,7 @@ from cond_diffusion.config.run import Config
 from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
 from cond_diffusion.data.loader import TrainingData, open_training_data
+from cond_diffusion.device import autocast
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation.metrics import (
@@ -289,7 +290,8 @@ def held_out_loss(pipe: TextToImage, config: Config, training_data: TrainingData
     """Compute the training loss of held-out images, by timestep and by caption; None if the run holds out none."""
     objective = Objective(config.objective, pipe.schedule)
     validator = Validator(config, training_data, pipe.text_encoder, objective, pipe.latent_space)
-    result = validator.measure(pipe.unet, Accelerator(cpu=pipe.device.type == "cpu"))
+    with autocast(pipe.precision, pipe.device):
+        result = validator.measure(pipe.unet, Accelerator(cpu=pipe.device.type == "cpu"))
     return None if result is None else asdict(result)
 
 

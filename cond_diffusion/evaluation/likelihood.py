@@ -24,6 +24,7 @@ from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.schedule import Variance
 from cond_diffusion.data.cache import embed
 from cond_diffusion.data.dataset import load_captioned_images
+from cond_diffusion.device import autocast
 from cond_diffusion.diffusion.guidance import guided
 from cond_diffusion.diffusion.objective import Denoiser, denoiser
 from cond_diffusion.diffusion.samplers import Noise
@@ -133,7 +134,8 @@ def bits_per_dimension(
         noise = partial(torch.randn, x_0.shape, generator=draw, device=pipe.device)
         bound = variational_bound(denoise, pipe.schedule, x_0, noise)
         bound = tqdm(bound, f"images {rows[0]} to {rows[-1]}", pipe.schedule.num_timesteps, unit=" steps")
-        bits = [torch.stack([*term.values()]) for _, term in bound]
+        with autocast(pipe.precision, pipe.device):
+            bits = [torch.stack([*term.values()]) for _, term in bound]
         priors.append(prior_bits(pipe.schedule, x_0).cpu())
         terms.append(torch.stack(bits, dim=-1).cpu())
     return torch.cat(priors), torch.cat(terms, dim=1)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.run import LatentConfig
+from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.files import hash_weights
 from cond_diffusion.hub import WEIGHTS, download, refuse_pickles, variant_of
@@ -80,7 +81,10 @@ class PixelPatchify:
 
 
 class VAE:
-    """Latents of diffusers' `AutoencoderKL`: the mean of the posterior, scaled to a variance of about 1."""
+    """Latents of diffusers' `AutoencoderKL`: the mean of the posterior, scaled to a variance of about 1.
+
+    It always computes in fp32: in fp16 the activations of Stable Diffusion's autoencoders can overflow.
+    """
 
     is_latent = True
 
@@ -155,14 +159,14 @@ class VAE:
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l h_f w_f"]:
         """Return x_0 of images in [-1, 1]."""
-        with torch.no_grad():
+        with torch.no_grad(), autocast("fp32", images.device):
             parts = [self.autoencoder.encode(part).latent_dist.mode() for part in images.split(_batch_size(images))]
         return torch.cat(parts) * self.scaling_factor
 
     def decode(self, x_0: Float[Tensor, "b l h_f w_f"]) -> Float[Tensor, "b c h w"]:
         """Return the images of x_0, approximately in [-1, 1]."""
         batch_size = _batch_size(x_0, self.downsample_factor)
-        with torch.no_grad():
+        with torch.no_grad(), autocast("fp32", x_0.device):
             parts = [self.autoencoder.decode(part).sample for part in (x_0 / self.scaling_factor).split(batch_size)]
         return torch.cat(parts)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.hub import WEIGHTS, download, is_hub_id, variant_of
 
@@ -126,7 +127,8 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def embed(self, ids: Int64[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
         """Compute the context of token ids."""
-        return self.clip(ids.to(self.clip.device))[0]
+        with autocast("fp32", self.clip.device):
+            return self.clip(ids.to(self.clip.device))[0]
 
     def forward(self, captions: Sequence[str]) -> Float[Tensor, "b l d"]:
         """Compute the context of captions, truncated to `max_length` tokens."""

@@ -5,6 +5,7 @@ the files of the other.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cond_diffusion.config.unet import UNetConfig, from_diffusers, to_diffusers
-from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.errors import UserError, first_line, user_errors
+from cond_diffusion.files import cache_folder
 from cond_diffusion.hub import download, is_hub_id, weight_files
 from cond_diffusion.models.layers import (
     Downsample,
@@ -32,6 +34,7 @@ from cond_diffusion.models.layers import (
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+MAX_COMPILED_SHAPES = 64  # of a class of blocks
 
 
 class DownLevel(nn.Module):
@@ -178,7 +181,8 @@ class UNet(nn.Module):
             x = self.mid_block(x, time, contexts)
         for level in self.up_blocks:
             x = level(x, time, contexts, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        # Guidance and samplers compute in the precision of x_t, also under autocast.
+        return self.conv_out(F.silu(self.conv_norm_out(x))).to(x_t.dtype)
 
     def _zero_init(self) -> None:
         """Initialize the last layer of the network and of every residual branch to zero (Dhariwal and Nichol 2021)."""
@@ -210,6 +214,33 @@ class UNet(nn.Module):
                 for channel, sign in ((2 * i, 1.0), (2 * i + 1, -1.0)):
                     self.conv_in.weight[channel, i, 1, 1] = sign
                     self.conv_out.weight[i, channel, 1, 1] = sign
+
+    def compile(self, **options: Any) -> None:
+        """Compile each residual block and transformer on its first call (regional compilation).
+
+        Names and values of the weights stay the same. Compiled code is cached in `TORCHINDUCTOR_CACHE_DIR`, by default
+        in the package's cache folder, where later processes find it.
+
+        Args:
+            **options: Those of `torch.compile`.
+
+        Raises:
+            UserError: If torch's compiler for the CPU finds no C++ compiler.
+        """
+        # Imported here: both take seconds to import.
+        from torch._dynamo import config as dynamo_config
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+        if self.conv_in.weight.device.type == "cpu" and options.get("backend", "inductor") == "inductor":
+            hint = "; install g++, or set CXX to a compiler, or run without compile"
+            with user_errors("compile: there is no C++ compiler", RuntimeError, hint=hint):
+                get_cpp_compiler()
+        # Blocks of all shapes share one cache, whose default size is 8.
+        dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, MAX_COMPILED_SHAPES)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock | SpatialTransformer):
+                module.compile(**options)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `config.json` and the weights in diffusers' format."""

@@ -148,10 +148,14 @@ def load_pipeline(settings: GenerationSettings) -> tuple[TextToImage, Generation
 
     In these, a run folder is replaced by its newest checkpoint, and `steps` is the number of steps.
     """
-    pipe = TextToImage.from_pretrained(settings.checkpoint, ema_width=settings.ema_width, lora=settings.lora)
+    pipe = TextToImage.from_pretrained(
+        settings.checkpoint, ema_width=settings.ema_width, lora=settings.lora, dtype=settings.dtype
+    ).to_accelerator()
+    if settings.compile:
+        pipe.compile()
     sampling = replace(settings.sampling, steps=settings.sampling.steps or pipe.schedule.num_timesteps)
     checkpoint = str(pipe.folder) if Path(settings.checkpoint).is_dir() else settings.checkpoint
-    return pipe.to_accelerator(), replace(settings, sampling=sampling, checkpoint=checkpoint)
+    return pipe, replace(settings, sampling=sampling, checkpoint=checkpoint)
 
 
 def save_png(image: Image.Image, path: Path, settings: GenerationSettings) -> None:
@@ -192,9 +196,10 @@ def read_settings(path: str, option: str) -> dict[str, Any]:
 
 
 def to_flat(settings: GenerationSettings) -> dict[str, Any]:
-    """Return all settings that are not None by name, the sampling options included."""
+    """Return all settings that are not None by name, the sampling options included; `compile` changes no image."""
     named = asdict(settings)
     sampling = named.pop("sampling")
+    del named["compile"]
     return {name: value for name, value in {**named, **sampling}.items() if value is not None}
 
 

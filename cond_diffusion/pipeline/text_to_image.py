@@ -4,10 +4,10 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,8 +16,8 @@ from psutil import virtual_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.config.sampling import SamplingOptions
-from cond_diffusion.device import keep_memory
+from cond_diffusion.config.sampling import Precision, SamplingOptions
+from cond_diffusion.device import autocast, choose_precision, keep_memory
 from cond_diffusion.diffusion.guidance import Edit, guided, threshold_dynamically
 from cond_diffusion.diffusion.objective import Prediction, denoiser
 from cond_diffusion.diffusion.samplers import Noise, Sampler, Step, build_sampler, sampling_timesteps
@@ -85,11 +85,23 @@ class Example:
 
 
 class TextToImage:
-    """Text-to-image pipeline: a text encoder, a UNet, its prediction type and noise schedule, and a latent space."""
+    """Text-to-image pipeline: a text encoder, a UNet, its prediction type and noise schedule, and a latent space.
+
+    Args:
+        dtype: Precision of the UNet: "fp32", "bf16", "fp16", or "auto" for bf16 where the device is faster in it, and
+            fp32 elsewhere. It applies to matrix products and convolutions; the weights and all the rest are fp32.
+    """
 
     def __init__(
-        self, unet: UNet, text_encoder: TextEncoder, prediction: Prediction, latent_space: LatentSpace
+        self,
+        unet: UNet,
+        text_encoder: TextEncoder,
+        prediction: Prediction,
+        latent_space: LatentSpace,
+        dtype: Precision = "auto",
     ) -> None:
+        if dtype not in get_args(Precision):
+            raise UserError(f"dtype: {dtype!r}; expected {', '.join(get_args(Precision))}")
         if unet.config.in_channels is None or unet.config.sample_size is None:
             raise UserError(
                 f"UNet config: in_channels: {unet.config.in_channels}, sample_size: {unet.config.sample_size}; "
@@ -107,6 +119,7 @@ class TextToImage:
         self.prediction = prediction
         self.schedule = prediction.schedule
         self.latent_space = latent_space
+        self.dtype = dtype
         self.folder: Path | None = None  # of the checkpoint that the pipeline was loaded from
 
     @classmethod
@@ -116,6 +129,7 @@ class TextToImage:
         *,
         ema_width: float | None = None,
         lora: str | Path | None = None,
+        dtype: Precision = "auto",
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
@@ -130,6 +144,7 @@ class TextToImage:
             ema_width: Width of the weight average, as a share of the training, instead of the checkpoint's; it is
                 reconstructed from the run's snapshots (post-hoc EMA).
             lora: LoRA to add to the UNet's weights: a file, a folder or a Hub id.
+            dtype: Precision of the UNet: "fp32", "bf16", "fp16", or "auto" for bf16 where the device is faster in it.
             revision: Revision of `source` if it is a Hub id.
             token: Hub token, as in huggingface_hub.
             cache_dir: Cache folder, as in huggingface_hub.
@@ -139,18 +154,21 @@ class TextToImage:
             UserError: If there is no checkpoint, or a file is missing, damaged or of an unsupported pipeline.
         """
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        pipe = read_checkpoint(source, partial(cls.from_checkpoint, ema_width=ema_width), revision=revision, **hub)
+        read = partial(cls.from_checkpoint, ema_width=ema_width, dtype=dtype)
+        pipe = read_checkpoint(source, read, revision=revision, **hub)
         if lora is not None:
             add_lora_file(pipe.unet, lora, **hub)
         return pipe
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, ema_width: float | None = None) -> "TextToImage":
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, ema_width: float | None = None, dtype: Precision = "auto"
+    ) -> "TextToImage":
         """Load all parts of an open checkpoint; raises UserError as `from_pretrained` does."""
         latent_space, unet = checkpoint.latent_space, checkpoint.unet
         if ema_width is not None:
             unet = UNet.with_weights(unet.config, weights_of_width(checkpoint.folder, ema_width))
-        pipe = cls(unet, checkpoint.text_encoder, checkpoint.prediction, latent_space)
+        pipe = cls(unet, checkpoint.text_encoder, checkpoint.prediction, latent_space, dtype)
         pipe.folder = checkpoint.folder
         return pipe
 
@@ -188,12 +206,18 @@ class TextToImage:
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
 
+    @cached_property
+    def precision(self) -> str:
+        """The precision that `dtype` selects on this device: "fp32", "bf16" or "fp16"."""
+        return choose_precision(self.dtype, self.device, "dtype")
+
     @property
     def image_size(self) -> int:
         """Width and height of the images in pixels."""
         return self.shape[1] * self.latent_space.downsample_factor
 
     def to(self, device: torch.device | str) -> "TextToImage":
+        self.__dict__.pop("precision", None)  # it depends on the device
         self.unet.to(device)
         self.text_encoder.to(device)
         self.latent_space.to(device)
@@ -205,6 +229,11 @@ class TextToImage:
         if accelerator is not None:
             return self.to(accelerator)
         keep_memory()
+        return self
+
+    def compile(self, **options: Any) -> "TextToImage":
+        """Compile the UNet on its first call; see `UNet.compile`. Attention maps need an uncompiled network."""
+        self.unet.compile(**options)
         return self
 
     def __repr__(self) -> str:
@@ -275,7 +304,8 @@ class TextToImage:
         batches = [examples[i : i + job.batch_size] for i in range(0, len(examples), job.batch_size)]
         steps = len(job.timesteps) * job.options.resamplings
         done: list[Tensor] = []
-        with tqdm(total=len(batches) * steps, desc="sampling", unit=" steps", disable=not progress) as bar:
+        bar = tqdm(total=len(batches) * steps, desc="sampling", unit=" steps", disable=not progress)
+        with bar, autocast(self.precision, self.device):
             try:
                 for batch in batches:
                     noise = self._noise([example.seed for example in batch])

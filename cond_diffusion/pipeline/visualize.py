@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cond_diffusion.diffusion.samplers import Step
-from cond_diffusion.errors import user_errors
+from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.images import enlarged, grid, label_font, to_pillow
 from cond_diffusion.models.layers import Attention, TransformerBlock
 from cond_diffusion.models.text_encoder import TextEncoder
@@ -73,7 +73,8 @@ class AttentionMaps:
     """
 
     def __init__(self, unet: UNet, image_size: int) -> None:
-        self.blocks = [module for module in unet.modules() if isinstance(module, TransformerBlock)]
+        self.modules = [*unet.modules()]
+        self.blocks = [module for module in self.modules if isinstance(module, TransformerBlock)]
         self.image_size = image_size
         self.recorded: list[Float[Tensor, "n l h w"]] = []  # since the previous step
         self.sums: dict[int, Tensor] = {}  # of this batch, by resolution
@@ -81,6 +82,8 @@ class AttentionMaps:
         self.maps: list[Float[Tensor, "l side side"]] = []
 
     def __enter__(self) -> "AttentionMaps":
+        if any(module._compiled_call_impl is not None for module in self.modules):
+            raise UserError("attention_maps: not available with compile; remove one")  # compiled code skips hooks
         self.hooks = [block.attn2.register_forward_pre_hook(self._record) for block in self.blocks]
         return self
 
@@ -113,7 +116,7 @@ def attention_weights(
     """Return the attention of each pixel to each token, averaged over heads; it sums to 1 over the tokens."""
     queries = rearrange(attention.to_q(x), "b p (n k) -> b n p k", n=attention.num_heads)
     scores = einsum(queries, keys, "b n p k, b n l k -> b n p l") / math.sqrt(keys.shape[-1])
-    return rearrange(scores.softmax(-1).mean(1), "b (h w) l -> b l h w", h=math.isqrt(x.shape[1]))
+    return rearrange(scores.float().softmax(-1).mean(1), "b (h w) l -> b l h w", h=math.isqrt(x.shape[1]))
 
 
 def maps_per_word(

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from cond_diffusion.config.run import CONFIG_NAME, Config, LatentConfig, TextConfig, TrainConfig, save_config
 from cond_diffusion.config.unet import UNetConfig
-from cond_diffusion.device import has_bf16, keep_memory, share_cores
+from cond_diffusion.device import choose_precision, has_bf16, keep_memory, share_cores
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.diffusion.samplers import sampling_timesteps
 from cond_diffusion.diffusion.schedule import NoiseSchedule
@@ -135,7 +135,8 @@ def make_accelerator(config: Config) -> Accelerator:
     """Create the `Accelerator` for the available hardware and the config."""
     check_tracker(config.track)
     check_launcher(config.train)
-    on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    on_cpu = device.type == "cpu"
     if on_cpu:
         share_cores()
         keep_memory()
@@ -144,7 +145,7 @@ def make_accelerator(config: Config) -> Accelerator:
         torch.backends.cudnn.allow_tf32 = config.train.tf32
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=mixed_precision(config.train, on_cpu),
+        mixed_precision=mixed_precision(config.train, device),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # losses are divided in the trainer
         log_with=config.track,
         project_dir=config.run_dir,
@@ -176,26 +177,28 @@ def check_launcher(config: TrainConfig) -> None:
         )
 
 
-def mixed_precision(config: TrainConfig, on_cpu: bool) -> str:
-    """Return the mixed precision to use: the config's, or else the launcher's.
+def mixed_precision(config: TrainConfig, device: torch.device) -> str:
+    """Return Accelerate's name of the precision to use: the config's, or else the launcher's, or else the device's.
 
     A CPU without the instructions uses fp32, since it would be many times slower otherwise.
 
     Raises:
-        UserError: If both are given and differ.
+        UserError: If config and launcher differ.
     """
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" where nothing was given
-    if launched not in ("no", config.mixed_precision or launched):
-        raise UserError(
-            f"train.mixed_precision: {config.mixed_precision} contradicts --mixed_precision {launched}; remove one"
-        )
-    precision = config.mixed_precision or launched
-    if precision not in ("no", "bf16", "fp16"):
+    # Runs of earlier versions stored null. The launcher sets "no" where nothing was given.
+    given = None if config.mixed_precision == "auto" else config.mixed_precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", given or launched):
+        raise UserError(f"train.mixed_precision: {given} contradicts --mixed_precision {launched}; remove one")
+    precision = given or launched
+    if precision not in ("no", "fp32", "bf16", "fp16"):
         raise UserError(f"--mixed_precision: {precision} is not supported; expected no, bf16 or fp16")
-    if not on_cpu or precision == "no" or (precision == "bf16" and has_bf16()):
-        return precision
-    logger.warning("train.mixed_precision: this CPU has no %s instructions; training in fp32", precision)
-    return "no"
+    if given is None and launched == "no":
+        precision = choose_precision("auto", device, "train.mixed_precision")
+    elif device.type == "cpu" and (precision == "fp16" or (precision == "bf16" and not has_bf16())):
+        logger.warning("train.mixed_precision: this CPU has no %s instructions; training in fp32", precision)
+        return "no"
+    return "no" if precision == "fp32" else precision
 
 
 def find_run(config: Config) -> tuple[Path, Path | None]:

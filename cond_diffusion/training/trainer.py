@@ -18,6 +18,7 @@ from cond_diffusion.config.run import Config, TrainConfig
 from cond_diffusion.data.cache import TextEmbedder, context_table, latent_set
 from cond_diffusion.data.dataset import open_captioned_files
 from cond_diffusion.data.loader import ShuffledDataset, TrainingData, open_training_data
+from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
@@ -73,7 +74,8 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
     prepare_run_dir(lock, run, start)
 
     with torch.device("meta"):  # it holds weights only while it samples
-        pipe = TextToImage(UNet(run.unet.config), run.text_encoder, run.objective.prediction, run.latent_space)
+        unet, precision = UNet(run.unet.config), accelerator.mixed_precision.replace("no", "fp32")
+        pipe = TextToImage(unet, run.text_encoder, run.objective.prediction, run.latent_space, precision)
     validator = Validator(config, training_data, text_embedder, run.objective, run.latent_space)
     batches = Batches(config, training_data, text_embedder, run.objective, accelerator, start, run.latent_space)
     reporter = Reporter(config, run.run_dir, start, run.samples_per_step, accelerator)
@@ -247,7 +249,7 @@ def _validate_and_sample(
     if not (validation_due or samples_due):
         return None
     loss = math.nan
-    with state.ema_weights(pipe):
+    with state.ema_weights(pipe), autocast(pipe.precision, pipe.device):
         if validation_due and (result := validator.measure(pipe.unet, reporter.accelerator)):
             reporter.log_validation(step, result)
             loss = result.true_caption

@@ -21,6 +21,7 @@ from cond_diffusion import TextToImage
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.data.cache import latent_set
 from cond_diffusion.data.dataset import open_captioned_files
+from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import from_pillow
 from cond_diffusion.models.latents import VAE
@@ -183,6 +184,19 @@ def test_augmented_images_and_streams_are_encoded_for_each_batch(
     train(config_of(latent_run, tmp_path / "flipped", "data.flip=true", *short))
     assert any(message.startswith("data.flip") for message in caplog.messages)
     train(config_of(latent_run, tmp_path / "stream", "data.streaming=true", *short))
+
+
+def test_decoding_under_fp16_autocast_does_not_overflow():
+    vae = VAE(autoencoder())
+    x_0 = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        vae.autoencoder.decoder.conv_in.weight *= 1e6  # beyond fp16; the norms that follow remove the factor
+        vae.autoencoder.decoder.conv_in.bias *= 1e6
+    expected = vae.decode(x_0)
+    with autocast("fp16", x_0.device):
+        assert not vae.autoencoder.decode(x_0 / vae.scaling_factor).sample.isfinite().all()
+        assert torch.equal(vae.decode(x_0), expected)
+    assert expected.isfinite().all()
 
 
 def test_latents_equal_those_of_the_autoencoder_and_masks_cover_all_masked_pixels():

@@ -3,13 +3,17 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from diffusers import UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cond_diffusion import UNet, UNetConfig
 from cond_diffusion.config.unet import from_diffusers, to_diffusers
+from cond_diffusion.device import DTYPES, autocast
 from cond_diffusion.errors import UserError
 
 SMALL = UNetConfig(channels=(16, 32), num_groups=8, num_heads=2, in_channels=1, sample_size=8, context_dim=12)
@@ -85,6 +89,51 @@ def test_keys_and_shapes_equal_those_of_stable_diffusion(fields: dict[str, objec
         ours = UNet(from_diffusers(dict(theirs.config)))
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert sum(p.numel() for p in ours.parameters()) > 850e6
+
+
+class RecordPrecision(TorchDispatchMode):
+    """Record the types of products, and check the statistics of norms and the sums of softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: set[torch.dtype] = set()
+        self.checked: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name in ("convolution", "addmm", "mm", "bmm"):
+            self.products.add(args[0].dtype)
+        elif name in ("native_group_norm", "native_layer_norm"):
+            assert output[1].dtype == output[2].dtype == torch.float32
+            self.checked.add(name)
+        elif name == "_softmax":
+            exact = args[0].double().softmax(args[1])
+            # The result is rounded once: sums in half precision have several times this error.
+            assert ((output - exact).abs() <= 1.01 * torch.finfo(output.dtype).eps / 2 * exact + 1e-7).all()
+            self.checked.add(name)
+        return output
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@torch.no_grad()
+def test_weights_outputs_norms_and_softmax_stay_fp32_under_autocast(precision: str):
+    unet = randomized(UNet(CONFIGS["attention at the first level"]))
+    x_t, t, context = inputs(SMALL)
+    expected = unet(x_t, t, context)
+    with autocast(precision, x_t.device), RecordPrecision() as record:
+        output = unet(x_t, t, context)
+    assert record.products == {DTYPES[precision]}
+    assert record.checked == {"native_group_norm", "native_layer_norm", "_softmax"}
+    assert {output.dtype, *(weight.dtype for weight in unet.parameters())} == {torch.float32}
+    assert 0 < (output - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_compile_without_a_compiler_is_a_user_error():
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(UserError, match=r"^compile: "),
+    ):
+        UNet(SMALL).compile()
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """The built-in model matches its card; reproducibility, options and saving of the pipeline."""
 
 import re
+import subprocess
+import sys
 from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from cond_diffusion import TextToImage
 from cond_diffusion.config.run import Config, PredictionKind, load_config
+from cond_diffusion.config.sampling import Precision
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.samplers import Step
@@ -242,3 +245,43 @@ def test_max_batch_size_uses_half_of_the_free_memory(pipe: TextToImage, monkeypa
         batch_size_for(2 * 5.5 * image_gb),
         batch_size_for(100),
     ] == [1, 5, 64]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "mean", "share"), [("bf16", 1.5, 0.9), ("fp16", 0.5, 0.98)])
+def test_a_seed_gives_the_same_image_in_every_precision(pipe: TextToImage, dtype: Precision, mean: float, share: float):
+    """Within a mean of about one gray level, and mostly within two; single pixels of edges can differ by more."""
+    options: dict[str, Any] = {"num_images": 4, "steps": 10, "sampler": "dpm_solver", "progress": False}
+    states: set[torch.dtype] = set()
+    half = TextToImage.from_pretrained(dtype=dtype)
+    images = half("a digit two", **options, callback_on_step_end=lambda step, *_: states.add(step.x.dtype))
+    expected = pipe("a digit two", **options)
+    assert states == {torch.float32}
+    gray = np.stack([np.asarray(image, dtype=float) for image in [*images, *expected]])
+    difference = np.abs(gray[:4] - gray[4:])
+    assert difference.max() > 0
+    assert difference.mean() < mean
+    assert (difference <= 2).mean() > share
+
+
+@pytest.mark.slow
+def test_a_compiled_pipeline_generates_the_same_images_and_saves_the_same_weights():
+    """In a process without runtime type checks. Compiling for the CPU takes a minute, so with the backend `aot_eager`."""
+    code = """
+from cond_diffusion import TextToImage
+from cond_diffusion.pipeline.visualize import AttentionMaps
+from cond_diffusion.errors import UserError
+pipe, compiled = TextToImage.from_pretrained(dtype="fp32"), TextToImage.from_pretrained(dtype="fp32")
+compiled.compile(backend="aot_eager")
+images = [p("seven", steps=2, num_images=2, output_type="pt", progress=False) for p in (pipe, compiled)]
+assert (images[0] - images[1]).abs().max() < 1e-4
+assert all(block._compiled_call_impl is not None for block in compiled.unet.mid_block.resnets)
+assert compiled.unet.state_dict().keys() == pipe.unet.state_dict().keys()
+try:
+    AttentionMaps(compiled.unet, 28).__enter__()
+except UserError as error:
+    assert str(error).startswith("attention_maps: ")
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from conftest import run_in_processes, weights
 
 from cond_diffusion.config.run import Config, TrainConfig
@@ -39,25 +40,29 @@ def test_accumulation_of_the_launcher_must_be_that_of_the_config(
 
 @pytest.mark.parametrize(
     ("launched", "given", "expected"),
-    [("bf16", None, "bf16"), ("bf16", "bf16", "bf16"), ("no", "bf16", "bf16"), ("no", None, "no"), (None, None, "no")],
+    [
+        *(("bf16", "auto", "bf16"), ("bf16", "bf16", "bf16"), ("no", "bf16", "bf16"), ("no", "no", "no")),
+        *(("no", "auto", "bf16"), (None, "auto", "bf16"), (None, None, "bf16"), (None, "fp32", "no")),
+    ],
 )
-def test_precision_of_the_launcher_counts_where_the_config_gives_none(
+def test_precision_is_that_of_the_config_or_the_launcher_or_the_device(
     launched: str | None, given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launched is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: not including_emulation)
     config = TrainConfig(mixed_precision=given)  # type: ignore[arg-type]
-    assert mixed_precision(config, on_cpu=False) == expected
+    assert mixed_precision(config, torch.device("cuda")) == expected
 
 
-@pytest.mark.parametrize(("launched", "given"), [("bf16", "no"), ("fp16", "bf16"), ("fp8", None)])
+@pytest.mark.parametrize(("launched", "given"), [("bf16", "no"), ("bf16", "fp32"), ("fp16", "bf16"), ("fp8", "auto")])
 def test_precisions_that_contradict_or_are_unsupported_are_refused(
     launched: str, given: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     with pytest.raises(UserError, match=rf"mixed_precision.* {launched}"):
-        mixed_precision(TrainConfig(mixed_precision=given), on_cpu=False)  # type: ignore[arg-type]
+        mixed_precision(TrainConfig(mixed_precision=given), torch.device("cuda"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("max_steps", [4, 2])

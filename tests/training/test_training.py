@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 from conftest import ROOT, SIDE, bar, metrics, weights
 from safetensors.torch import load_file
 
@@ -510,6 +511,25 @@ def test_a_compiled_network_trains_the_same_up_to_rounding(bars_overrides: list[
     losses = [[line["loss"] for line in metrics(Path(run_dir))] for run_dir in (bars_config.run_dir, compiled)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
     TextToImage.from_pretrained(compiled)
+    resumed = replace(load_config(Config, Path(compiled) / "config.yaml"), resume=True)
+    newest = train(with_train(resumed, compile=False, max_steps=5))
+    assert newest.name == "step-00000005"
+    assert not [name for name in weights(newest) if "_orig_mod" in name]
+
+
+def test_bf16_training_keeps_weights_moments_and_averages_in_fp32(
+    bars_config: Config, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+):
+    monkeypatch.setattr(setup, "has_bf16", lambda: True)
+    # Accelerate keeps the precision of a process.
+    AcceleratorState._reset_state(True)
+    request.addfinalizer(lambda: AcceleratorState._reset_state(True))
+    types: set[torch.dtype] = set()
+    norm = torch.nn.functional.group_norm
+    monkeypatch.setattr(torch.nn.functional, "group_norm", lambda x, *rest: (types.add(x.dtype), norm(x, *rest))[1])
+    saved = train(with_train(bars_config, mixed_precision="bf16", max_steps=2))
+    assert types == {torch.bfloat16}
+    assert {value.dtype for value in weights(saved).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
