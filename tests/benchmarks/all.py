@@ -30,7 +30,7 @@ PARTS = {
     "Predictions and losses": ["objectives.py"],
 }
 SHORT = {
-    "networks.py": ["--sizes", "built-in", "--modes", "eager", "--rounds", "1"],
+    "networks.py": ["--sizes", "built-in", "--modes", "default", "bf16", "--rounds", "1"],
     "step.py": ["--steps", "1", "train.batch_size=4"],
     "peers.py": [
         *["--who", "ours", "diffusers", "--minutes", "0.01", "--samples", "10"],

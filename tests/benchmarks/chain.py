@@ -1,6 +1,6 @@
 """Compare DDPM over all timesteps with a few steps of an ODE solver: time, prompt accuracy, Fréchet distance.
 
-python tests/benchmarks/chain.py [--samples 500] [--guidance-scale 1.5] [--steps 20]
+python tests/benchmarks/chain.py [--samples 500] [--guidance-scale 1.5] [--steps 20] [--dtype bf16]
 """
 
 import argparse
@@ -20,16 +20,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--guidance-scale", type=float, default=1.5)
     parser.add_argument("--sampler", default="dpm_solver")
+    parser.add_argument("--dtype", default="auto", help="precision: auto, fp32, bf16 or fp16")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 15, 20])
     parser.add_argument("--chain", type=int, help="number of DDPM steps (default: all timesteps)")
     arguments = parser.parse_args()
 
-    pipe = TextToImage.from_pretrained(arguments.checkpoint).to_accelerator()
+    pipe = TextToImage.from_pretrained(arguments.checkpoint, dtype=arguments.dtype).to_accelerator()
     evaluator = load_evaluator(pipe, open_checkpoint(arguments.checkpoint).run_config)
     prompts = evaluator.prompts(arguments.samples)
     baseline = evaluator.real_baseline(arguments.samples)
     print(
-        f"On {hardware()}; {arguments.samples} samples at scale {arguments.guidance_scale}, by {evaluator.judge_name}."
+        f"On {hardware()}; {arguments.samples} samples at scale {arguments.guidance_scale} in {pipe.precision}, by "
+        f"{evaluator.judge_name}."
     )
     print(f"The same number of real images has a Fréchet distance of {baseline:.2f}.\n")
     print("| sampler | steps | seconds | speedup | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|---|")

@@ -1,17 +1,20 @@
 """Compare our UNet with diffusers' `UNet2DConditionModel` of the same weights: a training step, and guided sampling.
 
-    python tests/benchmarks/networks.py [--sizes built-in rgb64 stable-diffusion] [--modes eager compiled] [--rounds 7]
+    python tests/benchmarks/networks.py [--sizes built-in rgb64 stable-diffusion] [--modes default fp32 bf16] [--rounds 7]
 
 Each uses its usual setup: ours trains with fused AdamW, diffusers' with AdamW as in its examples; both sample in
-20 steps of DDIM at scale 3, ours with our sampler and guidance, diffusers' with DDIMScheduler.
+20 steps of DDIM at scale 3, ours with our sampler and guidance, diffusers' with DDIMScheduler. In the mode `default`,
+ours has the precision that `auto` selects, and diffusers' is fp32. Modes that the machine is slow in are skipped.
 """
 
 import argparse
+import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
@@ -21,6 +24,7 @@ from torch.nn import functional as F
 from cond_diffusion.config.run import ObjectiveConfig
 from cond_diffusion.config.schedule import ScheduleConfig
 from cond_diffusion.config.unet import UNetConfig, to_diffusers
+from cond_diffusion.device import DTYPES, autocast, choose_precision
 from cond_diffusion.diffusion.guidance import guided
 from cond_diffusion.diffusion.objective import Objective, denoiser
 from cond_diffusion.diffusion.samplers import ddim
@@ -53,15 +57,24 @@ SIZES = {
     ),
 }
 STEPS, SCALE = 20, 3.0
+MODES = {
+    # name: (precision of ours, precision of diffusers', whether both are compiled)
+    "default": ("auto", "fp32", False),
+    "fp32": ("fp32", "fp32", False),
+    "bf16": ("bf16", "bf16", False),
+    "compiled-fp32": ("fp32", "fp32", True),
+    "compiled-bf16": ("bf16", "bf16", True),
+}
 
 
 class Contest:
     """The two networks on the same inputs."""
 
-    def __init__(self, size: str, device: torch.device) -> None:
+    def __init__(self, size: str, device: torch.device, mode: str = "default") -> None:
         config, batch, drawn, tokens = SIZES[size]
         self.device = device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        precision, self.their_precision, _ = MODES[mode]
+        self.precision = choose_precision(precision, device, "--modes")
         torch.manual_seed(0)
         self.ours = UNet(config).to(device)
         with torch.no_grad():
@@ -89,11 +102,8 @@ class Contest:
         self.ours.compile()
         self.theirs.compile()
 
-    def _cast(self) -> Any:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
     def our_step(self) -> None:
-        with self._cast():
+        with autocast(self.precision, self.device):
             loss = self.objective.loss(self.ours, self.x_0, self.t, self.eps, self.context)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.ours.parameters(), 1.0)
@@ -101,7 +111,7 @@ class Contest:
         self.optimizer.zero_grad()
 
     def their_step(self) -> None:
-        with self._cast():
+        with autocast(self.their_precision, self.device):
             t = self.t.to(self.device)
             output = self.theirs(self.their_noise.add_noise(self.x_0, self.eps, t), t, self.context).sample
             loss = F.mse_loss(output.float(), self.eps)
@@ -113,7 +123,7 @@ class Contest:
     @torch.inference_mode()
     def our_pictures(self) -> torch.Tensor:
         context = self.context[: self.drawn]
-        with self._cast():
+        with autocast(self.precision, self.device):
             network = guided(
                 self.ours,
                 context,
@@ -134,7 +144,7 @@ class Contest:
         scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
         scheduler.set_timesteps(STEPS)
         x = self.x_T
-        with self._cast():
+        with autocast(self.their_precision, self.device):
             for t in scheduler.timesteps:
                 uncond, cond = self.theirs(torch.cat([x, x]), t, both).sample.chunk(2)
                 x = scheduler.step(uncond + SCALE * (cond - uncond), t, x).prev_sample
@@ -144,16 +154,25 @@ class Contest:
 def rows(size: str, mode: str, rounds: int) -> list[str]:
     """Measure one size in one mode, and return the lines of the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    contest = Contest(size, device)
+    if "bf16" in mode and choose_precision("auto", device, "--modes") != "bf16":
+        return [f"| {size} | {mode} | skipped: bf16 is not faster than fp32 on this machine | | | | |"]
+    contest = Contest(size, device, mode)
     difference = (contest.our_pictures() - contest.their_pictures()).abs().max().item()
-    if device.type == "cpu" and not difference < 1e-3 * contest.our_pictures().abs().max().item():
+    is_exact = device.type == "cpu" and contest.precision == contest.their_precision == "fp32"
+    if is_exact and not difference < 1e-3 * contest.our_pictures().abs().max().item():
         raise RuntimeError(f"{size}: the images differ by {difference}, so the times are not comparable")
     # Counted in eager mode: compilation may fuse or remove operations.
     work = flop(contest.our_step)
-    if mode == "compiled":
-        contest.compile()
-    peak = peak_flop_per_second(device, contest.dtype)
     lines = []
+    if MODES[mode][2]:
+        contest.compile()
+        started = []
+        for first_call in (contest.our_pictures, contest.their_pictures):
+            start = time.perf_counter()
+            first_call()
+            started.append(f"{time.perf_counter() - start:.0f} s")
+        lines.append(f"| {size} | {mode} | first call of sampling | {started[0]} | {started[1]} | | |")
+    peak = peak_flop_per_second(device, DTYPES[contest.precision])
     for what, ours, theirs, count, work_of_one in (
         ("training step", contest.our_step, contest.their_step, contest.batch, work),
         ("guided sampling, 20 steps", contest.our_pictures, contest.their_pictures, contest.drawn, None),
@@ -182,14 +201,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES] if on_gpu else [*SIZES][:2])
-    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=[*MODES])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         memory(*arguments.memory)
         return
-    print(f"On {hardware()}, {'bf16' if on_gpu else 'fp32'}; images per second, medians of {arguments.rounds}.\n")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # so that the first calls are those of a first run
+    print(f"On {hardware()}; images per second, interleaved medians of {arguments.rounds}.\n")
     print("| network | mode | what | ours | diffusers | ratio | our share of the peak |")
     print("|---|---|---|---|---|---|---|")
     for size in arguments.sizes:

@@ -266,7 +266,7 @@ def test_a_seed_gives_the_same_image_in_every_precision(pipe: TextToImage, dtype
 
 @pytest.mark.slow
 def test_a_compiled_pipeline_generates_the_same_images_and_saves_the_same_weights():
-    """In a process without runtime type checks. Compiling for the CPU takes a minute, so with the backend `aot_eager`."""
+    """In a process without runtime type checks. The backend `aot_eager` spares a minute."""
     code = """
 from cond_diffusion import TextToImage
 from cond_diffusion.pipeline.visualize import AttentionMaps
