@@ -1,6 +1,6 @@
 """Compare our UNet with diffusers' `UNet2DConditionModel` of the same weights: a training step, and guided sampling.
 
-    python tests/benchmarks/networks.py [--sizes built-in rgb64 stable-diffusion] [--modes default fp32 bf16] [--rounds 7]
+    python tests/benchmarks/networks.py [--sizes built-in rgb64 stable-diffusion] [--modes default bf16] [--rounds 7]
 
 Each uses its usual setup: ours trains with fused AdamW, diffusers' with AdamW as in its examples; both sample in
 20 steps of DDIM at scale 3, ours with our sampler and guidance, diffusers' with DDIMScheduler. In the mode `default`,
