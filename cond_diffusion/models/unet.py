@@ -232,7 +232,8 @@ class UNet(nn.Module):
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-        if self.conv_in.weight.device.type == "cpu" and options.get("backend", "inductor") == "inductor":
+        on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
+        if on_cpu and options.get("backend", "inductor") == "inductor":
             hint = "; install g++, or set CXX to a compiler, or run without compile"
             with user_errors("compile: there is no C++ compiler", RuntimeError, hint=hint):
                 get_cpp_compiler()

@@ -270,6 +270,8 @@ def test_warning_contains_the_truncated_part_of_a_long_prompt(run_script, caplog
         ("seven --guidance-interval 800", "guidance_interval: '800'"),
         ("seven --eta 0.5", "eta: 0.5 "),
         ("seven --sampler euler --order 2", "order: 2 "),
+        ("seven --dtype fp8", "dtype: 'fp8'"),
+        ("seven --compile --attention-maps words.png", "attention_maps: "),
         ("seven --strength 0.5", "strength: "),
         ("seven --image=", "--image: "),
         ("seven --film=", "--film: . "),
