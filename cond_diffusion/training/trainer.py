@@ -74,8 +74,9 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
     prepare_run_dir(lock, run, start)
 
     with torch.device("meta"):  # it holds weights only while it samples
-        unet, precision = UNet(run.unet.config), accelerator.mixed_precision.replace("no", "fp32")
-        pipe = TextToImage(unet, run.text_encoder, run.objective.prediction, run.latent_space, precision)
+        precision: Any = accelerator.mixed_precision.replace("no", "fp32")
+        unet, prediction = UNet(run.unet.config), run.objective.prediction
+        pipe = TextToImage(unet, run.text_encoder, prediction, run.latent_space, precision)
     validator = Validator(config, training_data, text_embedder, run.objective, run.latent_space)
     batches = Batches(config, training_data, text_embedder, run.objective, accelerator, start, run.latent_space)
     reporter = Reporter(config, run.run_dir, start, run.samples_per_step, accelerator)

@@ -189,7 +189,8 @@ def rows(size: str, mode: str, rounds: int) -> list[str]:
 
 def memory(size: str, whose: str) -> None:
     """Print the peak memory of two training steps; must run in a separate process."""
-    contest = Contest(size, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    contest = Contest(size, device, choose_precision("auto", device, "--modes"))  # the same for both
     before = memory_gb()
     step: Callable[[], None] = contest.our_step if whose == "ours" else contest.their_step
     for _ in range(2):
