@@ -18,6 +18,7 @@ from cond_diffusion.config.schema import local_path
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.images import enlarged, grid, to_pillow
+from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODELS, INDEX_NAME
 from cond_diffusion.pipeline.generate import generate_to_file, read_settings
 from cond_diffusion.pipeline.run_folder import checkpoints
 
@@ -87,9 +88,10 @@ def generate_in_thread(folder: Path, settings: GenerationSettings) -> Iterator[U
 
 
 def list_checkpoints(runs: Path) -> list[str]:
-    """Return "builtin" and the run folders that have a checkpoint, the newest first."""
-    found = [path for path in runs.iterdir() if checkpoints(path)] if runs.is_dir() else []
-    return ["builtin", *map(str, sorted(found, key=lambda path: path.stat().st_mtime, reverse=True))]
+    """Return the built-in models and the run folders that have a checkpoint of a model, the newest first."""
+    folders = runs.iterdir() if runs.is_dir() else ()
+    found = [path for path in folders if any((folder / INDEX_NAME).exists() for folder in checkpoints(path))]
+    return [*BUILT_IN_MODELS, *map(str, sorted(found, key=lambda path: path.stat().st_mtime, reverse=True))]
 
 
 def build_page(runs: Path) -> Any:

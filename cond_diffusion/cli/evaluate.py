@@ -91,7 +91,7 @@ def likelihood_command(arguments: list[str] | None = None) -> None:
 
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    checkpoint_help = "a run folder, a checkpoint folder or a Hub id (default: %(default)s)"
+    checkpoint_help = "a built-in model, a run folder, a checkpoint folder or a Hub id (default: %(default)s)"
     parser.add_argument("--checkpoint", type=expand_home, default="builtin", help=checkpoint_help)
     add_options(parser, GenerationSettings, only=MODEL_OPTIONS)
     return parser

@@ -113,8 +113,9 @@ def pretrain_clip(arguments: list[str] | None = None) -> None:
     config = load_config(ClipPretrainingConfig, options.config and config_file(options.config), options.overrides)
     from cond_diffusion.training.clip_pretraining import pretrain
 
-    for caption, accuracy in pretrain(config).items():
-        print(f"zero-shot accuracy on the {config.test_split} split, captions such as {caption!r}: {accuracy:.2%}")
+    split, accuracies = pretrain(config)
+    for name, accuracy in accuracies.items():
+        print(f"{split} split: {name}: {accuracy:.2%}")
     print(f"saved {config.run_dir}; use it for training with text.encoder={config.run_dir}")
 
 

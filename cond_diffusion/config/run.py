@@ -1,5 +1,6 @@
 """The config of a run: sections that are read from YAML and `key=value` overrides, and saved as YAML."""
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +29,7 @@ from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.errors import UserError
 
 CONFIG_NAME = "config.yaml"  # in a run folder and in each of its checkpoints
+PRETRAIN = "pretrain"
 
 PredictionKind = Literal["epsilon", "sample", "score", "v_prediction"]
 Loss = Literal["epsilon", "sample", "v_prediction", "min_snr", "variational_bound"]
@@ -90,7 +92,10 @@ class TrainConfig:
 class SampleConfig:
     """Sample grids during training, with one column per prompt."""
 
-    prompts: tuple[str, ...] = option((), "prompts of the sample grids, one column each")
+    prompts: tuple[str, ...] = option(
+        (),
+        "prompts of the sample grids, one column each; default: eight captions of the data, unless streamed",
+    )
     num_images: PositiveInt = option(4, "rows of the grids")
     guidance_scale: float = option(3.0, "guidance scale of the grids", ge=0, le=MAX_GUIDANCE_SCALE)
     steps: PositiveInt = option(100, "sampling steps of the grids")
@@ -106,7 +111,11 @@ class SampleConfig:
 class TextConfig:
     """The frozen text encoder."""
 
-    encoder: LocalPath = option("builtin", "`builtin`, a Hub id, or a folder with a CLIP")
+    encoder: LocalPath = option(
+        "builtin",
+        "`builtin`, a Hub id, a folder with a CLIP, or `pretrain`: first train a small CLIP on the data, in `run_dir`",
+    )
+    pretrain_steps: PositiveInt = option(1000, "steps of `encoder: pretrain`")
     max_length: int | None = option(
         None, "number of tokens that captions are padded or truncated to; default: the encoder's own", ge=3
     )
@@ -159,7 +168,8 @@ class Config:
         "later ones are renamed",
     )
     init_from: LocalPath | None = option(
-        None, "a run, a checkpoint or a Hub id to start from; it determines all options that its weights depend on"
+        None,
+        "`builtin`, a run, a checkpoint or a Hub id to start from; it decides all options that its weights depend on",
     )
     track: str | None = option(None, "`tensorboard`, or another of Accelerate's trackers")
     data: DataConfig = Field(default_factory=DataConfig)
@@ -183,6 +193,30 @@ class Config:
         if self.schedule.clip_x_0:
             raise UserError("schedule.clip_x_0: true; expected false with latent.vae, whose latents are unbounded")
 
+    @property
+    def clip(self) -> str:
+        """The name or the folder of the CLIP whose text encoder is used."""
+        return str(Path(self.run_dir) / "text_encoder") if self.text.encoder == PRETRAIN else self.text.encoder
+
+    def clip_pretraining(self) -> "ClipPretrainingConfig":
+        """Return the config of the CLIP that `text.encoder: pretrain` trains; it divides an image into about 4 x 4."""
+        side = self.data.resolution
+        divisors = (size for size in range(1, side + 1) if side % size == 0)
+        return ClipPretrainingConfig(
+            run_dir=self.clip,
+            seed=self.seed,
+            resume=True,  # whether the run resumes is checked for the run
+            data=self.data,
+            test_split="train",
+            vocab_size=8000,
+            max_length=self.text.max_length or 77,
+            patch_size=min(divisors, key=lambda size: abs(math.log(4 * size / side))),
+            width=128,
+            batch_size=128,
+            max_steps=self.text.pretrain_steps,
+            warmup_steps=min(100, self.text.pretrain_steps // 10),
+        )
+
 
 @section("")
 @dataclass(frozen=True)
@@ -191,9 +225,12 @@ class ClipPretrainingConfig:
 
     run_dir: LocalPath = option("runs/clip", "folder of the CLIP; an existing one is never overwritten")
     seed: int = option(0, "random seed")
+    resume: bool = option(False, "`true`: continue from the newest checkpoint in `run_dir`, if there is one")
     data: DataConfig = Field(default_factory=DataConfig)
-    test_split: str = option("test", "split that the zero-shot accuracy is measured on")
-    vocab_size: int = option(1000, "vocabulary size: all bytes twice, two special tokens, and merges", ge=514)
+    test_split: str = option("test", "split that accuracies are measured on; without it, the training images")
+    vocab_size: int = option(
+        1000, "maximum size of the vocabulary: all bytes twice, two special tokens, and merges", ge=514
+    )
     max_length: int = option(16, "number of tokens that captions are padded or truncated to", ge=3)
     patch_size: PositiveInt = option(4, "size of the image patches")
     width: PositiveInt = option(64, "width of both encoders")
@@ -204,6 +241,15 @@ class ClipPretrainingConfig:
     learning_rate: float = option(1e-3, "peak learning rate", gt=0, allow_inf_nan=False)
     warmup_steps: NonNegativeInt = option(100, "steps of linear warm-up")
     weight_decay: float = option(0.1, "decoupled weight decay", ge=0, allow_inf_nan=False)
+    mixed_precision: Literal["no", "bf16"] | None = option(None, "`no` or `bf16`, as `train.mixed_precision`")
+    checkpoint_every: NonNegativeInt = option(100, "steps between checkpoints; 0 writes the last one only")
+    log_every: PositiveInt = option(10, "steps between lines of `metrics.jsonl`")
+
+    def as_run(self) -> Config:
+        """Return the run config with the same options, for the parts of the trainer."""
+        shared = TrainConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
+        train = TrainConfig(**{name: getattr(self, name) for name in shared})
+        return Config(run_dir=self.run_dir, seed=self.seed, resume=self.resume, data=self.data, train=train)
 
     def __post_init__(self) -> None:
         if self.warmup_steps >= self.max_steps:

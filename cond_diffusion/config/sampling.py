@@ -92,7 +92,7 @@ class GenerationSettings:
 
     prompts: tuple[str, ...] = ()
     sampling: SamplingOptions = Field(default_factory=SamplingOptions)
-    checkpoint: LocalPath = option("builtin", "a run folder, a checkpoint folder or a Hub id")
+    checkpoint: LocalPath = option("builtin", "a built-in model, a run folder, a checkpoint folder or a Hub id")
     ema_width: float | None = option(
         None, "average the weights over this fraction of the training, 0.03 to 0.25 (default: as trained)"
     )

@@ -258,7 +258,7 @@ def load_evaluator(
     has_labels = num_groups > 1 and len(train) >= MIN_IMAGES_PER_LABEL * num_groups
     clip = features if isinstance(features, ClipJudge) else None
     try:
-        clip = load_clip_judge(config.text.encoder, config.data, config.text.max_length or 77)
+        clip = load_clip_judge(config.clip, config.data, config.text.max_length or 77)
     except UserError as error:
         logger.warning("text.encoder: %s; %s", error, "using features" if clip else "skipping CLIP metrics")
     for model in (clip, features):

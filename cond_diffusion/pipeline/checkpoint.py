@@ -18,7 +18,7 @@ from cond_diffusion.config import schedule as schedule_config
 from cond_diffusion.config.run import CONFIG_NAME, Config, PredictionKind, load_config
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
-from cond_diffusion.errors import UserError, user_errors
+from cond_diffusion.errors import UserError, did_you_mean, user_errors
 from cond_diffusion.hub import WEIGHTS, download, is_hub_id, refuse_pickles
 from cond_diffusion.models.latents import IN_LATENTS, IN_PIXELS, VAE, LatentSpace, PixelPatchify
 from cond_diffusion.models.text_encoder import TextEncoder
@@ -27,6 +27,7 @@ from cond_diffusion.pipeline.run_folder import find_corruption, newest_checkpoin
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILT_IN_MODEL = ASSETS / "mnist_model"
+BUILT_IN_MODELS = {"builtin": BUILT_IN_MODEL}  # by the name that `--checkpoint` and `init_from` accept
 INDEX_NAME = "model_index.json"
 GRID_NAME = "samples.png"
 Result = TypeVar("Result")
@@ -94,17 +95,17 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path, **options: Any) -> Checkpoint:
-    """Open the built-in model, the newest checkpoint of a run, a checkpoint folder, or a model from the Hub.
+    """Open a built-in model, the newest checkpoint of a run, a checkpoint folder, or a model from the Hub.
 
     Args:
-        source: "builtin", a run folder, a checkpoint folder or a Hub id, which is downloaded.
+        source: A name in `BUILT_IN_MODELS`, a run folder, a checkpoint folder or a Hub id, which is downloaded.
         **options: Options of `hub.download`.
 
     Raises:
         UserError: If there is no checkpoint, or one of its files does not match its checksum.
     """
-    if source == "builtin":
-        return Checkpoint(BUILT_IN_MODEL)
+    if source in BUILT_IN_MODELS:
+        return Checkpoint(BUILT_IN_MODELS[str(source)])
     folder = Path(source)
     if (folder / INDEX_NAME).is_file():
         if problem := find_corruption(folder, with_state=False):
@@ -116,7 +117,9 @@ def open_checkpoint(source: str | Path, **options: Any) -> Checkpoint:
             raise UserError(f"{folder}: no complete checkpoint; expected {INDEX_NAME} or checkpoints/step-*")
         return Checkpoint(newest)
     if not is_hub_id(source):
-        raise UserError(f"there is no checkpoint {source}; expected a run folder, a checkpoint folder or a hub id")
+        names = f"{', '.join(BUILT_IN_MODELS)}, a run folder, a checkpoint folder or a hub id"
+        hint = did_you_mean(str(source), BUILT_IN_MODELS)
+        raise UserError(f"there is no checkpoint {source}{hint}; expected {names}")
     # Check the kind before downloading gigabytes of an unsupported pipeline.
     check_kind(download(str(source), [INDEX_NAME], **options), str(source))
     return Checkpoint(download(str(source), **options))

@@ -1,89 +1,81 @@
 """Pretrain a small CLIP on a captioned data set, for use as a text encoder where the Hub is not available.
 
 `cond-diffusion pretrain-clip --config clip_mnist` learns a byte-pair vocabulary from the captions and writes a
-`CLIPModel` folder in transformers' format, which can be used like any CLIP from the Hub.
+`CLIPModel` folder in transformers' format, which can be used like any CLIP from the Hub. `text.encoder: pretrain` does
+the same at the start of a training run, in its folder.
 
-The loss is CLIP's (Radford et al. 2021, fig. 3) with the targets of UniCL (Yang et al. 2022): captions of the same
-group are positives of each other. A batch contains many of them, and CLIP's diagonal targets would push them apart.
+As in any run, everything is a function of the seed and the step, so a resumed run equals an uninterrupted one:
+
+    runs/clip/config.yaml, metrics.jsonl, .lock
+    runs/clip/checkpoints/step-00001000/   the CLIP, with an additional folder state/
+    runs/clip/config.json, model.safetensors, tokenizer*.json   the CLIP after the last step
 """
 
 import json
+import logging
+from collections.abc import Sequence
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from jaxtyping import Float, Int64
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from accelerate import Accelerator
+from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
-from cond_diffusion.config.run import ClipPretrainingConfig
-from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
+from cond_diffusion.config.run import CONFIG_NAME, ClipPretrainingConfig, load_config
+from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images, open_captioned_files
+from cond_diffusion.errors import UserError
 from cond_diffusion.images import to_model
-from cond_diffusion.models.text_encoder import embed_images, embed_texts, quiet_transformers
-from cond_diffusion.pipeline.run_folder import RunLock, make_run_dir, new_run_dir
+from cond_diffusion.models.clip import build_clip, contrastive_loss, count_whole_words, train_tokenizer
+from cond_diffusion.models.text_encoder import (
+    clip_errors,
+    embed_images,
+    embed_texts,
+    load_clip,
+    load_tokenizer,
+    quiet_transformers,
+)
+from cond_diffusion.pipeline.run_folder import PROGRESS_NAME, RunLock, save_checkpoint
 from cond_diffusion.seeding import generator, sample_indices
+from cond_diffusion.training.optimizer import learning_rate
+from cond_diffusion.training.reporting import Interruption, Reporter
+from cond_diffusion.training.setup import acquire_lock, find_run, make_accelerator, prepare_run_dir
+from cond_diffusion.training.state import copy_to_cpu, load_moments, local_shard, moments_of, read_shards
 
+KEEP_CHECKPOINTS = 2
+EMBEDDING_BATCH_SIZE = 500  # images or captions
+# Keys that a resumed run may not change, because the weights depend on them.
+FIXED_KEYS = (
+    *("seed", "vocab_size", "max_length", "patch_size", "width", "layers", "num_heads", "batch_size"),
+    *("data.resolution", "data.channels"),
+)
 
-def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary (Sennrich et al. 2016) in CLIP's order: bytes, word-final bytes, merges, special
-    tokens.
-
-    It contains every byte, so any text can be encoded, including unseen words.
-    """
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # CLIPTokenizer's normalizer and pre-tokenizer decide which bytes merges may join.
-    clip_backend = CLIPTokenizer().backend_tokenizer
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = clip_backend.normalizer, clip_backend.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(alphabet) - 2,  # the trainer counts the plain bytes, but not the word-final ones
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(captions, trainer)
-    merges: Any = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), start, end]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
-
-
-def build_clip(config: ClipPretrainingConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Return a randomly initialized `CLIPModel`."""
-    shared = {
-        "hidden_size": config.width,
-        "intermediate_size": 4 * config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.num_heads,
-    }
-    special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {**shared, **special_tokens, "vocab_size": len(tokenizer), "max_position_embeddings": config.max_length}
-    vision = {
-        **shared,
-        "image_size": config.data.resolution,
-        "patch_size": config.patch_size,
-        "num_channels": config.data.channels,
-    }
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.width))
-
-
-def contrastive_loss(
-    logits: Float[Tensor, "images texts"],
-    group_of_image: Int64[Tensor, " images"],
-    group_of_text: Int64[Tensor, " texts"],
-) -> Float[Tensor, ""]:
-    """Compute the symmetric contrastive loss of UniCL: each target is uniform over all pairs of the same group."""
-    same = (group_of_image[:, None] == group_of_text[None, :]).to(logits.dtype)
-    to_text = F.cross_entropy(logits, same / same.sum(1, keepdim=True))
-    to_image = F.cross_entropy(logits.T, same.T / same.T.sum(1, keepdim=True))
-    return (to_text + to_image) / 2
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
+def image_embeddings(clip: CLIPModel, data: CaptionedImages) -> Float[Tensor, "n d"]:
+    """Compute the CLIP embeddings of all images, not normalized."""
+    batches = data.images.split(EMBEDDING_BATCH_SIZE)
+    return torch.cat([embed_images(clip, to_model(images.to(clip.device))) for images in batches])
+
+
+@torch.no_grad()
+def caption_embeddings(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, captions: Sequence[str], max_length: int
+) -> Float[Tensor, "n d"]:
+    """Compute the normalized CLIP embeddings of captions."""
+    starts = range(0, len(captions), EMBEDDING_BATCH_SIZE)
+    batches = [captions[start : start + EMBEDDING_BATCH_SIZE] for start in starts]
+    return F.normalize(torch.cat([embed_texts(clip, tokenizer, batch, max_length) for batch in batches]), dim=-1)
+
+
 def zero_shot_accuracy(
     clip: CLIPModel, tokenizer: CLIPTokenizer, data: CaptionedImages, max_length: int
 ) -> dict[str, float]:
@@ -95,63 +87,170 @@ def zero_shot_accuracy(
     Returns:
         The accuracy by template; keys are the captions of the first group.
     """
-    features = torch.cat([embed_images(clip, to_model(images)) for images in data.images.split(500)])
-    accuracy = {}
+    features, accuracy = image_embeddings(clip, data), {}
     for captions in zip(*data.caption_groups, strict=False):
-        texts = F.normalize(embed_texts(clip, tokenizer, list(captions), max_length), dim=-1)
-        accuracy[captions[0]] = ((features @ texts.T).argmax(1) == data.group_of).float().mean().item()
+        texts = caption_embeddings(clip, tokenizer, captions, max_length)
+        nearest = (features @ texts.T).argmax(1).cpu()
+        accuracy[captions[0]] = (nearest == data.group_of).float().mean().item()
     return accuracy
 
 
-def pretrain(config: ClipPretrainingConfig) -> dict[str, float]:
-    """Train a CLIP and save it to `config.run_dir`. Returns its `zero_shot_accuracy` on the test split."""
-    run_dir = new_run_dir(config.run_dir)
-    make_run_dir(run_dir)
-    with RunLock(run_dir) as lock:
-        lock.acquire()
-        new_run_dir(config.run_dir)  # check again: the folder had to exist before it could be locked
-        return _pretrain(run_dir, config)
+def retrieval_accuracy(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, data: CaptionedImages, max_length: int
+) -> dict[str, float]:
+    """Compute how often a caption of an image is the nearest, or among the five nearest, of all distinct captions.
+
+    Returns:
+        The fractions of images, by "top-1" and "top-5".
+    """
+    captions = list(dict.fromkeys(caption for group in data.caption_groups for caption in group))
+    texts = caption_embeddings(clip, tokenizer, captions, max_length)
+    rows = image_embeddings(clip, data).split(EMBEDDING_BATCH_SIZE)
+    nearest = torch.cat([(features @ texts.T).topk(min(5, len(captions))).indices for features in rows])
+    own = [set(data.caption_groups[group]) for group in data.group_of.tolist()]
+    is_own = [[captions[i] in group for i in row] for row, group in zip(nearest.tolist(), own, strict=True)]
+    return {"top-1": sum(row[0] for row in is_own) / len(data), "top-5": sum(map(any, is_own)) / len(data)}
 
 
-def _pretrain(run_dir: Path, config: ClipPretrainingConfig) -> dict[str, float]:
-    data, test = load_captioned_images(config.data), load_captioned_images(config.data, config.test_split)
+def pretrain(
+    config: ClipPretrainingConfig,
+    accelerator: Accelerator | None = None,
+    dataset: datasets.Dataset | Sequence[Any] | None = None,
+) -> tuple[str, dict[str, float]]:
+    """Train a CLIP and save it to `config.run_dir`, or resume its training.
+
+    Several processes train the same CLIP; the main process writes it.
+
+    Args:
+        accelerator: That of the run that the CLIP belongs to.
+        dataset: Used instead of `config.data.source`; see `as_table`.
+
+    Returns:
+        The split that accuracies are measured on, and the accuracies by name.
+
+    Raises:
+        UserError: If the config, the data or the run's folder cannot be used, or another process trains there.
+        Interrupted: After a signal, when a checkpoint has been saved.
+    """
+    accelerator = accelerator or make_accelerator(config.as_run())
+    with RunLock(Path(config.run_dir)) as lock:
+        if config.resume and lock.run_dir.is_dir():
+            acquire_lock(lock, accelerator)
+        _, newest = find_run(config)
+        data = open_captioned_files(config.data, dataset=dataset).in_memory()
+        split, test = "train", data
+        if config.test_split != "train":
+            try:
+                split, test = config.test_split, load_captioned_images(config.data, config.test_split)
+            except UserError as error:
+                logger.warning("test_split: %s; measuring accuracies on the training images", error)
+        clip, tokenizer = _train(config, data, newest, lock, accelerator)
+        accuracy = {}
+        if config.data.with_captions().caption_templates:
+            templates = zero_shot_accuracy(clip, tokenizer, test, config.max_length)
+            accuracy = {f"zero-shot accuracy, captions such as {name!r}": value for name, value in templates.items()}
+        retrieval = retrieval_accuracy(clip, tokenizer, test, config.max_length)
+        return split, accuracy | {f"retrieval of an own caption, {name}": value for name, value in retrieval.items()}
+
+
+def _train(
+    config: ClipPretrainingConfig,
+    data: CaptionedImages,
+    newest: Path | None,
+    lock: RunLock,
+    accelerator: Accelerator,
+) -> tuple[CLIPModel, CLIPTokenizer]:
+    run_dir = lock.run_dir
     captions = [caption for group in data.caption_groups for caption in group]
-    tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
-    torch.manual_seed(config.seed)  # transformers initializes weights from the global random state; nothing else does
-    clip = build_clip(config, tokenizer)
+    if newest is None:
+        tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
+        # transformers initializes weights from the global random state; nothing else does.
+        torch.manual_seed(config.seed)
+        clip = build_clip(config, tokenizer)
+    else:
+        _check_unchanged(config, load_config(ClipPretrainingConfig, run_dir / CONFIG_NAME))
+        with clip_errors("resume", newest):
+            clip, tokenizer = load_clip(CLIPModel, newest), load_tokenizer(newest)
+    logger.info("vocab_size: %d of %d distinct words are whole tokens", *count_whole_words(tokenizer, captions))
+    clip.to(accelerator.device).train()
+    weights = dict(clip.named_parameters())
     optimizer = torch.optim.AdamW(
-        clip.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True
+        weights.values(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True
     )
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=config.warmup_steps)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.max_steps - config.warmup_steps)
-    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [config.warmup_steps])
+    start = 0
+    if newest is not None:
+        start = json.loads((newest / "state" / PROGRESS_NAME).read_text(encoding="utf-8"))["step"]
+        load_moments(optimizer, read_shards(newest / "state", "optimizer"), weights)
+    prepare_run_dir(lock, config, accelerator, newest, start)
 
-    progress_bar = tqdm(range(config.max_steps), desc="training CLIP", unit=" steps")
-    for step in progress_bar:
-        loss = _training_loss(clip, tokenizer, data, config, step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        if step % 10 == 0:
-            progress_bar.set_postfix(loss=f"{loss.item():.3f}")
-    with quiet_transformers():
-        clip.eval().save_pretrained(run_dir)
-        tokenizer.save_pretrained(run_dir)
-    return zero_shot_accuracy(clip, tokenizer, test, config.max_length)
+    def write(step: int, folder: Path) -> None:
+        save_clip(clip, tokenizer, folder)
+        (folder / "state").mkdir()
+        save_file(copy_to_cpu(moments_of(optimizer), local_shard), folder / "state" / "optimizer.safetensors")
+        (folder / "state" / PROGRESS_NAME).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+
+    run = config.as_run()
+    reporter = Reporter(run, run_dir, start, config.batch_size, accelerator)
+    with Interruption(accelerator) as interruption:
+        for step in reporter.steps("training CLIP"):
+            loss = training_loss(clip, tokenizer, data, config, step, bf16=accelerator.mixed_precision == "bf16")
+            loss.backward()
+            gradient_norm = torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+            if not torch.isfinite(gradient_norm):
+                raise UserError(
+                    f"learning_rate: {config.learning_rate}: non-finite gradients in step {step + 1}; lower it"
+                )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(run.train, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            done = step + 1
+            reporter.log(done, loss.detach(), gradient_norm, learning_rate(run.train, step))
+            interrupted = interruption.requested() and done < config.max_steps
+            is_due = config.checkpoint_every and done % config.checkpoint_every == 0
+            if accelerator.is_main_process and (interrupted or is_due or done == config.max_steps):
+                newest = save_checkpoint(run_dir, done, partial(write, done), keep=KEEP_CHECKPOINTS)
+            if interrupted:
+                interruption.raise_interrupted(done, newest)
+    clip.eval()
+    if accelerator.is_main_process:
+        save_clip(clip, tokenizer, run_dir)
+    return clip, tokenizer
 
 
-def _training_loss(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, data: CaptionedImages, config: ClipPretrainingConfig, step: int
+def training_loss(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    data: CaptionedImages,
+    config: ClipPretrainingConfig,
+    step: int,
+    *,
+    bf16: bool,
 ) -> Float[Tensor, ""]:
+    """Compute the loss of a step, counted from 0; with `bf16` the networks run under autocast, on fp32 weights."""
     indices = sample_indices(len(data), config.seed, step * config.batch_size, config.batch_size)
-    groups = data.group_of[indices]
     draws = torch.rand(len(indices), generator=generator("captions", config.seed, step))
-    captions = data.captions_of(indices, draws)
-    unique = list(dict.fromkeys(zip(captions, groups.tolist(), strict=True)))
+    captions = list(dict.fromkeys(data.captions_of(indices, draws)))
+    own = {group: set(data.caption_groups[group]) for group in data.group_of[indices].tolist()}
+    rows = {group: [caption in own[group] for caption in captions] for group in own}
+    is_positive = torch.tensor([rows[group] for group in data.group_of[indices].tolist()], device=clip.device)
+    with torch.autocast(clip.device.type, torch.bfloat16, enabled=bf16):
+        images = embed_images(clip, to_model(data.images[indices].to(clip.device)))
+        texts = embed_texts(clip, tokenizer, captions, config.max_length)
+    # fp32: logits are up to 100, where bf16 is rounded to 0.5.
+    images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
+    return contrastive_loss(clip.logit_scale.exp().clamp(max=100) * images @ texts.T, is_positive)
 
-    images = F.normalize(embed_images(clip, to_model(data.images[indices])), dim=-1)
-    texts = F.normalize(embed_texts(clip, tokenizer, [caption for caption, _ in unique], config.max_length), dim=-1)
-    logits = clip.logit_scale.exp().clamp(max=100) * images @ texts.T
-    return contrastive_loss(logits, groups, torch.tensor([group for _, group in unique]))
+
+def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write a CLIP in transformers' format."""
+    with quiet_transformers():
+        clip.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _check_unchanged(config: ClipPretrainingConfig, before: ClipPretrainingConfig) -> None:
+    for key in FIXED_KEYS:
+        old, new = attrgetter(key)(before), attrgetter(key)(config)
+        if old != new:
+            raise UserError(f"resume: {key} changed from {old} to {new}; expected {old}")

@@ -1,4 +1,5 @@
-"""Muon optimizer (Jordan et al. 2024): orthogonalized momentum for weight matrices, AdamW for all other parameters.
+"""Muon optimizer (Jordan et al. 2024): orthogonalized momentum for weight matrices, AdamW for all other parameters;
+and the schedule of the learning rate.
 
 An Adam update of a matrix is dominated by a few singular directions. Muon replaces the momentum by the nearest matrix
 whose singular values are all 1, so all directions are updated equally; on this package's networks it reaches the same
@@ -9,6 +10,7 @@ rate (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4).
 on most CPUs.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+
+from cond_diffusion.config.run import TrainConfig
 
 # Of the Newton-Schulz iteration (Jordan et al. 2024).
 NEWTON_SCHULZ_STEPS, NEWTON_SCHULZ_COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
@@ -125,3 +129,21 @@ def orthogonalize(matrices: list[Float[Tensor, "_ _"]]) -> list[Float[Tensor, "_
     results = [q @ x for q, x in zip(product, wide, strict=True)]
     torch.set_float32_matmul_precision(precision)
     return [x if len(matrix) <= matrix.shape[1] else x.T for x, matrix in zip(results, matrices, strict=True)]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 0: linear warm-up, then constant, cosine, or linear decay over
+    the last `decay_steps` (Hu et al. 2024, "MiniCPM", section 4).
+
+    It depends on the step alone, so no scheduler state has to be saved.
+    """
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    match config.learning_rate_schedule:
+        case "constant":
+            decay = 1.0
+        case "cosine":
+            decay_steps = max(1, config.max_steps - config.warmup_steps)
+            decay = (1 + math.cos(math.pi * max(0, step - config.warmup_steps) / decay_steps)) / 2
+        case "warmup_stable_decay":
+            decay = min(1.0, (config.max_steps - step) / (config.decay_steps + 1))
+    return config.learning_rate * warmup * decay

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from textwrap import wrap
 from timeit import repeat
@@ -18,20 +19,22 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cond_diffusion.config.run import Config
-from cond_diffusion.data.dataset import RandomDraws
+from cond_diffusion.config.run import PRETRAIN, Config
+from cond_diffusion.data.dataset import CaptionedImages, RandomDraws, open_captioned_files
 from cond_diffusion.data.loader import TrainingData, open_training_data
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import enlarged, grid, label_font, to_model, to_pillow
+from cond_diffusion.models.clip import build_clip, count_whole_words, train_tokenizer
 from cond_diffusion.models.text_encoder import TextEncoder, distinct_words
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.generate import reserve_path
 from cond_diffusion.training.batches import Batches
+from cond_diffusion.training.clip_pretraining import training_loss
 from cond_diffusion.training.setup import build_run, make_accelerator, summary
 
 MAX_INSPECTED, INSPECTION_BATCH = 1000, 100  # images
 MAX_TRUNCATED, MAX_UNKNOWN, MAX_HOURS = 0.01, 0.05, 24  # shares of captions and words; hours
-OTHER_ENCODER = "text.encoder=openai/clip-vit-base-patch32, or pretrain a CLIP on these captions"
+OTHER_ENCODER = "text.encoder=pretrain, or openai/clip-vit-base-patch32 with access to the Hub"
 GRID_IMAGES, GRID_WIDTH = 8, 160  # images of the grid, and width of each in pixels
 OVERFIT_SECONDS, MAX_OVERFIT_STEPS = 25, 200
 MAX_LOSS_RATIO = 0.7  # last loss / first loss of the overfitting test that passes
@@ -68,6 +71,8 @@ def check(config: Config) -> Iterator[str]:
         run.optimizer.zero_grad()
         return value.item()  # synchronizes with the accelerator
 
+    if config.text.encoder == PRETRAIN and run.resumed_from is None:
+        yield _clip_summary(config, batch.x_0.device, bf16=accelerator.mixed_precision == "bf16")
     yield f"network: {summary(run.unet)}"
     gigabytes = activation_bytes(run.unet, loss) / 1e9
     yield f"memory: another {gigabytes:.2f} GB for the activations of a batch of {config.train.batch_size}"
@@ -128,6 +133,26 @@ def _data_summary(
     if decoder.enlarged > decoder.seen / 2:
         problems.append(f"most images are smaller than data.resolution; set data.resolution below {data.resolution}")
     return problems
+
+
+def _clip_summary(config: Config, device: torch.device, *, bf16: bool) -> str:
+    """Describe the size and the time of the CLIP that is trained first, from steps on blank images."""
+    pretraining, data = config.clip_pretraining(), config.data
+    groups = open_captioned_files(data).caption_groups
+    shape = (pretraining.batch_size, data.channels, data.resolution, data.resolution)
+    images = torch.zeros(shape, dtype=torch.uint8)
+    blank = CaptionedImages(images, torch.arange(pretraining.batch_size) % len(groups), groups)
+    captions = [caption for group in groups for caption in group]
+    tokenizer = train_tokenizer(captions, pretraining.vocab_size, pretraining.max_length)
+    clip = build_clip(pretraining, tokenizer).to(device)
+    loss = partial(training_loss, clip, tokenizer, blank, pretraining, 0, bf16=bf16)
+    minutes = min(repeat(lambda: loss().backward(), number=1, repeat=3)) * pretraining.max_steps / 60
+    millions = sum(parameter.numel() for parameter in clip.parameters()) / 1e6
+    whole, words = count_whole_words(tokenizer, captions)
+    return (
+        f"text.encoder: trains a CLIP of {millions:.1f} million parameters first, about {minutes:.0f} min for "
+        f"{pretraining.max_steps} steps; {whole} of {words} distinct words are whole tokens"
+    )
 
 
 def _cost_problems(config: Config, unet: UNet, activations: float, hours: float) -> list[str]:

@@ -67,10 +67,10 @@ class Reporter:
             size = 4 * sum(weight.numel() for average in averages for weight in average.weights.values())
             logger.info("train.snapshots: %d snapshots need %.2f GB in %s", count, count * size / 1e9, self.run_dir)
 
-    def steps(self) -> Iterator[int]:
+    def steps(self, description: str = "training") -> Iterator[int]:
         """Yield the remaining step numbers, counted from 0, and update the progress bar."""
         total, disable = self.config.train.max_steps, not self.accelerator.is_main_process
-        with tqdm(total=total, initial=self.start, desc="training", unit=" steps", disable=disable) as bar:
+        with tqdm(total=total, initial=self.start, desc=description, unit=" steps", disable=disable) as bar:
             self.progress_bar = bar
             for step in range(self.start, total):
                 yield step

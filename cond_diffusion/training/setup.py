@@ -7,26 +7,38 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from cond_diffusion.config.run import CONFIG_NAME, Config, LatentConfig, TextConfig, TrainConfig, save_config
+from cond_diffusion.config.run import (
+    CONFIG_NAME,
+    PRETRAIN,
+    ClipPretrainingConfig,
+    Config,
+    LatentConfig,
+    TextConfig,
+    TrainConfig,
+    save_config,
+)
 from cond_diffusion.config.unet import UNetConfig
+from cond_diffusion.data.dataset import open_captioned_files
 from cond_diffusion.device import choose_precision, has_bf16, keep_memory, share_cores
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.diffusion.samplers import sampling_timesteps
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError, user_errors
+from cond_diffusion.models.clip import untrained_text_encoder
 from cond_diffusion.models.ema import FOLDER as SNAPSHOTS
 from cond_diffusion.models.latents import LatentSpace, build_latent_space
 from cond_diffusion.models.layers import ResidualBlock, SpatialTransformer
@@ -95,8 +107,13 @@ class Run:
         return train.batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes
 
 
-def build_run(config: Config, accelerator: Accelerator) -> Run:
+def build_run(config: Config, accelerator: Accelerator, dataset: datasets.Dataset | Sequence[Any] | None = None) -> Run:
     """Load or create all components of a run.
+
+    The text encoder of `text.encoder: pretrain` has random weights.
+
+    Args:
+        dataset: Used instead of `config.data.source`; see `as_table`.
 
     Raises:
         UserError: If the config contradicts itself, the run that it resumes, or the model that it starts from.
@@ -108,7 +125,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     # Raises an error now that would otherwise occur at the first sample grid.
     sampling_timesteps("ddpm", schedule, min(config.sample.steps, schedule.num_timesteps))
     source = resumed or initial
-    text_encoder = _load_text_encoder(config, source)
+    text_encoder = _load_text_encoder(config, source, dataset)
     config = replace(config, text=replace(config.text, max_length=text_encoder.max_length))
     if resumed is not None:
         check_config(config, resumed)
@@ -201,7 +218,7 @@ def mixed_precision(config: TrainConfig, device: torch.device) -> str:
     return "no" if precision == "fp32" else precision
 
 
-def find_run(config: Config) -> tuple[Path, Path | None]:
+def find_run(config: Config | ClipPretrainingConfig) -> tuple[Path, Path | None]:
     """Return the run's folder and the checkpoint to resume from: the one that `resume` names, or the newest.
 
     Raises:
@@ -238,6 +255,8 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
         if config.train.lora_rank:
             raise UserError(f"train.lora_rank: {config.train.lora_rank} requires init_from, a model to adapt")
         return config, None
+    if config.text.encoder == PRETRAIN:  # the checkpoint has a text encoder
+        config = replace(config, text=TextConfig(max_length=config.text.max_length))
     if config.train.lora_rank and importlib.util.find_spec("peft") is None:
         raise UserError('train.lora_rank: peft is not installed; run: pip install "cond_diffusion[lora]"')
     if resumed is not None:
@@ -259,7 +278,7 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
             "schedule": initial.prediction.schedule.config,
             "latent": LatentConfig(vae=source) if space.is_latent else LatentConfig(space.downsample_factor),
             # The run's encoder may name a complete CLIP, while the checkpoint holds only the text model.
-            "text": initial.config.text
+            "text": replace(initial.config.text, encoder=initial.config.clip)
             if initial.config is not None
             else TextConfig(source, initial.text_encoder.max_length),
         }
@@ -283,8 +302,16 @@ def _check_decided(key: str, given: Any, default: Any, expected: Any) -> None:
         raise UserError(f"init_from: {key} is {expected!r} in the checkpoint, got {given!r}; remove {key}")
 
 
-def _load_text_encoder(config: Config, source: Checkpoint | None) -> TextEncoder:
+def _load_text_encoder(
+    config: Config, source: Checkpoint | None, dataset: datasets.Dataset | Sequence[Any] | None
+) -> TextEncoder:
     """Return the text encoder of the checkpoint that the run continues or starts from, or else the config's."""
+    if source is None and config.text.encoder == PRETRAIN:
+        if config.data.streaming:
+            raise UserError("text.encoder: pretrain needs all captions; expected data.streaming=false, or a CLIP")
+        groups = open_captioned_files(config.data, dataset=dataset).caption_groups
+        captions = [caption for group in groups for caption in group]
+        return untrained_text_encoder(config.clip_pretraining(), captions, config.text.max_length)
     if source is None:
         return TextEncoder.from_pretrained(config.text.encoder, config.text.max_length)
     encoder = source.text_encoder
@@ -396,7 +423,13 @@ def any_process(condition: bool, accelerator: Accelerator) -> bool:
     return bool(cast(Tensor, accelerator.gather(local)).any())
 
 
-def prepare_run_dir(lock: RunLock, run: Run, start: int) -> None:
+def prepare_run_dir(
+    lock: RunLock,
+    config: Config | ClipPretrainingConfig,
+    accelerator: Accelerator,
+    resumed_from: Path | None,
+    start: int,
+) -> None:
     """Create and lock the run's folder, and remove what a run that continues after `start` steps writes again.
 
     Called once the config and the data are known to be valid. Checkpoints later than the one that `resume` names are
@@ -405,14 +438,14 @@ def prepare_run_dir(lock: RunLock, run: Run, start: int) -> None:
     Raises:
         UserError: If another process has started training in the folder.
     """
-    run_dir, config, accelerator = run.run_dir, run.config, run.accelerator
+    run_dir = lock.run_dir
     accelerator.wait_for_everyone()  # until all processes have checked that the folder does not exist
     if accelerator.is_main_process:
         make_run_dir(run_dir)
     acquire_lock(lock, accelerator)
     if not accelerator.is_main_process:
         return
-    if run.resumed_from is None and not config.resume:
+    if resumed_from is None and not config.resume:
         new_run_dir(config.run_dir)  # check again: the folder had to exist before it could be locked
     if isinstance(config.resume, str) and (later := supersede_after(run_dir, start)):
         logger.warning("resume: renamed later checkpoints to %s", ", ".join(path.name for path in later))

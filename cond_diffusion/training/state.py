@@ -87,12 +87,7 @@ class TrainingState:
 
     def local_shards(self) -> LocalShards:
         """Return CPU copies of the training state on this process; the first average is saved separately, in full."""
-        moments = {
-            f"{number}.{name}": torch.as_tensor(value)
-            for number, values in self.optimizer.state_dict()["state"].items()
-            for name, value in values.items()
-        }
-        groups: dict[str, Weights] = {"unet": self.parameters, "optimizer": moments}
+        groups: dict[str, Weights] = {"unet": self.parameters, "optimizer": moments_of(self.optimizer)}
         if len(self.averages) > 1:
             groups["narrow_ema"] = self.averages[1].weights
         return {stem: copy_to_cpu(tensors, local_shard) for stem, tensors in groups.items()}
@@ -135,29 +130,40 @@ class TrainingState:
             progress = json.loads((folder / PROGRESS_NAME).read_text(encoding="utf-8"))
             if progress.get("base") != self.base:
                 raise UserError("resume: the weights of init_from or train.lora_rank have changed; expected no change")
-            _load_weights(_read_shards(folder, "unet"), self.parameters)
+            _load_weights(read_shards(folder, "unet"), self.parameters)
             average = UNet.from_pretrained(checkpoint / "unet").state_dict() if not self.base else load_lora(checkpoint)
             _load_weights({name: [weight] for name, weight in average.items()}, self.averages[0].weights)
             if len(self.averages) > 1:
-                _load_weights(_read_shards(folder, "narrow_ema"), self.averages[1].weights)
-            self._load_moments(_read_shards(folder, "optimizer"))
+                _load_weights(read_shards(folder, "narrow_ema"), self.averages[1].weights)
+            load_moments(self.optimizer, read_shards(folder, "optimizer"), self.parameters)
             if self.scaler is not None and "scaler" in progress:
                 self.scaler.load_state_dict(progress["scaler"])
         return progress
 
-    def _load_moments(self, shards: Mapping[str, list[Tensor]]) -> None:
-        parameters = list(self.parameters.values())
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, parts in shards.items():
-            number, name = key.split(".", 1)
-            moment = _join(parts)
-            if moment.ndim:
-                moment = _shard_like(moment, parameters[int(number)])
-            state.setdefault(int(number), {})[name] = moment
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+def moments_of(optimizer: Any) -> Weights:
+    """Return the tensors of an optimizer's state, named by the number of the parameter and the name of the moment."""
+    return {
+        f"{number}.{name}": torch.as_tensor(value)
+        for number, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
 
 
-def _read_shards(folder: Path, stem: str) -> dict[str, list[Tensor]]:
+def load_moments(optimizer: Any, shards: Mapping[str, list[Tensor]], parameters: Weights) -> None:
+    """Load the state of an optimizer of `parameters` from the shards of its tensors."""
+    like = list(parameters.values())
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, parts in shards.items():
+        number, name = key.split(".", 1)
+        moment = _join(parts)
+        if moment.ndim:
+            moment = _shard_like(moment, like[int(number)])
+        state.setdefault(int(number), {})[name] = moment
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def read_shards(folder: Path, stem: str) -> dict[str, list[Tensor]]:
     """Return the shards of each tensor, ordered by process."""
     files = [folder / f"{stem}.safetensors"]
     if not files[0].exists():

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from cond_diffusion.config.run import Config, TrainConfig
+from cond_diffusion.config.run import PRETRAIN, Config, TrainConfig
 from cond_diffusion.data.cache import TextEmbedder, context_table, latent_set
 from cond_diffusion.data.dataset import open_captioned_files
 from cond_diffusion.data.loader import ShuffledDataset, TrainingData, open_training_data
@@ -25,11 +25,14 @@ from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.run_folder import RunLock, checkpoint_of, checkpoints, step_of
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.training.batches import Batches, MicroBatch
+from cond_diffusion.training.clip_pretraining import pretrain
+from cond_diffusion.training.optimizer import learning_rate
 from cond_diffusion.training.reporting import Interruption, Reporter
 from cond_diffusion.training.setup import Run, acquire_lock, any_process, build_run, make_accelerator, prepare_run_dir
 from cond_diffusion.training.state import Saver, TrainingState
 from cond_diffusion.training.validation import Validator
 
+DEFAULT_PROMPTS = 8  # captions in the sample grids of a run whose config has no prompts
 DATASET_ARGUMENT = "a data set given to train()"  # stored in config.yaml as data.source
 
 logger = logging.getLogger(__name__)
@@ -55,23 +58,26 @@ def train(config: Config, dataset: datasets.Dataset | Sequence[Any] | None = Non
     with RunLock(Path(config.run_dir)) as lock:
         if config.resume and lock.run_dir.is_dir():
             acquire_lock(lock, accelerator)  # so that no other process deletes the checkpoint while it is loaded
-        return _train(build_run(config, accelerator), lock, dataset)
+        return _train(build_run(config, accelerator, dataset), lock, dataset)
 
 
 def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | None) -> Path:
-    config, accelerator, network, optimizer = run.config, run.accelerator, run.network, run.optimizer
-    if run.resumed_from is not None and (done := step_of(run.resumed_from)) >= config.train.max_steps:
+    accelerator, network, optimizer = run.accelerator, run.network, run.optimizer
+    if run.resumed_from is not None and (done := step_of(run.resumed_from)) >= run.config.train.max_steps:
         logger.info("train.max_steps: %s has %d steps already; nothing to train", run.resumed_from, done)
         return run.resumed_from
     training_data = open_data(run, dataset)
     captions = training_data.captions()
+    config = run.config = with_prompts(run.config, captions)
     counted = "" if captions is None else f", {len(captions) - 1} different captions"  # without the empty one
     logger.info("data.source: %s: %s%s", config.data.source, training_data.size, counted)
-    text_embedder = build_text_embedder(captions, run.text_encoder, accelerator)
     state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train, accelerator)
     progress = resume_from(run, state, training_data)
     start = progress.get("step", 0)
-    prepare_run_dir(lock, run, start)
+    prepare_run_dir(lock, config, accelerator, run.resumed_from, start)
+    if config.text.encoder == PRETRAIN and run.resumed_from is None:
+        run.text_encoder = pretrained_text_encoder(config, accelerator, dataset)
+    text_embedder = build_text_embedder(captions, run.text_encoder, accelerator)
 
     with torch.device("meta"):  # it holds weights only while it samples
         precision: Any = accelerator.mixed_precision.replace("no", "fp32")
@@ -172,6 +178,31 @@ def end_training(accelerator: Accelerator) -> None:
         tracker.finish()
 
 
+def with_prompts(config: Config, captions: Sequence[str] | None) -> Config:
+    """Return the config with prompts for the sample grids, by default evenly spaced captions of the data."""
+    known = [caption for caption in captions or () if caption]
+    if config.sample.prompts or not known:
+        return config
+    count = min(len(known), DEFAULT_PROMPTS)
+    prompts = tuple(known[i * len(known) // count] for i in range(count))
+    return replace(config, sample=replace(config.sample, prompts=prompts))
+
+
+def pretrained_text_encoder(
+    config: Config, accelerator: Accelerator, dataset: datasets.Dataset | Sequence[Any] | None
+) -> TextEncoder:
+    """Train the CLIP of `text.encoder: pretrain` in the run's folder, or resume it, and return its text encoder.
+
+    Each process trains the same CLIP, and the main process writes it.
+    """
+    logger.info("text.encoder: first training a CLIP for %d steps in %s", config.text.pretrain_steps, config.clip)
+    _, accuracy = pretrain(config.clip_pretraining(), accelerator, dataset)
+    measured = ", ".join(f"{name}: {value:.1%}" for name, value in accuracy.items())
+    logger.info("text.encoder: the CLIP on its training images: %s", measured)
+    accelerator.wait_for_everyone()
+    return TextEncoder.from_pretrained(config.clip, config.text.max_length).to(accelerator.device)
+
+
 def build_text_embedder(
     captions: Sequence[str] | None, text_encoder: TextEncoder, accelerator: Accelerator
 ) -> TextEmbedder:
@@ -198,24 +229,6 @@ def open_data(run: Run, dataset: datasets.Dataset | Sequence[Any] | None = None)
         return open_training_data(config.data, config.seed, dataset)
     files = open_captioned_files(config.data, dataset=dataset)
     return ShuffledDataset(latent_set(files, run.latent_space, run.accelerator), config.seed, config.data.held_out)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, then constant, cosine, or linear decay over
-    the last `decay_steps` (Hu et al. 2024, "MiniCPM", section 4).
-
-    It depends on the step alone, so no scheduler state has to be saved.
-    """
-    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    match config.learning_rate_schedule:
-        case "constant":
-            decay = 1.0
-        case "cosine":
-            decay_steps = max(1, config.max_steps - config.warmup_steps)
-            decay = (1 + math.cos(math.pi * max(0, step - config.warmup_steps) / decay_steps)) / 2
-        case "warmup_stable_decay":
-            decay = min(1.0, (config.max_steps - step) / (config.decay_steps + 1))
-    return config.learning_rate * warmup * decay
 
 
 def accumulate_gradients(

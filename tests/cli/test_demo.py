@@ -134,6 +134,8 @@ def test_closing_the_generator_stops_sampling(tmp_path: Path):
 
 def test_only_runs_with_a_checkpoint_are_listed(tmp_path: Path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "complete" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    for name in ("complete", "clip"):  # the checkpoints of `pretrain-clip` are not models
+        (tmp_path / name / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "complete" / "checkpoints" / "step-00000001" / "model_index.json").touch()
     assert list_checkpoints(tmp_path) == ["builtin", str(tmp_path / "complete")]
     assert list_checkpoints(tmp_path / "nowhere") == ["builtin"]

@@ -1,45 +1,126 @@
-"""Pretraining of a small CLIP: loss, tokenizer, and zero-shot accuracy."""
+"""Pretraining of a small CLIP: loss, tokenizer, accuracies, resuming, and as the first part of a run."""
 
+import json
+import os
 import re
+import signal
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIDE
+from conftest import ROOT, SIDE, metrics
+from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
+from cond_diffusion import TextToImage, train
+from cond_diffusion.cli import main
 from cond_diffusion.config.data import DataConfig
-from cond_diffusion.config.run import load_config
+from cond_diffusion.config.run import ClipPretrainingConfig, Config, load_config
 from cond_diffusion.data.dataset import load_captioned_images
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import Interrupted, UserError
+from cond_diffusion.models.clip import build_clip, contrastive_loss, count_whole_words, train_tokenizer
 from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder
-from cond_diffusion.pipeline.run_folder import RunLock
-from cond_diffusion.training.clip_pretraining import (
-    ClipPretrainingConfig,
-    contrastive_loss,
-    pretrain,
-    train_tokenizer,
-    zero_shot_accuracy,
-)
+from cond_diffusion.pipeline.run_folder import RunLock, checkpoints
+from cond_diffusion.training.clip_pretraining import pretrain, retrieval_accuracy, training_loss, zero_shot_accuracy
+from cond_diffusion.training.reporting import Reporter
+
+COLORS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Path:
+    """A folder of transparent images: a disk of one of four colors, upright or level."""
+    folder = tmp_path / "disks"
+    folder.mkdir()
+    lines = []
+    for i in range(24):
+        color, place = list(COLORS)[i % 4], ("left", "right")[i // 4 % 2]
+        pixels = np.zeros((SIDE, SIDE, 4), dtype=np.uint8)
+        pixels[2 + i // 8 : 5 + i // 8, slice(0, 4) if place == "left" else slice(4, 8)] = (*COLORS[color], 255)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {color} bar at the {place}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def small_clip(disks: Path, tmp_path: Path) -> ClipPretrainingConfig:
+    data = DataConfig(source=str(disks), resolution=SIDE, channels=3, background="gray")
+    sizes = {"vocab_size": 700, "patch_size": 4, "width": 32, "layers": 1, "batch_size": 16}
+    steps = {"max_steps": 12, "warmup_steps": 2, "checkpoint_every": 3, "log_every": 1}
+    return ClipPretrainingConfig(run_dir=str(tmp_path / "clip"), data=data, **sizes, **steps)
+
+
+class Killed(BaseException):
+    """Ends training as SIGKILL does: nothing is saved after it."""
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int | None, action: Callable[[], None]) -> None:
+    """Perform an action when a step has been logged, before it can be saved; None: at no step."""
+    log = vars(Reporter).get("unpatched", Reporter.log)
+
+    def log_and_act(self: Reporter, global_step: int, *values: Any) -> None:
+        log(self, global_step, *values)
+        if global_step == step:
+            action()
+
+    monkeypatch.setattr(Reporter, "unpatched", log, raising=False)
+    monkeypatch.setattr(Reporter, "log", log_and_act)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def send_sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_contrastive_loss_equals_clip_loss_if_all_groups_differ():
     logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
-    diagonal = torch.arange(4)
     expected = (logits.log_softmax(1).diagonal().mean() + logits.log_softmax(0).diagonal().mean()) / -2
-    torch.testing.assert_close(contrastive_loss(logits, diagonal, diagonal), expected)
+    torch.testing.assert_close(contrastive_loss(logits, torch.eye(4, dtype=torch.bool)), expected)
 
 
 def test_contrastive_loss_does_not_separate_captions_of_the_same_group():
     """For two images of group 0 and one of group 1, the optimum has equal logits for both captions of group 0."""
-    image_groups, text_groups = torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1])
-    optimum = 10.0 * (image_groups[:, None] == text_groups[None]).float()
-    optimum.requires_grad_()
-    loss = contrastive_loss(optimum, image_groups, text_groups)
+    groups = torch.tensor([0, 0, 1])
+    is_positive = groups[:, None] == groups[None]
+    optimum = (10.0 * is_positive.float()).requires_grad_()
+    loss = contrastive_loss(optimum, is_positive)
     loss.backward()
     assert optimum.grad is not None
     assert optimum.grad.abs().max() < 1e-4
-    assert contrastive_loss(10.0 * torch.eye(3), image_groups, text_groups) > loss + 1
+    assert contrastive_loss(10.0 * torch.eye(3), is_positive) > loss + 1
+
+
+def test_every_caption_of_an_image_is_positive(small_clip: ClipPretrainingConfig, monkeypatch: pytest.MonkeyPatch):
+    """Images share captions although their lists of captions differ: they are not each other's negatives."""
+    data = load_captioned_images(small_clip.data)
+    groups = (("apple", "red apple"), ("apple", "green apple"), ("pear",))
+    data = replace(data, caption_groups=groups, group_of=torch.arange(len(data)) % 3)
+    received = []
+    monkeypatch.setattr(
+        "cond_diffusion.training.clip_pretraining.contrastive_loss",
+        lambda logits, is_positive: received.append(is_positive) or logits.sum(),
+    )
+    texts: list[str] = []
+    tokenizer = train_tokenizer(["red apple"], 600, 16)
+    clip = build_clip(small_clip, tokenizer)
+    embed = vars(__import__("cond_diffusion.training.clip_pretraining", fromlist=["x"]))["embed_texts"]
+    monkeypatch.setattr(
+        "cond_diffusion.training.clip_pretraining.embed_texts",
+        lambda clip, tokenizer, captions, length: texts.extend(captions) or embed(clip, tokenizer, captions, length),
+    )
+    training_loss(clip, tokenizer, data, replace(small_clip, batch_size=24), 0, bf16=False)
+    assert sorted(texts) == ["apple", "green apple", "pear", "red apple"]
+    rows = {tuple(sorted(text for text, own in zip(texts, row, strict=True) if own)) for row in received[0].tolist()}
+    assert rows == {tuple(sorted(group)) for group in groups}
 
 
 def test_tokenizer_merges_frequent_pairs_and_encodes_any_text():
@@ -50,6 +131,25 @@ def test_tokenizer_merges_frequent_pairs_and_encodes_any_text():
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.unk_token_id not in ids[:-1]
+    assert count_whole_words(tokenizer, ["Seven digits, a digit"]) == (2, 3)
+
+
+def test_retrieval_ranks_an_own_caption_among_all_distinct_captions(
+    small_clip: ClipPretrainingConfig, monkeypatch: pytest.MonkeyPatch
+):
+    """Known embeddings: of three images one has its caption first, one second, and one sixth."""
+    data = load_captioned_images(small_clip.data)
+    groups = (("a", "other a"), ("b",), ("c", "d", "e", "f", "g"), ("h",))
+    data = replace(data, images=data.images[:3], group_of=torch.tensor([0, 1, 3]), caption_groups=groups)
+    scores = torch.tensor([[9, 8, 1, 1, 1, 1, 1, 1, 1], [9, 0, 8, 1, 1, 1, 1, 1, 1], [9, 8, 7, 6, 5, 1, 1, 1, 4]])
+    module = "cond_diffusion.training.clip_pretraining."
+    monkeypatch.setattr(f"{module}image_embeddings", lambda *_: scores.float())
+    monkeypatch.setattr(f"{module}caption_embeddings", lambda *_: torch.eye(9))
+    unused: Any = None
+    assert retrieval_accuracy(unused, unused, data, 16) == {
+        "top-1": pytest.approx(1 / 3),
+        "top-5": pytest.approx(2 / 3),
+    }
 
 
 @pytest.mark.slow
@@ -90,7 +190,9 @@ def test_pretrained_clip_classifies_images_by_their_captions(bars_parquet: Path,
         other.acquire()
         with pytest.raises(UserError, match=r"^run_dir: .* in use"):
             pretrain(config)
-    assert pretrain(config) == {"a bar that is upright": 1.0, "upright": 1.0}
+    templates = {f"zero-shot accuracy, captions such as {name!r}": 1.0 for name in ("a bar that is upright", "upright")}
+    retrieval = {f"retrieval of an own caption, {name}": 1.0 for name in ("top-1", "top-5")}
+    assert pretrain(config) == ("train", templates | retrieval)
     # transformers' classes load the result, and so does TextEncoder.
     clip, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
     bars = load_captioned_images(data)
@@ -99,3 +201,112 @@ def test_pretrained_clip_classifies_images_by_their_captions(bars_parquet: Path,
     assert TextEncoder.from_pretrained(folder, max_length=16)(["level"]).shape == (1, 16, 32)
     with pytest.raises(UserError, match=f"^run_dir: {re.escape(str(folder))} "):
         pretrain(config)
+
+
+@pytest.mark.slow
+def test_killed_clip_pretraining_equals_an_uninterrupted_one(
+    small_clip: ClipPretrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Bit for bit; killed before the first checkpoint, after one, and at the last step; and ended by a signal."""
+    split, expected = pretrain(small_clip)
+    assert (split, len(expected)) == ("train", 2)  # the set has no split `test`
+    assert "test_split: " in caplog.text
+    killed = replace(small_clip, run_dir=str(tmp_path / "killed"), resume=True)
+    for step, action, ending in (
+        (2, kill, Killed),
+        (5, send_sigterm, Interrupted),
+        (8, kill, Killed),
+        (12, kill, Killed),
+    ):
+        at_step(monkeypatch, step, action)
+        with pytest.raises(ending):
+            pretrain(killed)
+        if ending is Interrupted:
+            assert checkpoints(Path(killed.run_dir))[-1].name == "step-00000005"
+    assert not (Path(killed.run_dir) / "config.json").exists()
+    at_step(monkeypatch, None, kill)
+    for _ in range(2):  # resuming a finished one trains nothing and measures again
+        assert pretrain(killed) == ("train", expected)
+    folders = [Path(config.run_dir) for config in (small_clip, killed)]
+    for name in ("model.safetensors", "checkpoints/step-00000012/state/optimizer.safetensors"):
+        first, second = (load_file(folder / name) for folder in folders)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(value, second[key]) for key, value in first.items()), name
+    losses = [[(line["step"], line["loss"]) for line in metrics(folder)] for folder in folders]
+    assert losses[0] == losses[1]
+    assert [path.name for path in checkpoints(folders[1])] == ["step-00000009", "step-00000012"]
+    with pytest.raises(UserError, match=r"^run_dir: "):
+        pretrain(replace(killed, resume=False))
+    with pytest.raises(UserError, match=r"^resume: width .*32.*64"):
+        pretrain(replace(killed, width=64))
+
+
+def test_bf16_runs_the_networks_under_autocast_on_fp32_weights(small_clip: ClipPretrainingConfig):
+    data = load_captioned_images(small_clip.data)
+    tokenizer = train_tokenizer([caption for group in data.caption_groups for caption in group], 700, 16)
+    torch.manual_seed(0)
+    clip = build_clip(small_clip, tokenizer)
+    losses = [training_loss(clip, tokenizer, data, small_clip, 0, bf16=bf16) for bf16 in (False, True)]
+    losses[1].backward()
+    assert {loss.dtype for loss in losses} == {torch.float32}
+    assert 0 < abs(losses[0].item() - losses[1].item()) < 0.1
+    parameters = list(clip.parameters())
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in parameters)
+
+
+@pytest.mark.slow
+def test_a_run_pretrains_its_text_encoder_and_resumes_within_it(
+    disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    overrides = [f"data.source={disks}", f"data.resolution={SIDE}", "latent.patch_size=2", "text.pretrain_steps=4"]
+    overrides += ["unet.channels=[32,32]", "unet.num_groups=8", "train.batch_size=8", "train.max_steps=4"]
+    overrides += ["train.warmup_steps=1", "train.checkpoint_every=2", "train.sample_every=4", "train.log_every=1"]
+    overrides += ["sample.steps=2", "sample.num_images=1", f"run_dir={tmp_path / 'run'}"]
+    config = load_config(Config, ROOT / "configs" / "folder.yaml", overrides)
+    monkeypatch.setattr("cond_diffusion.config.run.ClipPretrainingConfig.checkpoint_every", 2, raising=False)
+    checkpoint = train(replace(config, run_dir=str(tmp_path / "uninterrupted")))
+    at_step(monkeypatch, 3, kill)
+    with pytest.raises(Killed):
+        train(config)  # in the CLIP
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    with pytest.raises(UserError, match=r"^run_dir: "):
+        train(config)
+    with pytest.raises(Killed):
+        train(replace(config, resume=True, text=replace(config.text)))  # in the CLIP again, or in the network
+    at_step(monkeypatch, None, kill)
+    resumed = train(replace(config, resume=True))
+    for name in ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        first, second = (load_file(folder / name) for folder in (checkpoint, resumed))
+        assert all(torch.equal(value, second[key]) for key, value in first.items()), name
+    # The grid has one column for each of the 8 captions.
+    with Image.open(tmp_path / "run" / "samples" / "step-00000004.png") as grid:
+        assert grid.size == (8 * (SIDE + 2) - 2, SIDE)
+    # A checkpoint does not need the folder of the CLIP, and neither does another run that starts from it.
+    (tmp_path / "run" / "text_encoder").rename(tmp_path / "moved")
+    pipe = TextToImage.from_pretrained(tmp_path / "run")
+    assert pipe.text_encoder.unknown_words(["a red bar at the left"]) == []
+    assert pipe(["a red bar at the left"], steps=2, progress=False)[0].size == (SIDE, SIDE)
+    further = train(replace(config, init_from=str(resumed), run_dir=str(tmp_path / "further")))
+    first, second = (load_file(folder / "text_encoder" / "model.safetensors") for folder in (resumed, further))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_pretraining_a_text_encoder_refuses_a_stream(disks: Path, tmp_path: Path):
+    config = load_config(Config, overrides=[f"data.source={disks}", "text.encoder=pretrain", "data.streaming=true"])
+    with pytest.raises(UserError, match=r"^text\.encoder: pretrain "):
+        train(replace(config, run_dir=str(tmp_path / "run")))
+
+
+@pytest.mark.slow
+def test_the_command_reports_retrieval_and_continues(
+    small_clip: ClipPretrainingConfig, capsys: pytest.CaptureFixture[str]
+):
+    arguments = [f"data.source={small_clip.data.source}", f"data.resolution={SIDE}", "data.channels=3", "layers=1"]
+    arguments += ["max_steps=2", "warmup_steps=1", "batch_size=8", "mixed_precision=bf16", "test_split=train"]
+    arguments += [f"run_dir={small_clip.run_dir}"]
+    assert main.main(["pretrain-clip", *arguments]) == 0
+    assert re.search(r"top-1: [\d.]+%\n.*top-5: [\d.]+%\n", capsys.readouterr().out)
+    assert main.main(["pretrain-clip", *arguments]) == 2
+    assert main.main(["pretrain-clip", *arguments, "max_steps=3", "resume=true"]) == 0
+    assert [line["step"] for line in metrics(Path(small_clip.run_dir))] == [2, 3]

@@ -1,0 +1,104 @@
+"""A small CLIP that learns a data set's captions: its vocabulary, its networks, and its loss.
+
+The loss is CLIP's (Radford et al. 2021, fig. 3) with the targets of UniCL (Yang et al. 2022): all captions of an image
+that are in a batch are its positives, as are those of the other images with the same captions. CLIP's diagonal targets
+would push them apart.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Bool, Float
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from cond_diffusion.config.run import ClipPretrainingConfig
+from cond_diffusion.models.text_encoder import TextEncoder, distinct_words
+
+MIN_LENGTH, MAX_LENGTH = 16, 77  # tokens of a caption, where no length is given; CLIP's is 77
+
+
+def train_tokenizer(captions: Sequence[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
+    """Learn a byte-pair vocabulary (Sennrich et al. 2016) in CLIP's order: bytes, word-final bytes, merges, special
+    tokens.
+
+    It contains every byte, so any text can be encoded, including unseen words.
+    """
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # CLIPTokenizer's normalizer and pre-tokenizer decide which bytes merges may join.
+    clip_backend = CLIPTokenizer().backend_tokenizer
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = clip_backend.normalizer, clip_backend.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(alphabet) - 2,  # the trainer counts the plain bytes, but not the word-final ones
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    merges: Any = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), start, end]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def count_whole_words(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[int, int]:
+    """Return how many of the distinct words of captions are single tokens, and the number of these words."""
+    words = distinct_words([caption.lower() for caption in captions])
+    tokens: Any = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"] if words else []
+    return sum(len(own) == 1 for own in tokens), len(words)
+
+
+def build_clip(config: ClipPretrainingConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Return a randomly initialized `CLIPModel`."""
+    shared = {
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.num_heads,
+    }
+    special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**shared, **special_tokens, "vocab_size": len(tokenizer), "max_position_embeddings": config.max_length}
+    vision = {
+        **shared,
+        "image_size": config.data.resolution,
+        "patch_size": config.patch_size,
+        "num_channels": config.data.channels,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.width))
+
+
+def untrained_text_encoder(
+    config: ClipPretrainingConfig, captions: Sequence[str], max_length: int | None
+) -> TextEncoder:
+    """Return a randomly initialized text encoder with the vocabulary and the shape of the CLIP to train.
+
+    Args:
+        captions: The captions of the data.
+        max_length: Number of tokens; None for that of the longest caption, within 16 and 77.
+    """
+    tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
+    text_config: Any = build_clip(config, tokenizer).config.text_config
+    encoder = TextEncoder(tokenizer, CLIPTextModel(text_config), max_length)
+    if max_length is None:
+        encoder.max_length = min(MAX_LENGTH, max(MIN_LENGTH, encoder.max_length_for(captions, 1.0)))
+    return encoder
+
+
+def contrastive_loss(
+    logits: Float[Tensor, "images texts"], is_positive: Bool[Tensor, "images texts"]
+) -> Float[Tensor, ""]:
+    """Compute the symmetric contrastive loss of UniCL: each target is uniform over the positives.
+
+    Args:
+        logits: Similarities; they are multiplied by the temperature.
+        is_positive: Whether a text describes an image; at least one in each row and column.
+    """
+    positive = is_positive.to(logits.dtype)
+    to_text = F.cross_entropy(logits, positive / positive.sum(1, keepdim=True))
+    to_image = F.cross_entropy(logits.T, positive.T / positive.T.sum(1, keepdim=True))
+    return (to_text + to_image) / 2
