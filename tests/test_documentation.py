@@ -35,7 +35,7 @@ DOCUMENTS = {
 }
 README = DOCUMENTS["README.md"]
 ONE_STEP = "train.max_steps=1 train.batch_size=4 train.sample_every=0 train.evaluate_every=0"
-SMALL = f"{ONE_STEP} unet.channels=[32,32,32]"
+SMALL = f"{ONE_STEP} unet.channels=[32,32] text.pretrain_steps=2"
 
 # For each command: the arguments that make it short, and the files that it writes, which are opened.
 COMMANDS = {
@@ -82,7 +82,10 @@ COMMANDS = {
         "runs/two/checkpoints/step-00000001/unet/*.safetensors",
     ),
     "python train.py --config configs/folder.yaml data.source=my_tars data.image_column=png data.caption_column=txt "
-    "data.streaming=true run_dir=runs/streamed": (SMALL, "runs/streamed/checkpoints/step-00000001/unet/*.safetensors"),
+    "data.streaming=true text.encoder=builtin run_dir=runs/streamed": (
+        SMALL,
+        "runs/streamed/checkpoints/step-00000001/unet/*.safetensors",
+    ),
     "python tests/colours.py my_colours": ("40", "my_colours/*.tar"),
     "python -m cond_diffusion pretrain-clip data.source=my_colours data.image_column=png data.caption_column=txt "
     "data.resolution=24 data.channels=3 test_split=train batch_size=128 max_steps=1500 run_dir=runs/clip_colours": (

@@ -34,8 +34,10 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int, max_length: int) -
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = clip_backend.normalizer, clip_backend.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(alphabet) - 2,  # the trainer counts the plain bytes, but not the word-final ones
+        vocab_size=vocab_size - 2,
         initial_alphabet=alphabet,
+        # Otherwise their order is random, and with it the order of merges that are equally frequent.
+        special_tokens=[byte + "</w>" for byte in alphabet],
         end_of_word_suffix="</w>",
         show_progress=False,
     )

@@ -24,7 +24,7 @@ from cond_diffusion.config.run import ClipPretrainingConfig, Config, load_config
 from cond_diffusion.data.dataset import load_captioned_images
 from cond_diffusion.errors import Interrupted, UserError
 from cond_diffusion.models.clip import build_clip, contrastive_loss, count_whole_words, train_tokenizer
-from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder
+from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder, embed_texts
 from cond_diffusion.pipeline.run_folder import RunLock, checkpoints
 from cond_diffusion.training.clip_pretraining import pretrain, retrieval_accuracy, training_loss, zero_shot_accuracy
 from cond_diffusion.training.reporting import Reporter
@@ -112,10 +112,11 @@ def test_every_caption_of_an_image_is_positive(small_clip: ClipPretrainingConfig
     texts: list[str] = []
     tokenizer = train_tokenizer(["red apple"], 600, 16)
     clip = build_clip(small_clip, tokenizer)
-    embed = vars(__import__("cond_diffusion.training.clip_pretraining", fromlist=["x"]))["embed_texts"]
     monkeypatch.setattr(
         "cond_diffusion.training.clip_pretraining.embed_texts",
-        lambda clip, tokenizer, captions, length: texts.extend(captions) or embed(clip, tokenizer, captions, length),
+        lambda clip, tokenizer, captions, length: (
+            texts.extend(captions) or embed_texts(clip, tokenizer, captions, length)
+        ),
     )
     training_loss(clip, tokenizer, data, replace(small_clip, batch_size=24), 0, bf16=False)
     assert sorted(texts) == ["apple", "green apple", "pear", "red apple"]
@@ -131,6 +132,10 @@ def test_tokenizer_merges_frequent_pairs_and_encodes_any_text():
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.unk_token_id not in ids[:-1]
+    words = [first + second for first in "abcdefg" for second in "hijklm"]  # all pairs are equally frequent
+    vocabularies = [train_tokenizer(words, 540, 16).get_vocab() for _ in range(4)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+    assert len(vocabularies[0]) == 540
     assert count_whole_words(tokenizer, ["Seven digits, a digit"]) == (2, 3)
 
 
@@ -145,11 +150,9 @@ def test_retrieval_ranks_an_own_caption_among_all_distinct_captions(
     module = "cond_diffusion.training.clip_pretraining."
     monkeypatch.setattr(f"{module}image_embeddings", lambda *_: scores.float())
     monkeypatch.setattr(f"{module}caption_embeddings", lambda *_: torch.eye(9))
-    unused: Any = None
-    assert retrieval_accuracy(unused, unused, data, 16) == {
-        "top-1": pytest.approx(1 / 3),
-        "top-5": pytest.approx(2 / 3),
-    }
+    tokenizer = train_tokenizer(["a"], 600, 16)
+    accuracy = retrieval_accuracy(build_clip(small_clip, tokenizer), tokenizer, data, 16)
+    assert accuracy == {"top-1": pytest.approx(1 / 3), "top-5": pytest.approx(2 / 3)}
 
 
 @pytest.mark.slow
@@ -212,12 +215,8 @@ def test_killed_clip_pretraining_equals_an_uninterrupted_one(
     assert (split, len(expected)) == ("train", 2)  # the set has no split `test`
     assert "test_split: " in caplog.text
     killed = replace(small_clip, run_dir=str(tmp_path / "killed"), resume=True)
-    for step, action, ending in (
-        (2, kill, Killed),
-        (5, send_sigterm, Interrupted),
-        (8, kill, Killed),
-        (12, kill, Killed),
-    ):
+    endings = [(2, kill, Killed), (5, send_sigterm, Interrupted), (8, kill, Killed), (12, kill, Killed)]
+    for step, action, ending in endings:
         at_step(monkeypatch, step, action)
         with pytest.raises(ending):
             pretrain(killed)
@@ -264,18 +263,24 @@ def test_a_run_pretrains_its_text_encoder_and_resumes_within_it(
     overrides += ["train.warmup_steps=1", "train.checkpoint_every=2", "train.sample_every=4", "train.log_every=1"]
     overrides += ["sample.steps=2", "sample.num_images=1", f"run_dir={tmp_path / 'run'}"]
     config = load_config(Config, ROOT / "configs" / "folder.yaml", overrides)
-    monkeypatch.setattr("cond_diffusion.config.run.ClipPretrainingConfig.checkpoint_every", 2, raising=False)
     checkpoint = train(replace(config, run_dir=str(tmp_path / "uninterrupted")))
-    at_step(monkeypatch, 3, kill)
+    resume = replace(config, resume=True)
+    at_step(monkeypatch, 2, kill)
     with pytest.raises(Killed):
-        train(config)  # in the CLIP
-    assert not (tmp_path / "run" / "checkpoints").exists()
+        train(config)  # in the CLIP, without a checkpoint
     with pytest.raises(UserError, match=r"^run_dir: "):
         train(config)
+    at_step(monkeypatch, 3, send_sigterm)
+    with pytest.raises(Interrupted):
+        train(resume)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert [path.name for path in checkpoints(tmp_path / "run" / "text_encoder")] == ["step-00000003"]
+    at_step(monkeypatch, 3, kill)
     with pytest.raises(Killed):
-        train(replace(config, resume=True, text=replace(config.text)))  # in the CLIP again, or in the network
+        train(resume)  # after the CLIP, in the network
     at_step(monkeypatch, None, kill)
-    resumed = train(replace(config, resume=True))
+    resumed = train(resume)
+    assert [line["step"] for line in metrics(tmp_path / "run" / "text_encoder")] == [4]
     for name in ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
         first, second = (load_file(folder / name) for folder in (checkpoint, resumed))
         assert all(torch.equal(value, second[key]) for key, value in first.items()), name

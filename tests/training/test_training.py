@@ -33,9 +33,10 @@ from cond_diffusion.pipeline import checkpoint, run_folder
 from cond_diffusion.pipeline.run_folder import RunLock, checkpoints, find_corruption, save_checkpoint
 from cond_diffusion.training import batches, reporting, setup, trainer
 from cond_diffusion.training import state as training_state
+from cond_diffusion.training.optimizer import learning_rate
 from cond_diffusion.training.preflight import activation_bytes
 from cond_diffusion.training.setup import complete_unet_config, make_accelerator, new_unet
-from cond_diffusion.training.trainer import learning_rate, train
+from cond_diffusion.training.trainer import train
 
 
 def with_train(config: Config, **changes: object) -> Config:
