@@ -235,7 +235,7 @@ def find_run(config: Config | ClipPretrainingConfig) -> tuple[Path, Path | None]
         return run_dir, named_checkpoint(run_dir, config.resume)
     newest = newest_checkpoint(run_dir, with_state=True)
     if newest is None:
-        logger.warning("resume: no checkpoint in %s; starting from scratch", run_dir)
+        logger.warning("resume: no checkpoint in %s; starting at the first step", run_dir)
     return run_dir, newest
 
 

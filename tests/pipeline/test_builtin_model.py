@@ -25,7 +25,7 @@ from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation.metrics import accuracy, load_or_train_classifier, renumber_groups
 from cond_diffusion.images import from_pillow, to_bytes
-from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL
+from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL, BUILT_IN_MODELS, open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +285,11 @@ else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_built_in_model_is_a_row_of_a_table(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(BUILT_IN_MODELS, "digits", BUILT_IN_MODEL)
+    assert open_checkpoint("digits").folder == open_checkpoint("builtin").folder
+    assert TextToImage.from_pretrained("digits").folder == BUILT_IN_MODEL
+    with pytest.raises(UserError, match="digit1.*'digits'"):
+        open_checkpoint("digit1")

@@ -26,7 +26,9 @@ from cond_diffusion.errors import Interrupted, UserError
 from cond_diffusion.models.clip import build_clip, contrastive_loss, count_whole_words, train_tokenizer
 from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder, embed_texts
 from cond_diffusion.pipeline.run_folder import RunLock, checkpoints
+from cond_diffusion.training import preflight
 from cond_diffusion.training.clip_pretraining import pretrain, retrieval_accuracy, training_loss, zero_shot_accuracy
+from cond_diffusion.training.preflight import check
 from cond_diffusion.training.reporting import Reporter
 
 COLORS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -315,3 +317,17 @@ def test_the_command_reports_retrieval_and_continues(
     assert main.main(["pretrain-clip", *arguments]) == 2
     assert main.main(["pretrain-clip", *arguments, "max_steps=3", "resume=true"]) == 0
     assert [line["step"] for line in metrics(Path(small_clip.run_dir))] == [2, 3]
+
+
+@pytest.mark.slow
+def test_check_reports_the_clip_that_is_trained_first(disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preflight, "MAX_OVERFIT_STEPS", 2)
+    overrides = [f"data.source={disks}", f"data.resolution={SIDE}", "latent.patch_size=2", "text.pretrain_steps=4"]
+    overrides += ["unet.channels=[32,32]", "unet.num_groups=8", "train.batch_size=8", "run_dir=run"]
+    lines = list(check(load_config(Config, ROOT / "configs" / "folder.yaml", overrides)))
+    (line,) = (line for line in lines if line.startswith("text.encoder: "))
+    assert "4 steps" in line
+    assert "8 of 8 distinct words" in line  # the article is shorter than the words that are counted
+    assert not any("text.encoder" in line or "truncated; set" in line for line in lines if line.startswith("  "))
+    assert not Path("run").exists()
