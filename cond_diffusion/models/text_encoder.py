@@ -208,11 +208,7 @@ def clip_errors(key: str, source: str | Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        hint = (
-            ""
-            if Path(source).is_dir()
-            else "; or use text.encoder=builtin or, for other captions, text.encoder=pretrain"
-        )
+        hint = "" if Path(source).is_dir() else "; or use text.encoder=builtin or text.encoder=pretrain"
         raise UserError(f"{key}: {source}: {error}{hint}") from error
     except OSError as error:
         raise UserError(f"{key}: {source} is not a complete CLIP ({first_line(error)})") from error
