@@ -2,7 +2,7 @@
 
 import sys
 
-from cond_diffusion.cli.main import run
+from cond_diffusion.cli import start
 
 if __name__ == "__main__":
-    sys.exit(run("train"))
+    sys.exit(start("train"))

@@ -1,10 +1,8 @@
 """Train and sample conditional text-to-image diffusion models."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
-from cond_diffusion.errors import UserError
-
+TYPE_CHECKING = False  # as in typing, whose import takes longer than all of this
 if TYPE_CHECKING:
     from cond_diffusion.config.run import Config, ObjectiveConfig, load_config
     from cond_diffusion.config.sampling import SamplingOptions
@@ -14,6 +12,7 @@ if TYPE_CHECKING:
     from cond_diffusion.diffusion.objective import Objective, Prediction, denoiser
     from cond_diffusion.diffusion.samplers import ddim, ddpm, dpm_solver, euler, heun, unipc
     from cond_diffusion.diffusion.schedule import NoiseSchedule
+    from cond_diffusion.errors import UserError
     from cond_diffusion.models.text_encoder import TextEncoder
     from cond_diffusion.models.unet import UNet
     from cond_diffusion.pipeline.text_to_image import TextToImage
@@ -56,6 +55,7 @@ _NAMES_IN = {
     "diffusion.objective": ("Objective", "Prediction", "denoiser"),
     "diffusion.samplers": ("ddim", "ddpm", "dpm_solver", "euler", "heun", "unipc"),
     "diffusion.schedule": ("NoiseSchedule",),
+    "errors": ("UserError",),
     "models.text_encoder": ("TextEncoder",),
     "models.unet": ("UNet",),
     "pipeline.text_to_image": ("TextToImage",),
@@ -64,7 +64,7 @@ _NAMES_IN = {
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"cond_diffusion.{_MODULE_OF[name]}"), name)

@@ -2,7 +2,7 @@
 
 import sys
 
-from cond_diffusion.cli.main import main
+from cond_diffusion.cli import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

@@ -53,6 +53,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def check_text(text: str, key: str) -> str:
+    """Return a text; raise UserError if it cannot be written in UTF-8 or contains a NUL, as no file name does."""
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{key}: {text!r:.80} is not valid text; expected UTF-8 without NUL")
+    return text
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or the name of its type if the message is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from textwrap import wrap
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -91,9 +92,7 @@ class ImageGrid(list[Image.Image]):
         """Return the grid as PNG for IPython; small images are enlarged."""
         if not self:
             return None
-        file = io.BytesIO()
-        enlarged(grid(self, self.columns), min(256, 112 * self.columns)).save(file, "PNG")
-        return file.getvalue()
+        return encode(enlarged(grid(self, self.columns), min(256, 112 * self.columns)))
 
 
 def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None) -> Image.Image:
@@ -137,6 +136,13 @@ def label_font(text: str) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 @cache
 def _warn_without_font() -> None:
     logger.warning("labels: no font has all letters of the labels; install one of %s", ", ".join(FONTS))
+
+
+def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """Return an image as the content of a file, with options of PIL's `Image.save`."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
 
 
 def enlarged(image: Image.Image, width: int) -> Image.Image:

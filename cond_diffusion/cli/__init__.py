@@ -1,1 +1,52 @@
-"""Commands: argument parsing and output."""
+"""Commands: argument parsing and output. A process starts here, so that Ctrl-C is handled while libraries are imported."""
+
+import os
+import signal
+from types import FrameType
+
+
+class InterruptHandler:
+    """Handler of SIGINT: raises KeyboardInterrupt once while a command runs, and ends the process otherwise.
+
+    It also ends the process during an import, which libraries do not expect to be interrupted, and at a second Ctrl-C:
+    Python prints exceptions that are raised while it exits.
+    """
+
+    running = False
+    """Whether a command runs, which handles KeyboardInterrupt."""
+    line = b"interrupted\n"
+    """What is printed when the process is ended."""
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        importing = False
+        while frame is not None and not importing:
+            importing = frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+            frame = frame.f_back
+        if self.running and not importing:
+            self.running = False
+            raise KeyboardInterrupt
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, self.line)
+        os._exit(128 + number)
+
+
+interrupt_handler = InterruptHandler()
+
+
+def start(command: str | None = None) -> int:
+    """Run the process: the command of this name, or the one that the arguments name. Returns the exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in a background job
+        signal.signal(signal.SIGINT, interrupt_handler)
+    from cond_diffusion.cli.main import main, run
+
+    return main() if command is None else run(command)
+
+
+def start_sample() -> int:
+    """Entry point of `cond-diffusion-sample`."""
+    return start("sample")
+
+
+def start_train() -> int:
+    """Entry point of `cond-diffusion-train`."""
+    return start("train")

@@ -5,7 +5,7 @@ import importlib.util
 from functools import partial
 from pathlib import Path
 
-from cond_diffusion.cli.main import add_options
+from cond_diffusion.cli.main import ArgumentParser, add_options
 from cond_diffusion.config.run import Config
 from cond_diffusion.config.sampling import GenerationSettings, SamplingOptions
 from cond_diffusion.config.schema import expand_home, local_path
@@ -90,7 +90,7 @@ def likelihood_command(arguments: list[str] | None = None) -> None:
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
+    parser = ArgumentParser(description=description)
     checkpoint_help = "a built-in model, a run folder, a checkpoint folder or a Hub id (default: %(default)s)"
     parser.add_argument("--checkpoint", type=expand_home, default="builtin", help=checkpoint_help)
     add_options(parser, GenerationSettings, only=MODEL_OPTIONS)

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from signal import SIGINT
-from typing import Any
+from typing import Any, NoReturn
 
+from cond_diffusion.cli import interrupt_handler
 from cond_diffusion.config.schema import local_path
-from cond_diffusion.errors import Interrupted, UserError, did_you_mean
+from cond_diffusion.errors import Interrupted, UserError, check_text, did_you_mean
 
 COMMANDS = {
     "train": ("main:train", "train a model, or check a run before training"),
@@ -44,7 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
 def run(name: str, arguments: list[str] | None = None) -> int:
     """Run a command by name, by default with the arguments of the process, and return its exit code."""
     module, function = COMMANDS[name][0].split(":")
-    return command_line(lambda: getattr(importlib.import_module(f"cond_diffusion.cli.{module}"), function)(arguments))
+
+    def command() -> None:
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            check_text(argument, "arguments")
+        getattr(importlib.import_module(f"cond_diffusion.cli.{module}"), function)(arguments)
+
+    return command_line(command)
 
 
 def command_line(command: Callable[[], None]) -> int:
@@ -63,6 +70,7 @@ def command_line(command: Callable[[], None]) -> int:
     # huggingface_hub logs each retry; an unreachable Hub is reported as a UserError.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
+        interrupt_handler.running = True
         with logging_redirect_tqdm([logger]):
             command()
     except UserError as error:
@@ -73,8 +81,10 @@ def command_line(command: Callable[[], None]) -> int:
     except KeyboardInterrupt as interruption:
         if is_main:
             print(str(interruption) or "interrupted", file=sys.stderr)
+        interrupt_handler.line = b""
         return 128 + (interruption.signal if isinstance(interruption, Interrupted) else SIGINT)
     finally:
+        interrupt_handler.running = False
         logger.removeHandler(handler)
         logger.setLevel(previous_level)
     return 0
@@ -119,18 +129,15 @@ def pretrain_clip(arguments: list[str] | None = None) -> None:
     print(f"saved {config.run_dir}; use it for training with text.encoder={config.run_dir}")
 
 
-def sample_command() -> int:
-    """Entry point of `cond-diffusion-sample`."""
-    return run("sample")
-
-
-def train_command() -> int:
-    """Entry point of `cond-diffusion-train`."""
-    return run("train")
-
-
 # Next to the package in a clone, inside the package in a wheel.
 CONFIGS = next(folder for parent in Path(__file__).parents[1:3] if (folder := parent / "configs").is_dir())
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Parser that reports an error in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def add_options(
@@ -170,7 +177,7 @@ def add_options(
 
 def config_parser(description: str, default: Path | None = None) -> argparse.ArgumentParser:
     """Return a parser of `[--config FILE] [key=value ...]`, with the results `config` and `overrides`."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = ArgumentParser(description=description)
     config_help = "a YAML file, or the name of one in configs/" + (f" (default: {default})" if default else "")
     parser.add_argument("--config", type=local_path, default=default, metavar="FILE", help=config_help)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.batch_size=64")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cond_diffusion.cli.main import add_options
+from cond_diffusion.cli.main import ArgumentParser, add_options
 from cond_diffusion.config.sampling import IMAGE_OPTIONS, SAMPLERS_OF, GenerationSettings, SamplingOptions
 from cond_diffusion.config.schema import decode_text, expand_home
 from cond_diffusion.errors import UserError, user_errors
@@ -16,7 +16,7 @@ FILES = ("output", "no_labels", "film", "attention_maps")
 def sample_parser() -> argparse.ArgumentParser:
     """Return the argument parser of the command."""
     description = "Generate images from prompts, as one PNG with a row per prompt or as a folder of PNGs."
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help='for example "a digit seven"')
     parser.add_argument(
         "--prompts-file", type=expand_home, metavar="FILE", help="more prompts, one per line; - is standard input"

@@ -53,7 +53,10 @@ class DataConfig:
     background: str = option("black", "color that transparent images are composited on")
     max_bad_fraction: Fraction = option(0.01, "fraction of images that may be unreadable; these are skipped")
     memory_gb: float = option(
-        4.0, "decoded images up to this size are cached in memory by each process; not with random crops", ge=0
+        4.0,
+        "decoded images up to this size are cached in memory by each process; not with random crops",
+        ge=0,
+        allow_inf_nan=False,
     )
     held_out: NonNegativeInt = option(
         512, "number of images held out for validation; at most one in twenty, or 64 when streaming"

@@ -17,6 +17,7 @@ from cond_diffusion.config.schema import (
     NonNegativeInt,
     PositiveInt,
     Schema,
+    Seed,
     from_override,
     from_yaml,
     merge,
@@ -27,6 +28,7 @@ from cond_diffusion.config.schema import (
 )
 from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.errors import UserError
+from cond_diffusion.files import write_file
 
 CONFIG_NAME = "config.yaml"  # in a run folder and in each of its checkpoints
 PRETRAIN = "pretrain"
@@ -147,7 +149,7 @@ class ObjectiveConfig:
     loss: Loss = option(
         "epsilon", "loss weighting: `epsilon`, `sample`, `v_prediction`, `min_snr`, `variational_bound`"
     )
-    min_snr_gamma: float = option(5.0, "gamma of `min_snr`", gt=0)
+    min_snr_gamma: float = option(5.0, "gamma of `min_snr`", gt=0, allow_inf_nan=False)
     timesteps: TimestepDensity = option(
         "uniform",
         "distribution of t; the loss is divided by its density: `uniform`, `logit_normal` (Esser et al. 2024, eq. 19), "
@@ -161,7 +163,7 @@ class Config:
     """The config of a training run."""
 
     run_dir: LocalPath = option("runs/new", "folder of the run; an existing one is never overwritten")
-    seed: int = option(0, "random seed of data order, noise, timesteps and initial weights")
+    seed: Seed = option(0, "random seed of data order, noise, timesteps and initial weights")
     resume: Annotated[bool | str, Field(union_mode="left_to_right")] = option(
         False,
         "`true`: continue from the newest checkpoint in `run_dir`, if there is one; `step-00001000`: from that one; "
@@ -224,7 +226,7 @@ class ClipPretrainingConfig:
     """The config of a small CLIP. Its image and text encoders have the same width, depth and number of heads."""
 
     run_dir: LocalPath = option("runs/clip", "folder of the CLIP; an existing one is never overwritten")
-    seed: int = option(0, "random seed")
+    seed: Seed = option(0, "random seed")
     resume: bool = option(False, "`true`: continue from the newest checkpoint in `run_dir`, if there is one")
     data: DataConfig = Field(default_factory=DataConfig)
     test_split: str = option("test", "split that accuracies are measured on; without it, the training images")
@@ -264,14 +266,24 @@ def load_config(schema: type[Schema], file: Path | None = None, overrides: list[
     """Load a config: the defaults of `schema`, updated by a YAML file, then by `key=value` overrides.
 
     Raises:
-        UserError: Unknown key, wrong type or invalid value; the message begins with the full key.
+        UserError: Unknown key, wrong type or invalid value; the message begins with the full key, or with the file that
+            has it.
     """
-    fields: dict[str, Any] = {} if file is None else from_yaml(schema, read_text(file, "--config"), f"--config: {file}")
+    from_file: dict[str, Any] = {} if file is None else from_yaml(schema, read_text(file, "--config"), str(file))
+    fields = from_file
     for override in overrides or []:
         fields = merge(fields, from_override(schema, override), schema)
-    return schema(**fields)
+    try:
+        return schema(**fields)
+    except UserError as error:
+        try:
+            schema(**from_file)
+        except UserError as without_overrides:
+            if str(without_overrides) == str(error):
+                raise UserError(f"{file}: {error}") from error
+        raise
 
 
 def save_config(config: Any, file: Path) -> None:
-    """Write all fields, including defaults, as YAML. `load_config` restores an equal config."""
-    file.write_text(to_yaml(config), encoding="utf-8")
+    """Write all fields, including defaults, as YAML, atomically. `load_config` restores an equal config."""
+    write_file(file, to_yaml(config))

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from cond_diffusion.config.schedule import Variance
-from cond_diffusion.config.schema import Fraction, Integer, LocalPath, PositiveInt, option, section
+from cond_diffusion.config.schema import Fraction, Integer, LocalPath, PositiveInt, Seed, option, section
 from cond_diffusion.errors import UserError
 
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"]
@@ -34,7 +34,7 @@ class SamplingOptions:
     """Options that, together with the model and input images, determine the images of a prompt."""
 
     num_images: PositiveInt = option(1, "number of images per prompt")
-    seed: Annotated[Integer | tuple[Integer, ...], Field(union_mode="left_to_right")] = option(
+    seed: Annotated[Seed | tuple[Seed, ...], Field(union_mode="left_to_right")] = option(
         0, "seed of each prompt's first image; image i has seed + i"
     )
     sampler: SamplerName = option("ddpm", "ddpm, ddim, euler, heun, dpm_solver or unipc", group="sampling")

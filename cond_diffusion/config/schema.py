@@ -11,14 +11,16 @@ import os
 import re
 import types
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
-from cond_diffusion.errors import UserError, did_you_mean, user_errors
+from cond_diffusion.errors import UserError, check_text, did_you_mean, user_errors
 
 Schema = TypeVar("Schema")
 
@@ -32,8 +34,10 @@ def _index(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_index)]
 """An integer of any kind, including NumPy's and torch's."""
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+Seed = Annotated[Integer, Field(ge=-(2**63), lt=2**64)]
+"""What torch accepts as a seed: 64 bits, signed or unsigned."""
+PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -60,7 +64,15 @@ def local_path(text: str) -> Path:
     return Path(expand_home(text))
 
 
-LocalPath = Annotated[str, BeforeValidator(expand_home)]
+def _check_path(path: str) -> str:
+    with suppress(UserError):
+        if all(len(name.encode()) <= MAX_NAME for name in check_text(path, "").split("/")):
+            return path
+    raise PydanticCustomError("path", "a path in UTF-8 without NUL, whose names have at most 255 bytes")
+
+
+MAX_NAME = 255  # bytes of a file name, in all common file systems
+LocalPath = Annotated[str, BeforeValidator(expand_home), AfterValidator(_check_path)]
 """Text that can be a path: ~ is expanded."""
 
 
@@ -101,6 +113,8 @@ def _user_error(error: ValidationError, name: str, schema: Any) -> UserError:
             kind = _without_none(get_type_hints(kind)[str(part)])[0]
         elif isinstance(part, int):
             key = f"{key}[{part}]"
+        elif get_origin(kind) is dict:
+            key, kind = f"{key}.{part}", get_args(kind)[1]
     if problem["type"] == "unexpected_keyword_argument":
         raise TypeError(f"{schema.__name__} has no field {problem['loc'][-1]!r}") from error
     expected = "one more value" if problem["type"] == "missing" else problem["msg"].replace("Input should be ", "")
@@ -128,20 +142,20 @@ def from_yaml(schema: type, text: str, where: str) -> dict[str, Any]:
     """Parse YAML text into keyword arguments of `schema`.
 
     Args:
-        where: Prefix of errors that concern the whole text.
+        where: Prefix of errors.
 
     Raises:
-        UserError: The text is not YAML, has an unknown key, or a value where a section is expected.
+        UserError: The text is not YAML, has an unknown key or one twice, or a value where a section is expected.
     """
     try:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            raise UserError("contains no `key: value` lines")
+        return {} if node is None else _convert(schema, node, text, "", schema)
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{where}: cannot be parsed as YAML: {_one_line(error)}") from error
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{where}: contains no `key: value` lines")
-    return _convert(schema, node, text, "", schema)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def from_override(schema: type, override: str) -> dict[str, Any]:
@@ -150,9 +164,9 @@ def from_override(schema: type, override: str) -> dict[str, Any]:
     Raises:
         UserError: As in `from_yaml`.
     """
-    key, equals, value = override.partition("=")
+    key, equals, value = check_text(override, "overrides").partition("=")
     if not equals:
-        raise UserError(f"{override!r} is not an override; expected key=value, for example train.batch_size=64")
+        raise UserError(f"{override!r:.80} is not an override; expected key=value, for example train.batch_size=64")
     kind: Any = schema
     allows_none = False
     for name in key.split("."):
@@ -167,8 +181,8 @@ def from_override(schema: type, override: str) -> dict[str, Any]:
     if kind is not str:
         try:
             node = yaml.compose(value, Loader=yaml.BaseLoader) or yaml.ScalarNode("", "")
-        except yaml.YAMLError as error:
-            raise UserError(f"{override!r} cannot be parsed as key=value: {_one_line(error)}") from error
+        except (yaml.YAMLError, RecursionError) as error:
+            raise UserError(f"{override!r:.80} cannot be parsed as key=value: {_one_line(error)}") from error
         parsed = _convert(kind | None if allows_none else kind, node, value, key, schema)
     for name in reversed(key.split(".")):
         parsed = {name: parsed}
@@ -226,19 +240,23 @@ def _convert(kind: Any, node: Any, text: str, key: str, schema: Any) -> Any:
         if node.id != "mapping":
             raise UserError(f"{key}: {_source(node, text)!r:.80}; expected a section of `key: value` lines")
         fields, converted = get_type_hints(kind), {}
-        for name, value in content:
-            full_key = f"{key}.{name.value}" if key else str(name.value)
-            if name.value not in fields:
+        for name_node, value in content:
+            name = _source(name_node, text)
+            full_key = f"{key}.{name}" if key else name
+            if name not in fields:
                 raise _unknown_key(full_key, schema)
-            converted[name.value] = _convert(fields[name.value], value, text, full_key, schema)
+            if name in converted:
+                raise UserError(f"{full_key}: given twice; remove one")
+            converted[name] = _convert(fields[name], value, text, full_key, schema)
         return converted
     for member in get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,):
         origin, parts = get_origin(member), get_args(member)
         if origin in (list, tuple) and node.id == "sequence":
             return [_convert(parts[0], item, text, f"{key}[{i}]", schema) for i, item in enumerate(content)]
         if origin is dict and node.id == "mapping":
-            return {name.value: _convert(parts[1], item, text, f"{key}.{name.value}", schema) for name, item in content}
-    return _source(node, text)
+            named = [(_source(name, text), item) for name, item in content]
+            return {name: _convert(parts[1], item, text, f"{key}.{name}", schema) for name, item in named}
+    return check_text(_source(node, text), key)
 
 
 def _source(node: Any, text: str) -> str:

@@ -1,5 +1,6 @@
 """The evaluation report: a folder with evaluation.json, image grids, and plots."""
 
+import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,8 @@ from torch import Tensor
 from cond_diffusion.config.sampling import SamplerName, SamplingOptions
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.evaluation.evaluator import Evaluator, Judged, reported, spread
-from cond_diffusion.images import grid, to_model, to_pillow
+from cond_diffusion.files import write_file
+from cond_diffusion.images import encode, grid, to_model, to_pillow
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SAMPLERS, STEPS = get_args(SamplerName), (5, 10, 20, 50)
@@ -38,17 +40,18 @@ class Results:
         self.folder = folder
         self.file = folder / "evaluation.json"
         self.parts: dict[str, Any] = {"settings": settings}
-        if self.file.is_file():
+        with user_errors(f"output: {folder} cannot be written", OSError, ValueError):
+            is_file = self.file.is_file()
+        if is_file:
             with user_errors(f"output: {self.file} is damaged or incomplete", json.JSONDecodeError):
                 self.parts = json.loads(self.file.read_text(encoding="utf-8"))
             if not isinstance(self.parts, dict) or self.parts.get("settings") != settings:
                 raise UserError(f"output: {folder} contains an evaluation with other settings; choose another path")
-        elif folder.exists():
+        elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"output: {folder} exists and is not an evaluation folder; choose another path")
-        else:
-            with user_errors(f"output: {folder} cannot be written", OSError):
-                folder.mkdir(parents=True)
-                self._write()
+        with user_errors(f"output: {folder} cannot be written", OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._write()  # reports before the first image that the folder cannot be written
 
     def part(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return the part `name`; compute and write it if it is missing."""
@@ -58,9 +61,7 @@ class Results:
         return self.parts[name]
 
     def _write(self) -> None:
-        part_file = self.file.with_suffix(".part")
-        part_file.write_text(json.dumps(self.parts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        part_file.replace(self.file)
+        _write(self.file, json.dumps(self.parts, indent=2, ensure_ascii=False) + "\n")
 
 
 def evaluate(
@@ -154,7 +155,7 @@ def format_table(samples: dict[str, Any], held_out: dict[str, Any] | None) -> st
 
 def save_grid(images: UInt8[Tensor, "n c h w"], columns: int, file: Path) -> None:
     """Write images, row by row, as one PNG."""
-    grid(to_pillow(to_model(images)), columns).save(file)
+    _write(file, encode(grid(to_pillow(to_model(images)), columns)))
 
 
 def plot(lines: Mapping[str, Sequence[Point]], option: str, baseline: float, file: Path) -> None:
@@ -185,4 +186,12 @@ def plot(lines: Mapping[str, Sequence[Point]], option: str, baseline: float, fil
     distance.set_yscale("log")
     if len(lines) > 1:
         accuracy.legend()
-    figure.savefig(file, dpi=100)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=100)
+    _write(file, content.getvalue())
+
+
+def _write(file: Path, content: bytes | str) -> None:
+    hint = "; the same command continues where this one stopped"
+    with user_errors(f"output: {file} cannot be written", OSError, hint=hint):
+        write_file(file, content)

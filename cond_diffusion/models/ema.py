@@ -90,12 +90,18 @@ def save_snapshot(run_dir: Path, step: int, averages: Sequence[tuple[float, Weig
 def snapshots_until(run_dir: Path, step: int) -> list[Snapshot]:
     """Return the snapshots of a run up to `step`; raise UserError for a damaged file."""
     snapshots = []
-    for file in sorted((run_dir / FOLDER).glob("step-*.safetensors")):
-        if (file_step := int(file.stem.removeprefix("step-"))) <= step:
+    for file_step, file in snapshot_files(run_dir):
+        if file_step <= step:
             with _opened(file) as content:
                 widths = json.loads(content.metadata()["widths"])
             snapshots += [Snapshot(file_step, width, file, f"{i}.") for i, width in enumerate(widths)]
     return snapshots
+
+
+def snapshot_files(run_dir: Path) -> list[tuple[int, Path]]:
+    """Return the step and the path of each snapshot of a run; other files are ignored."""
+    named = [(re.fullmatch(r"step-([0-9]{8,})\.safetensors", file.name), file) for file in (run_dir / FOLDER).glob("*")]
+    return sorted((int(step[1]), file) for step, file in named if step and file.is_file())
 
 
 def weights_of_width(checkpoint: Path, width: float) -> dict[str, Tensor]:

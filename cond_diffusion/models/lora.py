@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cond_diffusion.errors import UserError, user_errors
-from cond_diffusion.files import hash_weights
+from cond_diffusion.files import hash_weights, save_tensors
 from cond_diffusion.hub import download, refuse_pickles
 from cond_diffusion.models.unet import UNet
 
@@ -67,7 +67,7 @@ def digest_of_base(unet: UNet) -> str:
 def save_lora(lora: Mapping[str, Tensor], folder: Path) -> None:
     """Write A and B in the format of diffusers' `load_lora_weights`."""
     named = {PREFIX + name.replace(".default", ""): weight.contiguous() for name, weight in lora.items()}
-    save_file(named, folder / FILE_NAME, metadata={"format": "pt"})
+    save_tensors(named, folder / FILE_NAME, {"format": "pt"})
 
 
 @torch.no_grad()

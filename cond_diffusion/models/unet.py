@@ -14,13 +14,13 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cond_diffusion.config.unet import UNetConfig, from_diffusers, to_diffusers
 from cond_diffusion.errors import UserError, first_line, user_errors
-from cond_diffusion.files import cache_folder
+from cond_diffusion.files import cache_folder, save_tensors, write_json
 from cond_diffusion.hub import download, is_hub_id, weight_files
 from cond_diffusion.models.layers import (
     Downsample,
@@ -247,9 +247,9 @@ class UNet(nn.Module):
         """Write `config.json` and the weights in diffusers' format."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(json.dumps(to_diffusers(self.config), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG_NAME, to_diffusers(self.config))
         weights = {name: weight.detach().contiguous() for name, weight in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_tensors(weights, folder / WEIGHTS_NAME, {"format": "pt"})
 
     @classmethod
     def with_weights(cls, config: UNetConfig, weights: Mapping[str, Tensor]) -> "UNet":

@@ -7,7 +7,6 @@ has no pipeline for pixel space; such a pipeline is stored with the class name `
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -19,16 +18,16 @@ from cond_diffusion.config.run import CONFIG_NAME, Config, PredictionKind, load_
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError, did_you_mean, user_errors
+from cond_diffusion.files import write_file, write_json
 from cond_diffusion.hub import WEIGHTS, download, is_hub_id, refuse_pickles
 from cond_diffusion.models.latents import IN_LATENTS, IN_PIXELS, VAE, LatentSpace, PixelPatchify
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.run_folder import find_corruption, newest_checkpoint
+from cond_diffusion.pipeline.run_folder import INDEX_NAME, find_corruption, newest_checkpoint, read_metrics
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILT_IN_MODEL = ASSETS / "mnist_model"
 BUILT_IN_MODELS = {"builtin": BUILT_IN_MODEL}  # by the name that `--checkpoint` and `init_from` accept
-INDEX_NAME = "model_index.json"
 GRID_NAME = "samples.png"
 Result = TypeVar("Result")
 
@@ -148,7 +147,7 @@ def write_index(folder: Path, latent_space: LatentSpace) -> None:
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
     index |= latent_space.save_pretrained(folder)
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX_NAME, index)
 
 
 def write_prediction(folder: Path, prediction: Prediction) -> None:
@@ -158,9 +157,7 @@ def write_prediction(folder: Path, prediction: Prediction) -> None:
     """
     (folder / "scheduler").mkdir(exist_ok=True)
     scheduler = {**schedule_config.to_diffusers(prediction.schedule.config), "prediction_type": prediction.kind}
-    (folder / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps(scheduler, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
 
 
 def write_card(
@@ -198,7 +195,7 @@ def write_card(
         config=config,
         metrics=_last_metrics(checkpoint),
     )
-    card.save(folder / "README.md")
+    write_file(folder / "README.md", str(card))
 
 
 def prompts_of_run(checkpoint: Path | None) -> list[str]:
@@ -245,9 +242,7 @@ def _last_metrics(checkpoint: Path | None) -> dict[str, float | int]:
         return {}
     step = json.loads(progress.read_text(encoding="utf-8"))["step"]
     last: dict[str, Any] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):  # a killed run can leave a truncated line
-            values = json.loads(line)
-            if values["step"] <= step:
-                last |= values
-    return {name: value for name, value in last.items() if value is not None}
+    for values in read_metrics(metrics):
+        if values["step"] <= step:
+            last |= values
+    return {name: value for name, value in last.items() if isinstance(value, int | float)}

@@ -7,12 +7,14 @@ text chunks, from which the images can be generated again.
 import json
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from itertools import chain, count
 from pathlib import Path
+from secrets import token_hex
 from signal import SIGINT
+from tempfile import gettempdir
 from typing import Any
 
 from PIL import Image, PngImagePlugin
@@ -21,7 +23,8 @@ from tqdm.auto import tqdm
 from cond_diffusion import __version__
 from cond_diffusion.config.sampling import GenerationSettings, SamplingOptions
 from cond_diffusion.errors import Interrupted, UserError, user_errors
-from cond_diffusion.images import grid, open_image, opened_image
+from cond_diffusion.files import check_writable, write_file
+from cond_diffusion.images import encode, grid, open_image, opened_image
 from cond_diffusion.pipeline.text_to_image import SamplingInterrupted, StepCallback, TextToImage
 from cond_diffusion.pipeline.visualize import AttentionMaps, Film, maps_per_word, render_maps
 
@@ -58,45 +61,46 @@ def generate_to_file(
         UserError: If the settings are not valid, or a file exists or cannot be written.
         Interrupted: On Ctrl-C, after the PNG was written with the images that were complete.
     """
-    pipe, settings = load_pipeline(settings)
     prompts, columns = [*settings.prompts], settings.sampling.num_images
+    path = output_path(output, prompts, "--output", (".png",))
+    film_path = None if film is None else output_path(film, prompts, "--film", (".gif", ".webp"))
+    maps_path = None
+    if attention_maps is not None:
+        maps_path = output_path(attention_maps, prompts, "--attention-maps", (".png",))
+        if maps_path.absolute() == path.absolute():
+            raise UserError(f"--attention-maps: {maps_path} is the path of the images; choose another")
+    pipe, settings = load_pipeline(settings)
     frames, maps = Film(), AttentionMaps(pipe.unet, pipe.image_size)
     callbacks: list[StepCallback] = [] if callback_on_step_end is None else [callback_on_step_end]
-    with ExitStack() as extras:
-        film_path, maps_path = None, None
-        if film is not None:
-            film_path = extras.enter_context(reserve_path(film, "", "--film", (".gif", ".webp")))
-            callbacks.append(frames)
-        if attention_maps is not None:
-            maps_path = extras.enter_context(reserve_path(attention_maps, "", "--attention-maps", (".png",)))
-            callbacks.append(extras.enter_context(maps))
-        with reserve_path(output, prompts[0] if prompts else "", "--output", (".png",)) as path:
-            try:
-                images = pipe(
-                    prompts, **_call_kwargs(settings), batch_size=batch_size, callback_on_step_end=_combine(callbacks)
-                )
-            except SamplingInterrupted as interruption:
-                images = interruption.images
-                if not images:
-                    raise
-            if (film_path or maps_path) and not frames.frames and not maps.maps:
-                raise UserError(f"strength: {settings.sampling.strength} leaves no steps to visualize; increase it")
-            row_labels = prompts[: -(-len(images) // columns)] if labels and len(prompts) > 1 else None
-            save_png(grid(images, columns, row_labels), path, settings)
-        if len(images) < (total := len(prompts) * columns):
-            raise Interrupted(
-                f"interrupted; {path} has the first {len(images)} of {total} images, and --from-image {path} samples "
-                "them all",
-                SIGINT,
+    callbacks += [frames] if film_path else []
+    callbacks += [maps] if maps_path else []
+    with maps if maps_path else nullcontext():
+        try:
+            images = pipe(
+                prompts, **_call_kwargs(settings), batch_size=batch_size, callback_on_step_end=_combine(callbacks)
             )
-        yield path
-        if film_path:
-            frames.save(film_path, columns)
-            yield film_path
-        if maps_path:
-            words = [maps_per_word(prompts[i // columns], m, pipe.text_encoder) for i, m in enumerate(maps.maps)]
-            render_maps(list(zip(images, words, strict=True))).save(maps_path)
-            yield maps_path
+        except SamplingInterrupted as interruption:
+            images = interruption.images
+            if not images:
+                raise
+    if (film_path or maps_path) and not frames.frames and not maps.maps:
+        raise UserError(f"strength: {settings.sampling.strength} leaves no steps to visualize; increase it")
+    row_labels = prompts[: -(-len(images) // columns)] if labels and len(prompts) > 1 else None
+    write_output(path, encode_png(grid(images, columns, row_labels), settings), "--output")
+    if len(images) < (total := len(prompts) * columns):
+        raise Interrupted(
+            f"interrupted; {path} has the first {len(images)} of {total} images, and --from-image {path} samples "
+            "them all",
+            SIGINT,
+        )
+    yield path
+    if film_path:
+        write_output(film_path, frames.encode(film_path, columns), "--film")
+        yield film_path
+    if maps_path:
+        words = [maps_per_word(prompts[i // columns], m, pipe.text_encoder) for i, m in enumerate(maps.maps)]
+        write_output(maps_path, encode(render_maps(list(zip(images, words, strict=True)))), "--attention-maps")
+        yield maps_path
 
 
 def generate_to_folder(settings: GenerationSettings, folder: str, *, batch_size: int | None = None) -> None:
@@ -109,10 +113,13 @@ def generate_to_folder(settings: GenerationSettings, folder: str, *, batch_size:
         UserError: If a file exists that was made with other settings, or cannot be written.
         Interrupted: On Ctrl-C.
     """
+    with user_errors(f"--output-dir: {folder} cannot be written", OSError, ValueError):
+        check_writable(Path(folder))
     pipe, settings = load_pipeline(settings)
     batch_size = pipe.max_batch_size() if batch_size is None else batch_size
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size}; expected at least 1")
+    hint = "; the same command continues from there"
     todo = []
     for path, own in _settings_per_image(settings, Path(folder)):
         if path.exists():
@@ -133,13 +140,10 @@ def generate_to_folder(settings: GenerationSettings, folder: str, *, batch_size:
                     SIGINT,
                 ) from interruption
             for (path, own), image in zip(batch, images, strict=True):
-                try:
+                with user_errors(f"--output-dir: {path} cannot be written", OSError, hint=hint):
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    unfinished = path.with_name(f".{path.name}")
-                    save_png(image, unfinished, own)
-                    unfinished.replace(path)
-                except OSError as error:
-                    raise UserError(f"--output-dir: {path} cannot be written: {error.strerror}") from error
+                    with suppress(FileExistsError):  # written by another process meanwhile
+                        write_file(path, encode_png(image, own), overwrite=False)
             bar.update(len(batch))
 
 
@@ -158,16 +162,16 @@ def load_pipeline(settings: GenerationSettings) -> tuple[TextToImage, Generation
     return pipe, replace(settings, sampling=sampling, checkpoint=checkpoint)
 
 
-def save_png(image: Image.Image, path: Path, settings: GenerationSettings) -> None:
-    """Write a PNG with the version and each setting that is not None in text chunks."""
+def encode_png(image: Image.Image, settings: GenerationSettings) -> bytes:
+    """Return a PNG with the version and each setting that is not None in text chunks."""
     chunks = PngImagePlugin.PngInfo()
     for name, value in {**to_flat(settings), "version": __version__}.items():
         chunks.add_itxt(CHUNK_PREFIX + name, json.dumps(value, ensure_ascii=False))
-    image.save(path, "PNG", pnginfo=chunks)
+    return encode(image, pnginfo=chunks)
 
 
 def read_settings(path: str, option: str) -> dict[str, Any]:
-    """Return the settings that `save_png` stored in a PNG, by name.
+    """Return the settings that `encode_png` stored in a PNG, by name.
 
     Args:
         path: Path of the PNG.
@@ -210,38 +214,50 @@ def from_flat(named: dict[str, Any]) -> GenerationSettings:
     return GenerationSettings(**others, sampling=SamplingOptions(**sampling))
 
 
-@contextmanager
-def reserve_path(wanted: str | None, prompt: str, option: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Create an empty file to reserve its path, and remove it on an error.
+def output_path(wanted: str | None, prompts: Sequence[str], option: str, suffixes: tuple[str, ...]) -> Path:
+    """Return the path of a new file.
 
     Args:
-        wanted: The path; None derives an unused name from the prompt.
-        prompt: The prompt.
+        wanted: The path; None derives an unused name from the first prompt.
+        prompts: The prompts.
         option: The option that gave the path, for error messages.
         suffixes: Allowed suffixes; the first one is the default.
 
     Raises:
-        UserError: Before the body runs, if the path exists or cannot be written.
+        UserError: If the path exists or cannot be written.
     """
     if wanted is None:
         endings = chain([""], (f"-{number}" for number in count(2)))
-        paths = (Path(f"{_file_stem(prompt)}{ending}{suffixes[0]}") for ending in endings)
+        paths = (Path(f"{_file_stem(prompts[0] if prompts else '')}{ending}{suffixes[0]}") for ending in endings)
         path = next(path for path in paths if not path.exists())
     else:
         path = Path(wanted)
     if path.suffix.lower() not in suffixes:
         raise UserError(f"{option}: {path} must end in {' or '.join(suffixes)}")
+    with user_errors(f"{option}: {path} cannot be written", OSError, ValueError):
+        with suppress(FileNotFoundError):
+            path.lstat()
+            raise UserError(f"{option}: {path} already exists and is not overwritten; choose another path")
+        if not path.parent.is_dir():
+            raise UserError(f"{option}: {path} cannot be written: there is no folder {path.parent}")
+        check_writable(path.parent)
+    return path
+
+
+def write_output(path: Path, content: bytes, option: str) -> None:
+    """Write a new file. If that fails, for example on a full disk, write it into the folder for temporary files.
+
+    Raises:
+        UserError: If the file could not be written to `path`; the message says where it is instead.
+    """
     try:
-        path.open("xb").close()
-    except FileExistsError as error:
-        raise UserError(f"{option}: {path} already exists and is not overwritten; choose another path") from error
+        write_file(path, content, overwrite=False)
     except OSError as error:
-        raise UserError(f"{option}: {path} cannot be written: {error.strerror}") from error
-    try:
-        yield path
-    except BaseException:
-        path.unlink()
-        raise
+        what = f"{option}: {path} cannot be written ({error.strerror})"
+        with user_errors(f"{what}, nor into the folder for temporary files", OSError, hint="; free space and repeat"):
+            kept = Path(gettempdir(), f"cond-diffusion-{token_hex(4)}{path.suffix}")
+            write_file(kept, content, overwrite=False)
+        raise UserError(f"{what}; saved as {kept} instead") from error
 
 
 def _file_stem(prompt: str) -> str:

@@ -20,15 +20,18 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from cond_diffusion.errors import UserError, did_you_mean, first_line
-from cond_diffusion.files import flush
+from cond_diffusion.errors import UserError, did_you_mean, first_line, user_errors
+from cond_diffusion.files import UNFINISHED, check_writable, flush, write_json
 
+INDEX_NAME = "model_index.json"
 CHECKSUMS_NAME = "checksums.json"
 PROGRESS_NAME = "progress.json"  # in state/: the step, the held-out loss and the position in the data
 LOCK_NAME = ".lock"
@@ -44,11 +47,21 @@ def new_run_dir(path: str, or_else: str = "") -> Path:
         or_else: Appended to the error message: an alternative to choosing another folder.
     """
     run_dir = Path(path)
-    if run_dir.exists() and not (run_dir.is_dir() and all(path.name == LOCK_NAME for path in run_dir.iterdir())):
+    ours = re.compile(f"{re.escape(LOCK_NAME)}|{UNFINISHED.pattern}")  # of processes that start at the same time
+    if exists(run_dir) and not (run_dir.is_dir() and all(ours.fullmatch(path.name) for path in run_dir.iterdir())):
         raise UserError(
             f"run_dir: {run_dir} already exists and is not overwritten; choose another, run_dir={run_dir}-2{or_else}"
         )
+    with user_errors(f"run_dir: {run_dir} cannot be written to", OSError):
+        check_writable(run_dir)
     return run_dir
+
+
+def exists(run_dir: Path) -> bool:
+    """Return whether a run's folder exists; raise UserError if it cannot, for example because its name is too long."""
+    with user_errors(f"run_dir: {run_dir} cannot be a folder", OSError, ValueError), suppress(FileNotFoundError):
+        return bool(run_dir.stat())
+    return False
 
 
 def make_run_dir(run_dir: Path) -> None:
@@ -99,7 +112,18 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, the oldest first."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return [path for path in _numbered(run_dir) if _is_checkpoint(path)]
+
+
+def _numbered(run_dir: Path) -> list[Path]:
+    """Return what has the name of a checkpoint, in order."""
+    paths = (run_dir / "checkpoints").glob("step-*")
+    return sorted(path for path in paths if re.fullmatch("step-[0-9]{8,}", path.name))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether a path is a checkpoint, maybe a damaged one, and not another folder or file of the same name."""
+    return any((path / name).is_file() for name in (CHECKSUMS_NAME, INDEX_NAME))
 
 
 def newest_checkpoint(run_dir: Path, *, with_state: bool) -> Path | None:
@@ -114,7 +138,10 @@ def newest_checkpoint(run_dir: Path, *, with_state: bool) -> Path | None:
     """
     while True:
         problem = None
-        for checkpoint in reversed(checkpoints(run_dir)):
+        for checkpoint in reversed(_numbered(run_dir)):
+            if checkpoint.exists() and not _is_checkpoint(checkpoint):
+                logger.warning("%s: skipped, not a checkpoint", checkpoint)
+                continue
             problem = find_corruption(checkpoint, with_state=with_state)
             if not checkpoint.exists():
                 break  # training deleted it during the check, and has written a newer one: list them again
@@ -147,9 +174,23 @@ def supersede_after(run_dir: Path, step: int) -> list[Path]:
     renamed = []
     for checkpoint in checkpoints(run_dir):
         if checkpoint.name > checkpoint_of(run_dir, step).name:
-            names = (checkpoint.with_name(f"{checkpoint.name}.superseded-{number}") for number in count(1))
-            renamed.append(checkpoint.rename(next(name for name in names if not name.exists())))
+            renamed.append(_supersede(checkpoint))
     return renamed
+
+
+def _supersede(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.superseded-{number}") for number in count(1))
+    return path.rename(next(name for name in names if not name.exists()))
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove the files and folders that a killed run was writing or deleting, and no others."""
+    for path in [*run_dir.glob(".*.part"), *run_dir.glob("*/.*.part")]:
+        if UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (run_dir / "checkpoints").glob(".step-*"):
+        if re.fullmatch(r"\.step-[0-9]{8,}\.(unfinished|state|old)", path.name) and path.is_dir():
+            shutil.rmtree(path)
 
 
 def find_corruption(checkpoint: Path, *, with_state: bool) -> str | None:
@@ -161,8 +202,9 @@ def find_corruption(checkpoint: Path, *, with_state: bool) -> str | None:
     """
     try:
         listed = json.loads((checkpoint / CHECKSUMS_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None  # written by other software, or by a version without checksums
+    except FileNotFoundError:  # written by other software, or by a version without checksums
+        required = (INDEX_NAME, "unet/config.json", *([f"state/{PROGRESS_NAME}"] if with_state else []))
+        return next((f"{name} is missing" for name in required if not (checkpoint / name).is_file()), None)
     except ValueError:  # not JSON, or not text
         return f"{CHECKSUMS_NAME} is truncated"
     for name, expected in listed.items():
@@ -206,14 +248,16 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
             str(file.relative_to(unfinished)): {"bytes": file.stat().st_size, "blake2b": _checksum(file)}
             for file in files
         }
-        (unfinished / CHECKSUMS_NAME).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        write_json(unfinished / CHECKSUMS_NAME, listed)
         for path in [*unfinished.rglob("*"), unfinished]:
             flush(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(f"{final} cannot be written ({first_line(error)}); earlier checkpoints are intact") from error
-    if final.exists():  # a damaged one, which the run has now reached again
+    if _is_checkpoint(final):  # a damaged one, which the run has now reached again
         _remove(final)
+    elif final.exists():
+        _supersede(final)
     unfinished.rename(final)
     flush(final.parent)
     # Ignore later checkpoints: they are damaged, or the run would not have gone back to this step.
@@ -224,6 +268,20 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
         if old != best:
             _remove(old)
     return final
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl`; log how many are skipped, since they are not JSON objects with a step."""
+    lines = [line for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if line]
+    found = []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            values = json.loads(line)
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                found.append(values)
+    if skipped := len(lines) - len(found):
+        logger.warning("%s: skipped %d of %d lines that are not metrics", file, skipped, len(lines))
+    return found
 
 
 def _held_out_loss(checkpoint: Path) -> float | None:

@@ -21,9 +21,10 @@ from cond_diffusion.device import autocast, choose_precision, keep_memory
 from cond_diffusion.diffusion.guidance import Edit, guided, threshold_dynamically
 from cond_diffusion.diffusion.objective import Prediction, denoiser
 from cond_diffusion.diffusion.samplers import Noise, Sampler, Step, build_sampler, sampling_timesteps
-from cond_diffusion.errors import Interrupted, UserError
+from cond_diffusion.errors import Interrupted, UserError, check_text
+from cond_diffusion.files import write_file, written_aside
 from cond_diffusion.hub import upload
-from cond_diffusion.images import PILLOW_MODES, ImageGrid, fit, from_pillow, grid, normalize_image, to_pillow
+from cond_diffusion.images import PILLOW_MODES, ImageGrid, encode, fit, from_pillow, grid, normalize_image, to_pillow
 from cond_diffusion.models.ema import weights_of_width
 from cond_diffusion.models.latents import LatentSpace
 from cond_diffusion.models.lora import add_lora_file
@@ -174,11 +175,11 @@ class TextToImage:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the pipeline in diffusers' layout. `StableDiffusionPipeline` can load it if it is in latent space."""
-        folder = Path(folder)
-        self.unet.save_pretrained(folder / "unet")
-        self.text_encoder.save_pretrained(folder)
-        write_prediction(folder, self.prediction)
-        write_index(folder, self.latent_space)
+        with written_aside(Path(folder)) as unfinished:
+            self.unet.save_pretrained(unfinished / "unet")
+            self.text_encoder.save_pretrained(unfinished)
+            write_prediction(unfinished, self.prediction)
+            write_index(unfinished, self.latent_space)
 
     def push_to_hub(
         self, repo_id: str, *, prompts: str | Sequence[str] = (), private: bool = False, token: str | None = None
@@ -198,7 +199,8 @@ class TextToImage:
         with TemporaryDirectory() as name:
             folder, steps = Path(name), min(20, self.schedule.num_timesteps)
             self.save_pretrained(folder)
-            grid(self(shown, num_images=4, sampler="dpm_solver", steps=steps), 4, shown).save(folder / GRID_NAME)
+            images = grid(self(shown, num_images=4, sampler="dpm_solver", steps=steps), 4, shown)
+            write_file(folder / GRID_NAME, encode(images))
             write_card(folder, repo_id, self.latent_space, self.image_size, self.prediction.kind, shown, self.folder)
             return upload(folder, repo_id, private=private, token=token)
 
@@ -340,8 +342,7 @@ class TextToImage:
             raise UserError(f"batch_size: {batch_size}; expected at least 1")
         negative_prompts = options.per_prompt("negative_prompt", len(prompts))
         for prompt in [*prompts, *negative_prompts]:
-            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-                raise UserError(f"prompts: {prompt!r} is not valid text; expected UTF-8")
+            check_text(prompt, "prompts")
         total, interval = self.schedule.num_timesteps, options.guidance_interval
         if interval is not None and interval[0] >= total:
             raise UserError(f"guidance_interval: {interval[0]} to {interval[1]} lies beyond the {total} timesteps")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError, user_errors
-from cond_diffusion.images import enlarged, grid, label_font, to_pillow
+from cond_diffusion.images import encode, enlarged, grid, label_font, to_pillow
 from cond_diffusion.models.layers import Attention, TransformerBlock
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
@@ -45,15 +45,15 @@ class Film:
         right += to_pillow(step.x_0_hat)
         self.next_frame += 1
 
-    def save(self, path: Path, columns: int) -> None:
-        """Write a GIF or WebP animation: x_t on the left, x_0_hat on the right.
+    def encode(self, path: Path, columns: int) -> bytes:
+        """Return the content of a GIF or WebP animation: x_t on the left, x_0_hat on the right.
 
         Args:
-            path: The file to write.
+            path: The file that it is for, .gif or .webp.
             columns: Number of images per row.
 
         Raises:
-            UserError: If the file cannot be written, for example because the frames are too large for its format.
+            UserError: If the frames are too large for the format.
         """
         first, *others = [_side_by_side(*(_image_grid(half, columns) for half in frame)) for frame in self.frames]
         durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
@@ -61,7 +61,7 @@ class Film:
         # The limits are 16383 pixels for WebP and 65535 for GIF.
         kinds = (ValueError, RuntimeError, OverflowError, OSError)
         with user_errors(what, *kinds, hint="; reduce the number of images"):
-            first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
+            return encode(first, path.suffix[1:], save_all=True, append_images=others, duration=durations, loop=0)
 
 
 class AttentionMaps:

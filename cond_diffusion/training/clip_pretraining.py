@@ -23,6 +23,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +31,8 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from cond_diffusion.config.run import CONFIG_NAME, ClipPretrainingConfig, load_config
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images, open_captioned_files
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import UserError, user_errors
+from cond_diffusion.files import written_aside
 from cond_diffusion.images import to_model
 from cond_diffusion.models.clip import build_clip, contrastive_loss, count_whole_words, train_tokenizer
 from cond_diffusion.models.text_encoder import (
@@ -214,7 +216,9 @@ def _train(
                 interruption.raise_interrupted(done, newest)
     clip.eval()
     if accelerator.is_main_process:
-        save_clip(clip, tokenizer, run_dir)
+        written = user_errors(f"run_dir: {run_dir} cannot be written", OSError, SafetensorError)
+        with written, written_aside(run_dir) as unfinished:
+            save_clip(clip, tokenizer, unfinished)
     return clip, tokenizer
 
 

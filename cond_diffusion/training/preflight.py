@@ -23,11 +23,11 @@ from cond_diffusion.config.run import PRETRAIN, Config
 from cond_diffusion.data.dataset import CaptionedImages, RandomDraws, open_captioned_files
 from cond_diffusion.data.loader import TrainingData, open_training_data
 from cond_diffusion.errors import UserError
-from cond_diffusion.images import enlarged, grid, label_font, to_model, to_pillow
+from cond_diffusion.images import encode, enlarged, grid, label_font, to_model, to_pillow
 from cond_diffusion.models.clip import build_clip, count_whole_words, train_tokenizer
 from cond_diffusion.models.text_encoder import TextEncoder, distinct_words
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.generate import reserve_path
+from cond_diffusion.pipeline.generate import output_path, write_output
 from cond_diffusion.training.batches import Batches
 from cond_diffusion.training.clip_pretraining import training_loss
 from cond_diffusion.training.setup import build_run, make_accelerator, summary
@@ -116,8 +116,9 @@ def _data_summary(
         f"captions: column {data.caption_column}; {len(unique)} unique, {len(truncated)} longer than text.max_length "
         f"({text_encoder.max_length} tokens) and truncated{f', for example {truncated[0]!r}' if truncated else ''}"
     )
-    with reserve_path(None, f"check {config.run_dir}", "--check", (".png",)) as path:
-        grid([_labeled(*pair) for pair in zip(images, captions, strict=False)], columns=4).save(path)
+    path = output_path(None, [f"check {config.run_dir}"], "--check", (".png",))
+    labeled = [_labeled(*pair) for pair in zip(images, captions, strict=False)]
+    write_output(path, encode(grid(labeled, columns=4)), "--check")
     yield f"saved {path}: images with their captions"
     problems = []
     if len(truncated) > MAX_TRUNCATED * len(unique):

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -28,9 +27,10 @@ from tqdm.auto import tqdm
 
 from cond_diffusion.config.run import Config
 from cond_diffusion.errors import Interrupted, UserError, did_you_mean, user_errors
-from cond_diffusion.images import grid, to_bytes, to_model, to_pillow
+from cond_diffusion.files import write_file
+from cond_diffusion.images import encode, grid, to_bytes, to_model, to_pillow
 from cond_diffusion.models.ema import EMA
-from cond_diffusion.pipeline.run_folder import step_of
+from cond_diffusion.pipeline.run_folder import read_metrics, step_of
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.training.validation import ValidationResult
 
@@ -127,7 +127,7 @@ class Reporter:
             file = self.run_dir / "samples" / f"step-{step:08d}.png"
             try:
                 file.parent.mkdir(exist_ok=True)
-                grid(to_pillow(to_model(images)), columns=len(prompts)).save(file)
+                write_file(file, encode(grid(to_pillow(to_model(images)), columns=len(prompts))))
             except OSError as error:
                 logger.warning("%s cannot be written (%s); continuing without it", file, error.strerror)
 
@@ -184,18 +184,12 @@ def _memory_bytes(device: torch.device) -> int:
 
 
 def _drop_metrics_after(file: Path, step: int) -> None:
-    """Remove the lines of steps that a resumed run repeats, and incomplete lines of a full disk or a killed run."""
+    """Remove the lines of steps that a resumed run repeats, and lines that are not metrics."""
     if not file.exists():
         return
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                lines.append(f"{line}\n")
-    temporary = file.with_suffix(".part")  # replaces the file atomically: a kill here loses nothing
+    lines = [json.dumps(values) + "\n" for values in read_metrics(file) if values["step"] <= step]
     with user_errors(f"run_dir: {file} cannot be written", OSError):
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(file)
+        write_file(file, "".join(lines))
 
 
 class Interruption:

@@ -6,7 +6,6 @@ Training and the preflight check share it.
 import importlib.util
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,7 +38,7 @@ from cond_diffusion.diffusion.samplers import sampling_timesteps
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.models.clip import untrained_text_encoder
-from cond_diffusion.models.ema import FOLDER as SNAPSHOTS
+from cond_diffusion.models.ema import snapshot_files
 from cond_diffusion.models.latents import LatentSpace, build_latent_space
 from cond_diffusion.models.layers import ResidualBlock, SpatialTransformer
 from cond_diffusion.models.lora import add_lora
@@ -227,7 +226,7 @@ def find_run(config: Config | ClipPretrainingConfig) -> tuple[Path, Path | None]
     if not config.resume:
         return new_run_dir(config.run_dir, or_else=", or continue it by resume=true"), None
     run_dir = Path(config.run_dir)
-    if not (run_dir / CONFIG_NAME).exists():
+    if not (exists(run_dir) and (run_dir / CONFIG_NAME).exists()):
         if isinstance(config.resume, str):
             raise UserError(f"resume: no checkpoint {config.resume}, because {run_dir} is not a run")
         return new_run_dir(config.run_dir, or_else="; it is not a run and cannot be resumed"), None
@@ -449,10 +448,9 @@ def prepare_run_dir(
         new_run_dir(config.run_dir)  # check again: the folder had to exist before it could be locked
     if isinstance(config.resume, str) and (later := supersede_after(run_dir, start)):
         logger.warning("resume: renamed later checkpoints to %s", ", ".join(path.name for path in later))
-    for unfinished in (run_dir / "checkpoints").glob(".step-*"):  # from a run that was killed while saving
-        shutil.rmtree(unfinished)
-    for snapshot in (run_dir / SNAPSHOTS).glob("step-*"):
-        if snapshot.suffix != ".safetensors" or int(snapshot.stem.removeprefix("step-")) > start:
-            snapshot.unlink()
     with user_errors(f"run_dir: {run_dir} cannot be written to", OSError):
+        remove_unfinished(run_dir)
+        for step, snapshot in snapshot_files(run_dir):
+            if step > start:
+                snapshot.unlink()
         save_config(config, run_dir / CONFIG_NAME)

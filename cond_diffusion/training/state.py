@@ -18,12 +18,13 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cond_diffusion.config.run import Config, TrainConfig, save_config
 from cond_diffusion.errors import UserError, first_line, user_errors
+from cond_diffusion.files import save_tensors, write_json
 from cond_diffusion.models.ema import EMA, Weights, save_snapshot
 from cond_diffusion.models.lora import digest_of_base, has_lora, load_lora, merged, save_lora
 from cond_diffusion.models.unet import UNet
@@ -113,7 +114,7 @@ class TrainingState:
         """Write the shards of this process; without FSDP one process writes for all."""
         suffix = f"-{self.process + 1:05d}-of-{self.processes:05d}" if self.sharded else ""
         for stem, tensors in local_shards.items():
-            save_file(dict(tensors), folder / f"{stem}{suffix}.safetensors")
+            save_tensors(tensors, folder / f"{stem}{suffix}.safetensors")
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Load the state of a checkpoint; return its progress.
@@ -289,7 +290,7 @@ class Saver:
             pipe.save_pretrained(folder)
             save_config(self.config, folder / "config.yaml")
             state_folder.rename(folder / "state")
-            (folder / "state" / PROGRESS_NAME).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / "state" / PROGRESS_NAME, progress)
 
         try:
             save_checkpoint(self.run_dir, step, write, keep=self.config.train.keep_checkpoints)

@@ -283,7 +283,7 @@ def test_warning_contains_the_truncated_part_of_a_long_prompt(run_script, caplog
         ("--steps 3", "no PROMPT"),
         ("--prompts-file no-such.txt", "--prompts-file: no-such.txt "),
         ("seven --output-dir x --film y.gif", "--film: "),
-        ("seven --output-dir taken.png --steps 1", "--output-dir: taken.png/0000-0000-seven.png "),
+        ("seven --output-dir taken.png --steps 1", "--output-dir: taken.png "),
         ("seven --output-dir x --batch-size 0", "batch_size: 0;"),
         ("seven --output-dir x --sampler dpm", "sampler: 'dpm'"),
         ("seven --lora no/such/file", "lora: no/such/file"),
