@@ -1,4 +1,4 @@
-"""Commands: argument parsing and output. A process starts here, so that Ctrl-C is handled while libraries are imported."""
+"""Commands: argument parsing and output. Processes start here: Ctrl-C is handled while libraries are imported."""
 
 import os
 import signal

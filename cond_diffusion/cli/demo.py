@@ -1,22 +1,29 @@
 """The command `demo`, a web page that generates images (an optional dependency: Gradio)."""
 
-import argparse
 import importlib.util
-import json
 import os
-from collections.abc import Iterator
+import signal
+import socket
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import Empty, Queue
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
+from time import sleep
 from typing import Any, get_args
+from urllib.parse import parse_qs
 
 from PIL import Image
+from psutil import net_if_addrs
 
+from cond_diffusion.cli.main import ArgumentParser
 from cond_diffusion.config.sampling import GenerationSettings, SamplerName, SamplingOptions
 from cond_diffusion.config.schema import local_path
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError, user_errors
+from cond_diffusion.files import write_json
 from cond_diffusion.images import enlarged, grid, to_pillow
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODELS, INDEX_NAME
 from cond_diffusion.pipeline.generate import generate_to_file, read_settings
@@ -25,13 +32,45 @@ from cond_diffusion.pipeline.run_folder import checkpoints
 MIN_WIDTH = 448  # pixels; smaller grids are enlarged
 MAX_PROMPTS = 16
 POLL_SECONDS = 0.1
+LISTEN_SECONDS = 10  # from a request until its client listens for the results
 
 Update = tuple[Image.Image | None, str, list[str]]
 """State of the page: the image grid, the progress text, and the files to download."""
 
 
 class ClientDisconnected(Exception):
-    """The client closed the page or stopped the generation."""
+    """The client closed the page or stopped the generation, or the server ends."""
+
+
+class SameOrigin:
+    """ASGI middleware that refuses requests of other sites' pages, and records which clients listen for results.
+
+    Gradio only withholds its responses from other sites, after it has done what they ask for.
+
+    Args:
+        app: The application.
+        listening: For each session, the number of open streams of results.
+    """
+
+    def __init__(self, app: Any, listening: Counter[str]) -> None:
+        self.app, self.listening = app, listening
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = {name: value.decode("latin-1") for name, value in scope.get("headers", ())}
+        if b"origin" in headers and headers[b"origin"].partition("//")[2] != headers.get(b"host"):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"requests from other sites are refused"})
+            return
+        is_stream = scope.get("path", "").endswith("/queue/data")
+        sessions = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", []) if is_stream else []
+        self.listening.update(sessions)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.listening.subtract(sessions)
+
+
+closing = Event()  # set when the server ends: it would wait for the threads
 
 
 def generate_in_thread(folder: Path, settings: GenerationSettings) -> Iterator[Update]:
@@ -40,7 +79,7 @@ def generate_in_thread(folder: Path, settings: GenerationSettings) -> Iterator[U
     stopped = Event()
 
     def callback_on_step_end(step: Step, number: int, total: int) -> None:
-        if stopped.is_set():
+        if stopped.is_set() or closing.is_set():
             raise ClientDisconnected
         if updates.empty():  # otherwise the page has not shown the previous step yet
             image = enlarged(grid(to_pillow(step.x), settings.sampling.num_images), MIN_WIDTH)
@@ -57,9 +96,7 @@ def generate_in_thread(folder: Path, settings: GenerationSettings) -> Iterator[U
                 callback_on_step_end=callback_on_step_end,
             )
             files = [next(paths), folder / "settings.json"]
-            files[1].write_text(
-                json.dumps(read_settings(str(files[0]), "settings"), indent=2, ensure_ascii=False), encoding="utf-8"
-            )
+            write_json(files[1], read_settings(str(files[0]), "settings"))
             state = "done"
             try:
                 files += paths
@@ -94,11 +131,18 @@ def list_checkpoints(runs: Path) -> list[str]:
     return [*BUILT_IN_MODELS, *map(str, sorted(found, key=lambda path: path.stat().st_mtime, reverse=True))]
 
 
-def build_page(runs: Path) -> Any:
-    """Return the page as a `gradio.Blocks`."""
+def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
+    """Return the page as a `gradio.Blocks`.
+
+    Args:
+        runs: Folder that contains run folders.
+        folder: Folder for the files of a request until Gradio has copied them.
+        listening: For each session, the number of open streams of results; a session without one has left.
+    """
     import gradio  # an optional dependency
 
     def generate(
+        request: gradio.Request,
         checkpoint: str,
         prompt: str,
         negative: str,
@@ -114,8 +158,14 @@ def build_page(runs: Path) -> Any:
         if len(prompts) > MAX_PROMPTS:
             raise gradio.Error(f"prompts: {len(prompts)} given; expected at most {MAX_PROMPTS}", print_exception=False)
         yield None, "loading", []
+        for _ in range(int(LISTEN_SECONDS / POLL_SECONDS)):
+            if listening[str(request.session_hash)]:
+                break
+            sleep(POLL_SECONDS)
+        else:
+            return  # Gradio notices that a client leaves, but not that it never listened
         try:
-            with TemporaryDirectory(prefix="cond-diffusion-", ignore_cleanup_errors=True) as folder:
+            with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as job:
                 sampling = SamplingOptions(
                     num_images=count,
                     seed=seed or 0,
@@ -125,7 +175,10 @@ def build_page(runs: Path) -> Any:
                     negative_prompt=negative,
                 )
                 settings = GenerationSettings(prompts=tuple(prompts), sampling=sampling, checkpoint=checkpoint)
-                yield from generate_in_thread(Path(folder), settings)  # Gradio copies the files
+                for update in generate_in_thread(Path(job), settings):
+                    if not listening[str(request.session_hash)]:
+                        return
+                    yield update  # Gradio copies the files
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 
@@ -150,7 +203,9 @@ def build_page(runs: Path) -> Any:
                 files = gradio.Files(label="Images, animation, attention maps and settings", interactive=False)
         inputs = [checkpoint, prompt, negative, scale, sampler, steps, seed, count]
         outputs = [image, state, files]
-        event = button.click(generate, inputs, outputs, concurrency_limit=1, show_progress="hidden")
+        event = button.click(
+            generate, inputs, outputs, concurrency_limit=1, show_progress="hidden", api_visibility="private"
+        )
         stop.click(lambda: "stopped", outputs=state, cancels=[event])
         blocks.load(lambda: gradio.Dropdown(list_checkpoints(runs)), outputs=checkpoint)
     return blocks
@@ -158,25 +213,62 @@ def build_page(runs: Path) -> Any:
 
 def demo(arguments: list[str] | None = None) -> None:
     """Serve a web page that generates images."""
-    parser = argparse.ArgumentParser(description="Open a web page that generates images.")
+    parser = ArgumentParser(description="Open a web page that generates images.")
     runs_help = "folder that contains run folders (default: %(default)s)"
     parser.add_argument("--runs", type=local_path, default=Path("runs"), help=runs_help)
     host_help = "0.0.0.0 allows access from all machines, without a password (default: %(default)s)"
     parser.add_argument("--host", default="127.0.0.1", help=host_help)
     parser.add_argument("--port", type=int, default=7860, help="port of the server (default: %(default)s)")
+    name_help = "another name that the page is opened by, for example behind a proxy; can be given several times"
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=name_help)
     parser.add_argument("--no-browser", action="store_true", help="print the address without opening a browser")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("gradio") is None:
         raise UserError('demo: requires gradio; install it with: pip install "cond_diffusion[demo]"')
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the folder is removed
+    with TemporaryDirectory(prefix="cond-diffusion-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "shown"))
+        try:
+            address = (options.host, options.port, options.allow_host)
+            serve(options.runs, Path(folder), *address, inbrowser=not options.no_browser)
+        finally:
+            closing.set()
+
+
+def serve(runs: Path, folder: Path, host: str, port: int, other_hosts: Sequence[str] = (), **options: Any) -> Any:
+    """Start the server with options of `gradio.Blocks.launch`, and return the page.
+
+    Args:
+        runs: Folder that contains run folders.
+        folder: Folder for temporary files.
+        host: Name or address to listen on.
+        port: Port to listen on.
+        other_hosts: Names that requests may be addressed to, in addition to those of this machine.
+
+    Raises:
+        UserError: If the server cannot listen there.
+    """
     import gradio
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     # System fonts, which are not downloaded.
     theme = gradio.themes.Default(  # pyright: ignore[reportPrivateImportUsage]
         font=["system-ui", "sans-serif"], font_mono=["monospace"]
     )
-    host, port = options.host, options.port
-    address = f"--host {host} --port {port}"
-    with user_errors(f"{address}: cannot listen there", OSError, OverflowError, hint="; choose another port or host"):
-        page = build_page(options.runs)
-        page.launch(server_name=host, server_port=port, inbrowser=not options.no_browser, theme=theme)
+    listening: Counter[str] = Counter()
+    # A site whose name resolves to this machine (DNS rebinding) has another name in its requests.
+    addresses = [address.address for interface in net_if_addrs().values() for address in interface]
+    names = {"localhost", host, socket.gethostname(), socket.getfqdn(), *addresses, *other_hosts}
+    names |= {f"[{name}]" for name in names if ":" in name}
+    middleware = [
+        Middleware(TrustedHostMiddleware, allowed_hosts=[*names], www_redirect=False),
+        Middleware(SameOrigin, listening),
+    ]
+    what = f"--host {host} --port {port}: cannot listen there"
+    with user_errors(what, OSError, OverflowError, hint="; choose another port or host"):
+        page = build_page(runs, folder, listening)
+        launch = {"app_kwargs": {"middleware": middleware}, "theme": theme, **options}
+        page.launch(server_name=host, server_port=port, max_file_size=1, **launch)  # the page uploads nothing
+    return page

@@ -66,7 +66,7 @@ class DataConfig:
         if self.channels not in (1, 3):
             raise UserError(f"data.channels: {self.channels}; expected 1 (grayscale) or 3 (RGB)")
         hint = "; expected a name such as white, or #rrggbb"
-        with user_errors(f"data.background: {self.background!r} is not a color", ValueError, hint=hint):
+        with user_errors(f"data.background: {self.background!r:.80} is not a color", ValueError, hint=hint):
             ImageColor.getrgb(self.background)
 
     def with_captions(self) -> "DataConfig":

@@ -118,7 +118,7 @@ class TextConfig:
         "`builtin`, a Hub id, a folder with a CLIP, or `pretrain`: first train a small CLIP on the data, in `run_dir`",
     )
     pretrain_steps: PositiveInt = option(1000, "steps of `encoder: pretrain`")
-    max_length: int | None = option(
+    max_length: PositiveInt | None = option(
         None, "number of tokens that captions are padded or truncated to; default: the encoder's own", ge=3
     )
 
@@ -185,7 +185,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if isinstance(self.resume, str) and not re.fullmatch(r"step-\d{8,}", self.resume):
-            raise UserError(f"resume: {self.resume!r}; expected true, false or a checkpoint such as step-00001000")
+            raise UserError(f"resume: {self.resume!r:.80}; expected true, false or a checkpoint such as step-00001000")
         if self.latent.vae is None:
             return
         if self.schedule.spacing in SPACINGS_WITH_OFFSET and self.schedule.steps_offset == 0:
@@ -230,10 +230,10 @@ class ClipPretrainingConfig:
     resume: bool = option(False, "`true`: continue from the newest checkpoint in `run_dir`, if there is one")
     data: DataConfig = Field(default_factory=DataConfig)
     test_split: str = option("test", "split that accuracies are measured on; without it, the training images")
-    vocab_size: int = option(
+    vocab_size: PositiveInt = option(
         1000, "maximum size of the vocabulary: all bytes twice, two special tokens, and merges", ge=514
     )
-    max_length: int = option(16, "number of tokens that captions are padded or truncated to", ge=3)
+    max_length: PositiveInt = option(16, "number of tokens that captions are padded or truncated to", ge=3)
     patch_size: PositiveInt = option(4, "size of the image patches")
     width: PositiveInt = option(64, "width of both encoders")
     layers: PositiveInt = option(4, "transformer layers of both encoders")

@@ -19,17 +19,17 @@ class UNetConfig:
     attention: tuple[bool, ...] = option(
         (False, True), "whether each level has self- and cross-attention; the middle block always has"
     )
-    num_heads: int | tuple[int, ...] = option(4, "attention heads: one number, or one per level")
+    num_heads: PositiveInt | tuple[PositiveInt, ...] = option(4, "attention heads: one number, or one per level")
     blocks_per_level: PositiveInt = option(1, "residual blocks per level of the encoder; the decoder has one more")
     num_groups: PositiveInt = option(32, "groups of the group norms")
-    norm_eps: float = option(1e-5, "epsilon of the group norms", gt=0)
+    norm_eps: float = option(1e-5, "epsilon of the group norms", gt=0, allow_inf_nan=False)
     linear_projection: bool = option(
         False, "store the projections around attention as linear layers, as Stable Diffusion 2 does"
     )
     middle_block: bool = option(True, "whether there is a middle block; small BK-SDM models have none")
-    in_channels: int | None = option(None, "channels of x_t; default: from the data")
-    sample_size: int | None = option(None, "height and width of x_t; default: from the data")
-    context_dim: int | None = option(None, "width of the text embeddings; default: from the encoder")
+    in_channels: PositiveInt | None = option(None, "channels of x_t; default: from the data")
+    sample_size: PositiveInt | None = option(None, "height and width of x_t; default: from the data")
+    context_dim: PositiveInt | None = option(None, "width of the text embeddings; default: from the encoder")
 
     def __post_init__(self) -> None:
         for name, values in (("attention", self.attention), ("num_heads", self.heads)):

@@ -47,10 +47,12 @@ from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.checkpoint import Checkpoint, open_checkpoint
 from cond_diffusion.pipeline.run_folder import (
     RunLock,
+    exists,
     make_run_dir,
     named_checkpoint,
     new_run_dir,
     newest_checkpoint,
+    remove_unfinished,
     supersede_after,
 )
 from cond_diffusion.training.optimizer import Muon

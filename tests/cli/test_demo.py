@@ -1,23 +1,26 @@
 """The demo page in a browser."""
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
+from http.client import HTTPConnection, HTTPResponse
 from io import BytesIO
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
+from queue import Queue
+from typing import Any
 
 import pytest
 from conftest import free_port
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
+from cond_diffusion.cli import demo
 from cond_diffusion.cli.demo import generate_in_thread, list_checkpoints
 from cond_diffusion.config.sampling import GenerationSettings, SamplingOptions
 from cond_diffusion.errors import UserError
@@ -38,17 +41,19 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     # Lower priority than the browser: on a shared core, the browser would otherwise show only the last image.
     command = ["nice", "-n", "19", sys.executable, "-m", "cond_diffusion", "demo", "--port", str(port), "--no-browser"]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+    temporary = tmp_path_factory.mktemp("temporary")
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, **output) as server:
+        assert server.stdout is not None
         url = f"http://127.0.0.1:{port}"
-        while True:
-            assert server.poll() is None, server.stdout.read() if server.stdout else ""
-            try:
-                urlopen(url).close()
-                break
-            except URLError:
-                time.sleep(0.2)
+        assert url in next((line for line in server.stdout if "http" in line), "")  # printed once it listens
         yield url
+        (shown,) = temporary.glob("cond-diffusion-*/shown")
+        assert any(shown.iterdir())
         server.terminate()
+        assert server.wait(60) == 128 + signal.SIGTERM
+        assert not any(temporary.glob("cond-diffusion-*"))
 
 
 @pytest.fixture
@@ -132,10 +137,74 @@ def test_closing_the_generator_stops_sampling(tmp_path: Path):
         next(generate_in_thread(tmp_path, replace(settings, checkpoint="nowhere")))
 
 
+@pytest.fixture
+def connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HTTPConnection]:
+    """A connection to a page whose jobs never end by themselves."""
+    monkeypatch.setattr(demo, "generate_in_thread", endless)
+    monkeypatch.setattr(demo, "LISTEN_SECONDS", 0.2)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shown"))
+    port = free_port()
+    page = demo.serve(tmp_path, tmp_path, "127.0.0.1", port, prevent_thread_lock=True, quiet=True, inbrowser=False)
+    yield HTTPConnection("127.0.0.1", port)
+    page.close()
+
+
+jobs: Queue[str] = Queue()
+
+
+def endless(folder: Path, settings: GenerationSettings) -> Iterator[demo.Update]:
+    jobs.put("started")
+    try:
+        while True:
+            yield None, "working", []
+    finally:
+        jobs.put("stopped")
+
+
+def join(connection: HTTPConnection, session: str, **headers: str) -> HTTPResponse:
+    data = ["builtin", "seven", "", 3, "ddim", 20, 0, 1]
+    body = json.dumps({"data": data, "fn_index": 0, "session_hash": session})
+    connection.request("POST", "/gradio_api/queue/join", body, {"Content-Type": "application/json", **headers})
+    response = connection.getresponse()
+    response.read()
+    return response
+
+
+def test_requests_of_other_sites_and_uploads_are_refused(connection: HTTPConnection, tmp_path: Path):
+    own = f"{connection.host}:{connection.port}"
+    for name, value in (("Host", "evil.example"), ("Origin", "http://evil.example"), ("Origin", "null")):
+        for path in ("/", "/config", "/gradio_api/upload", "/gradio_api/queue/data?session_hash=x"):
+            connection.request("GET", path, headers={name: value})
+            response = connection.getresponse()
+            response.read()
+            assert response.status in (400, 403), (name, value, path)
+        assert join(connection, "x", **{name: value}).status in (400, 403)
+    boundary = '--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nmuch\r\n--b--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=b", "Origin": f"http://{own}"}
+    connection.request("POST", "/gradio_api/upload", boundary, kind)
+    assert connection.getresponse().status == 413
+    assert jobs.empty()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_job_runs_only_while_its_client_listens(connection: HTTPConnection):
+    assert join(connection, "gone").status == 200  # it never listens, and the next job waits for it
+    listener = HTTPConnection(connection.host, connection.port)
+    assert join(connection, "here", Origin=f"http://{connection.host}:{connection.port}").status == 200
+    listener.request("GET", "/gradio_api/queue/data?session_hash=here")
+    response = listener.getresponse()
+    assert jobs.get(timeout=60) == "started"
+    while b"working" not in response.readline():
+        pass
+    response.close()
+    listener.close()
+    assert jobs.get(timeout=60) == "stopped"
+    assert jobs.empty()
+
+
 def test_only_runs_with_a_checkpoint_are_listed(tmp_path: Path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    for name in ("complete", "clip"):  # the checkpoints of `pretrain-clip` are not models
-        (tmp_path / name / "checkpoints" / "step-00000001").mkdir(parents=True)
-    (tmp_path / "complete" / "checkpoints" / "step-00000001" / "model_index.json").touch()
+    (tmp_path / "clip" / "checkpoints" / "step-00000001").mkdir(parents=True)  # of `pretrain-clip`, not a model
+    shutil.copytree(BUILT_IN_MODEL, tmp_path / "complete" / "checkpoints" / "step-00000001")
     assert list_checkpoints(tmp_path) == ["builtin", str(tmp_path / "complete")]
     assert list_checkpoints(tmp_path / "nowhere") == ["builtin"]

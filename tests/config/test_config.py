@@ -1,8 +1,10 @@
+import math
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from conftest import ROOT
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.run import ClipPretrainingConfig, Config, SampleConfig, TrainConfig, load_config, save_config
+from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.errors import UserError
 
@@ -64,14 +67,96 @@ def test_invalid_override_is_a_one_line_error_with_the_full_key(override: str, m
     assert "\n" not in str(error.value)
 
 
+INVALID_FILES = [
+    ("a: [", "YAML"),
+    ("- 1\n- 2", "`key: value`"),
+    ("[" * 3000, "YAML"),
+    ("? [a]\n: b", r"\[a\]"),
+    ("tran: {}", "tran"),
+    ("train: 5", "train: '5'"),
+    ("train: [1]", r"train: '\[1\]'"),
+    ("train:\n  max_stesp: 1", r"train\.max_stesp: "),
+    ("train: {max_steps: many}", r"train\.max_steps: 'many'"),
+    ("unet: {channels: [a]}", r"unet\.channels\[0\]: 'a'"),
+    ("sample: {prompts: null}", r"sample\.prompts: 'null'"),
+    ("seed: 1\nseed: 2", "seed: .*twice"),
+    ("data: {label_names: [a, b]}", r"data\.label_names: "),
+    ("data: {label_names: {a: b}}", r"data\.label_names\.a: 'b'"),
+    ('run_dir: "\\ud800"', r"run_dir: '\\ud800'"),
+    ('data: {background: "\\0"}', r"data\.background: '\\x00'"),
+]
+
+
 def test_invalid_file_is_a_one_line_error(tmp_path: Path):
     with pytest.raises(UserError, match=r"^--config: .*configs/mnits\.yaml \(did you mean '.*configs/mnist\.yaml'\?\)"):
         load_config(Config, ROOT / "configs" / "mnits.yaml")
-    for content, message in (("a: [", r"^--config: .*x\.yaml.* YAML"), ("- 1\n- 2", r"^--config: .*`key: value`")):
+    for content, message in INVALID_FILES:
         (tmp_path / "x.yaml").write_text(content, encoding="utf-8")
-        with pytest.raises(UserError, match=message) as error:
-            load_config(Config, tmp_path / "x.yaml")
-        assert "\n" not in str(error.value)
+        for overrides in ([], ["train.batch_size=8"]):  # which are not to blame
+            with pytest.raises(UserError, match=f"x\\.yaml: .*{message}") as error:
+                load_config(Config, tmp_path / "x.yaml", overrides)
+            assert "\n" not in str(error.value)
+    (tmp_path / "x.yaml").write_text("train: {max_steps: 10, warmup_steps: 1}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"^train\.max_steps: 'many'"):
+        load_config(Config, tmp_path / "x.yaml", ["train.max_steps=many"])
+
+
+def leaves(schema: Any, prefix: str = "") -> Iterator[str]:
+    for name, kind in get_type_hints(schema).items():
+        yield from leaves(kind, f"{prefix}{name}.") if is_dataclass(kind) else (prefix + name,)
+
+
+def values_of(config: Any) -> Iterator[Any]:
+    """Yield all values, also those inside of sections and lists."""
+    if isinstance(config, dict | list | tuple):
+        for value in config.values() if isinstance(config, dict) else config:
+            yield from values_of(value)
+    else:
+        yield config
+
+
+WRONG = [
+    *["nan", "inf", "-inf", "1e400", "-1", "0", str(2**63), str(2**70), str(-(2**70)), "9" * 5000, "1.5", "true", "~"],
+    *["", "???", "[]", "[a,b]", "[[a]]", "[nan]", "[-1]", "{a: b}", "[" * 400, "a" * 300, "\udcff", "\0", "a: b"],
+]
+
+
+def outcome(construct: Callable[[], Any]) -> Any:
+    """Return what a constructor returns, or the message of its UserError; any other error fails the test."""
+    try:
+        return construct()
+    except UserError as error:
+        return str(error)
+
+
+def assert_valid(result: Any, key: str, value: str) -> None:
+    """Assert that a result is a message of one line that names the key, or a config without infinite numbers."""
+    if isinstance(result, str):
+        assert "\n" not in result
+        assert len(result) < 500
+        assert key in result
+    else:
+        numbers = [number for number in values_of(asdict(result)) if isinstance(number, int | float)]
+        assert all(abs(number) < 2**64 if isinstance(number, int) else math.isfinite(number) for number in numbers) or (
+            key == "train.max_grad_norm"  # inf: no clipping
+        )
+
+
+@pytest.mark.parametrize("value", WRONG)
+@pytest.mark.parametrize("schema", [Config, ClipPretrainingConfig])
+def test_every_value_of_every_field_is_accepted_or_a_one_line_error(schema: type, value: str, tmp_path: Path):
+    for key in leaves(schema):
+        result = outcome(lambda key=key: load_config(schema, overrides=[f"{key}={value}"]))
+        assert_valid(result, key, value)
+        if key in ("run_dir", "seed", "train.learning_rate") and not isinstance(result, str):
+            save_config(result, tmp_path / "config.yaml")
+            assert load_config(schema, tmp_path / "config.yaml") == result
+
+
+@pytest.mark.parametrize("value", WRONG)
+def test_every_value_of_every_sampling_option_is_accepted_or_a_one_line_error(value: str):
+    for field in fields(SamplingOptions):
+        assert_valid(outcome(lambda name=field.name: SamplingOptions(**{name: value})), field.name, value)
 
 
 def test_empty_file_gives_the_defaults(tmp_path: Path):
