@@ -74,8 +74,12 @@ def write_json(path: Path, content: Any) -> None:
 def check_writable(folder: Path) -> None:
     """Raise OSError if no file can be written in a folder or, if it does not exist, in the nearest folder above it."""
     folder = folder.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    while True:
+        try:
+            folder.stat()
+            break
+        except FileNotFoundError:
+            folder = folder.parent
     probe = folder / f".probe.{secrets.token_hex(4)}.part"
     try:
         probe.write_bytes(b"0")

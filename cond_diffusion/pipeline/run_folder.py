@@ -256,7 +256,7 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
         raise UserError(f"{final} cannot be written ({first_line(error)}); earlier checkpoints are intact") from error
     if _is_checkpoint(final):  # a damaged one, which the run has now reached again
         _remove(final)
-    elif final.exists():
+    elif final.exists() or final.is_symlink():
         _supersede(final)
     unfinished.rename(final)
     flush(final.parent)

@@ -141,7 +141,6 @@ def test_closing_the_generator_stops_sampling(tmp_path: Path):
 def connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HTTPConnection]:
     """A connection to a page whose jobs never end by themselves."""
     monkeypatch.setattr(demo, "generate_in_thread", endless)
-    monkeypatch.setattr(demo, "LISTEN_SECONDS", 0.2)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shown"))
     port = free_port()
     page = demo.serve(tmp_path, tmp_path, "127.0.0.1", port, prevent_thread_lock=True, quiet=True, inbrowser=False)
@@ -187,12 +186,16 @@ def test_requests_of_other_sites_and_uploads_are_refused(connection: HTTPConnect
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_job_runs_only_while_its_client_listens(connection: HTTPConnection):
+def test_job_runs_only_while_its_client_listens(connection: HTTPConnection, monkeypatch: pytest.MonkeyPatch):
+    listens = threading.Event()
+    monkeypatch.setattr(demo, "sleep", lambda _: listens.wait(60))
     assert join(connection, "gone").status == 200  # it never listens, and the next job waits for it
     listener = HTTPConnection(connection.host, connection.port)
     assert join(connection, "here", Origin=f"http://{connection.host}:{connection.port}").status == 200
     listener.request("GET", "/gradio_api/queue/data?session_hash=here")
     response = listener.getresponse()
+    response.readline()
+    listens.set()
     assert jobs.get(timeout=60) == "started"
     while b"working" not in response.readline():
         pass
