@@ -118,7 +118,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def _numbered(run_dir: Path) -> list[Path]:
     """Return what has the name of a checkpoint, in order."""
     paths = (run_dir / "checkpoints").glob("step-*")
-    return sorted(path for path in paths if re.fullmatch("step-[0-9]{8,}", path.name))
+    return sorted(path for path in paths if re.fullmatch("step-[0-9]{8,}", path.name) and path.exists())
 
 
 def _is_checkpoint(path: Path) -> bool:
