@@ -156,12 +156,13 @@ def endless(folder: Path, settings: GenerationSettings) -> Iterator[demo.Update]
     try:
         while True:
             yield None, "working", []
+            threading.Event().wait(demo.POLL_SECONDS)  # as a step takes; the server would not notice anything else
     finally:
         jobs.put("stopped")
 
 
 def join(connection: HTTPConnection, session: str, **headers: str) -> HTTPResponse:
-    data = ["builtin", "seven", "", 3, "ddim", 20, 0, 1]
+    data = ["builtin", "seven", "", 3.0, "ddim", 20, 0, 1]
     body = json.dumps({"data": data, "fn_index": 0, "session_hash": session})
     connection.request("POST", "/gradio_api/queue/join", body, {"Content-Type": "application/json", **headers})
     response = connection.getresponse()
