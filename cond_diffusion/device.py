@@ -6,7 +6,10 @@ import os
 import platform
 import sys
 
+import psutil
 import torch
+
+from cond_diffusion.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +41,25 @@ def keep_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # glibc's maximum
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def free_memory(device: torch.device | None = None) -> int:
+    """Return the free bytes of a CUDA device, or of the machine's memory for another device or None."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def check_memory(what: str, needed: float, device: torch.device | None = None) -> None:
+    """Raise UserError if `needed` bytes exceed the free memory.
+
+    Args:
+        what: The options to reduce, and their values.
+        needed: A lower bound of the bytes.
+        device: The device; None is the machine's memory.
+    """
+    if needed > (free := free_memory(device)):
+        raise UserError(f"{what}: at least {needed / 1e9:.3g} GB of memory are needed, {free / 1e9:.3g} GB are free")
 
 
 def has_bf16() -> bool:

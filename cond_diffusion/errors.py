@@ -65,8 +65,14 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def refuse_other_values(fields: dict[str, Any], only: dict[str, Any], where: str) -> None:
+def printable(text: str) -> str:
+    """Escape characters that are not printable: text from a file can contain escape sequences of the terminal."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def refuse_other_values(fields: dict[str, Any], only: dict[str, Any], where: object) -> None:
     """Remove the keys of `only` from `fields`; raise UserError if one of them has another value than in `only`."""
     for key, expected in only.items():
-        if (value := fields.pop(key, expected)) != expected:
-            raise UserError(f"{where}: {key}: {value!r} is not supported; expected {expected!r}")
+        value = fields.pop(key, expected)
+        if value != expected or isinstance(value, bool) != isinstance(expected, bool):  # True == 1
+            raise UserError(f"{where}: {key}: {value!r:.80} is not supported; expected {expected!r}")

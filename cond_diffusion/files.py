@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cond_diffusion.errors import UserError
+
 
 def cache_folder() -> Path:
     """Return the folder of cached results on this machine."""
@@ -100,6 +102,34 @@ def save_tensors(tensors: Mapping[str, Any], file: Path, metadata: dict[str, str
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(file) as unfinished:
         save_file(dict(tensors), unfinished, metadata)
+
+
+def load_tensors(file: Path) -> dict[str, Any]:
+    """Load a safetensors file.
+
+    Raises:
+        OSError, SafetensorError: The file does not exist or is damaged.
+        UserError: It is not a regular file, or a value is not finite.
+    """
+    from safetensors.torch import load_file
+
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} is not a regular file")
+    tensors = load_file(file)
+    check_finite(tensors.items(), file)
+    return tensors
+
+
+def check_finite(weights: Iterable[tuple[str, Any]], where: str | Path) -> None:
+    """Raise UserError if a tensor has NaN or infinite values, which make every image black.
+
+    Args:
+        where: Prefix of the error message.
+    """
+    for name, weight in weights:
+        # `isfinite` does not support every 8-bit type.
+        if not (weight if weight.element_size() > 1 else weight.float()).isfinite().all():
+            raise UserError(f"{where}: {name} is not finite; the weights are damaged")
 
 
 def hash_weights(digest: Any, weights: Iterable[tuple[str, Any]]) -> None:

@@ -1,6 +1,5 @@
 """Downloads from and uploads to the Hugging Face Hub. Pickle files are refused, because they can execute code."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -96,22 +95,6 @@ def in_half(name: str) -> str:
     """Return the file name that diffusers and transformers use for the same weights in half precision."""
     stem, _, suffix = name.rpartition(".")
     return f"{stem}.fp16.{suffix}"
-
-
-def weight_files(folder: Path, name: str) -> list[Path]:
-    """Return the safetensors files of weights: one, in half precision if there is no other, or the shards of an index.
-
-    Raises:
-        UserError: The index is damaged.
-    """
-    index = folder / f"{name}.index.json"
-    if not (folder / name).exists() and index.exists():
-        with user_errors(f"{index} is damaged", ValueError, TypeError, KeyError, AttributeError):
-            shards = sorted(
-                {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-            )
-        return [folder / PurePosixPath(shard).name for shard in shards]
-    return [folder / (in_half(name) if variant_of(folder, name) else name)]
 
 
 def variant_of(folder: Path, name: str) -> str | None:

@@ -168,10 +168,12 @@ def open_image(path: str, option: str) -> Image.Image:
 def opened_image(path: str, option: str) -> Iterator[Image.Image]:
     """Open an image file as PIL does and load its pixels; raises the errors of `open_image`."""
     try:
+        if not Path(path).is_file():  # a pipe or a device can be endless
+            raise UserError(f"{option}: there is no file {path}")
         with Image.open(path) as image:
             image.load()
             yield image
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{option}: there is no file {path}") from error
+    except UserError:
+        raise
     except PILLOW_ERRORS as error:
         raise UserError(f"{option}: {path} is not a readable image ({first_line(error)})") from error

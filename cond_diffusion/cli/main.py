@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from cond_diffusion.cli import interrupt_handler
 from cond_diffusion.config.schema import local_path
-from cond_diffusion.errors import Interrupted, UserError, check_text, did_you_mean
+from cond_diffusion.errors import Interrupted, UserError, check_text, did_you_mean, printable
 
 COMMANDS = {
     "train": ("main:train", "train a model, or check a run before training"),
@@ -66,6 +66,7 @@ def command_line(command: Callable[[], None]) -> int:
     logger, handler = logging.getLogger("cond_diffusion"), logging.StreamHandler()
     previous_level = logger.level
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    handler.setFormatter(_PrintableFormatter())
     logger.addHandler(handler)
     # huggingface_hub logs each retry; an unreachable Hub is reported as a UserError.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -76,11 +77,11 @@ def command_line(command: Callable[[], None]) -> int:
     except UserError as error:
         # An error that all processes share is printed once.
         if error.of_this_process or is_main:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         if is_main:
-            print(str(interruption) or "interrupted", file=sys.stderr)
+            print(printable(str(interruption)) or "interrupted", file=sys.stderr)
         interrupt_handler.line = b""
         return 128 + (interruption.signal if isinstance(interruption, Interrupted) else SIGINT)
     finally:
@@ -88,6 +89,13 @@ def command_line(command: Callable[[], None]) -> int:
         logger.removeHandler(handler)
         logger.setLevel(previous_level)
     return 0
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Escapes control characters: messages contain text from files."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 def train(arguments: list[str] | None = None) -> None:
@@ -102,7 +110,7 @@ def train(arguments: list[str] | None = None) -> None:
         from cond_diffusion.training.preflight import check
 
         for line in check(config):
-            print(line)
+            print(printable(line))
         return
     from cond_diffusion.training.trainer import train
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from cond_diffusion.cli.main import ArgumentParser, add_options
 from cond_diffusion.config.sampling import IMAGE_OPTIONS, SAMPLERS_OF, GenerationSettings, SamplingOptions
-from cond_diffusion.config.schema import decode_text, expand_home
+from cond_diffusion.config.schema import MAX_TEXT_BYTES, decode_text, expand_home, read_text
 from cond_diffusion.errors import UserError, user_errors
 
 FILES = ("output", "no_labels", "film", "attention_maps")
@@ -83,9 +83,14 @@ def read_prompts(file: str | None) -> list[str]:
     if file is None:
         return []
     name = "--prompts-file: " + ("standard input" if file == "-" else file)
-    with user_errors(f"{name} cannot be read", OSError, hint="; expected prompts, one per line"):
-        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    text = decode_text(content, name)
+    if file == "-":
+        with user_errors(f"{name} cannot be read", OSError, hint="; expected prompts, one per line"):
+            content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
+        if len(content) > MAX_TEXT_BYTES:
+            raise UserError(f"{name} has more than {MAX_TEXT_BYTES} bytes")
+        text = decode_text(content, name)
+    else:
+        text = read_text(Path(file), "--prompts-file")
     if not (prompts := [line.strip() for line in text.splitlines() if line.strip()]):
         raise UserError(f"{name} contains no prompts; expected one per line")
     return prompts

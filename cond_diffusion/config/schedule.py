@@ -4,6 +4,7 @@ Configs are written for `DDPMScheduler`. Those of diffusers' other schedulers ar
 is ignored, because the sampler is a sampling option here.
 """
 
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic.dataclasses import dataclass
@@ -124,8 +125,11 @@ def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
     }
 
 
-def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
+def from_diffusers(fields: dict[str, Any], where: str | Path = "scheduler config") -> ScheduleConfig:
     """Convert the config of a diffusers scheduler; inverse of `to_diffusers`.
+
+    Args:
+        where: Prefix of the error message.
 
     Raises:
         UserError: A field or value is not supported.
@@ -133,36 +137,34 @@ def from_diffusers(fields: dict[str, Any]) -> ScheduleConfig:
     name = fields.get("_class_name", "DDPMScheduler")
     if name not in _SUPPORTED_SCHEDULERS:
         supported = ", ".join(_SUPPORTED_SCHEDULERS)
-        raise UserError(f"scheduler config: _class_name: {name!r:.60} is not supported; expected {supported}")
+        raise UserError(f"{where}: _class_name: {name!r:.60} is not supported; expected {supported}")
     fields = {"clip_sample": name in _CLIP_BY_DEFAULT, **fields}
-    refuse_other_values(fields, _ONLY_SUPPORTED, "scheduler config")
+    refuse_other_values(fields, _ONLY_SUPPORTED, where)
     fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
     ours: dict[str, Any] = {ours: fields.pop(theirs) for theirs, ours in _EQUIVALENT.items() if theirs in fields}
     spacing, offset = fields.pop("timestep_spacing", None), fields.pop("steps_offset", 0)
     if spacing not in (*get_args(Spacing), None):
         raise UserError(
-            f"scheduler config: timestep_spacing: {spacing!r} is not supported; expected {', '.join(get_args(Spacing))}"
+            f"{where}: timestep_spacing: {spacing!r:.60} is not supported; expected {', '.join(get_args(Spacing))}"
         )
+    offset = from_json(NonNegativeInt, offset, f"{where}: steps_offset")
     ours["steps_offset"] = offset if spacing in SPACINGS_WITH_OFFSET else 0
-    ours["beta_schedule"] = _translate(fields, "beta_schedule", _BETA_SCHEDULES, "linear")
+    ours["beta_schedule"] = _translate(fields, "beta_schedule", _BETA_SCHEDULES, "linear", where)
     if fields.get("variance_type") is None:  # in configs of deterministic solvers
         fields["variance_type"] = "fixed_small"
-    ours["variance"] = _translate(fields, "variance_type", _VARIANCE_TYPES, "fixed_small")
-    betas = fields.pop("trained_betas", None) or []
-    if not isinstance(betas, list) or not all(isinstance(beta, float | int) for beta in betas):
-        raise UserError(f"scheduler config: trained_betas: {betas!r:.60}; expected a list of numbers")
-    ours["betas"] = tuple(betas)
-    if betas:
-        ours["num_timesteps"] = len(ours["betas"])
-    if unknown := [key for key, value in fields.items() if value not in (None, False)]:  # options that are off
-        raise UserError(f"scheduler config: {min(unknown)}: this field is not supported")
-    return from_json(ScheduleConfig, {**ours, "spacing": spacing}, "scheduler config")
+    ours["variance"] = _translate(fields, "variance_type", _VARIANCE_TYPES, "fixed_small", where)
+    ours["betas"] = [] if (betas := fields.pop("trained_betas", None)) is None else betas
+    if betas and isinstance(betas, list):
+        ours["num_timesteps"] = len(betas)
+    if unknown := [key for key, value in fields.items() if value not in (None, False)]:  # options that are on
+        raise UserError(f"{where}: {min(unknown)}: this field is not supported")
+    return from_json(ScheduleConfig, {**ours, "spacing": spacing}, where)
 
 
-def _translate(fields: dict[str, Any], key: str, names: dict[str, str], default: str) -> str:
+def _translate(fields: dict[str, Any], key: str, names: dict[str, str], default: str, where: str | Path) -> str:
     """Remove `key` from `fields`, and return the name in `names` that maps to its value."""
     from_theirs = {theirs: ours for ours, theirs in names.items()}
     value = fields.pop(key, default)
     if not isinstance(value, str) or value not in from_theirs:
-        raise UserError(f"scheduler config: {key}: {value!r} is not supported; expected {', '.join(from_theirs)}")
+        raise UserError(f"{where}: {key}: {value!r:.60} is not supported; expected {', '.join(from_theirs)}")
     return from_theirs[value]

@@ -16,11 +16,14 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import pydantic_core
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from cond_diffusion.errors import UserError, check_text, did_you_mean, user_errors
+
+MAX_TEXT_BYTES = 64 * 2**20  # of a text file that is read at once
 
 Schema = TypeVar("Schema")
 
@@ -38,6 +41,11 @@ Seed = Annotated[Integer, Field(ge=-(2**63), lt=2**64)]
 """What torch accepts as a seed: 64 bits, signed or unsigned."""
 PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+"""Number of channels or units of a layer: bounded, so that the number of weights of a layer can be computed."""
+Depth = Annotated[int, Field(ge=1, le=200)]
+"""Number of layers of a network: bounded, because each is a Python object, even without memory for its weights."""
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -123,10 +131,11 @@ def _user_error(error: ValidationError, name: str, schema: Any) -> UserError:
     return UserError(f"{key}: {value!r:.80}{did_you_mean(str(value), choices)}; expected {expected}")
 
 
-def from_json(schema: type[Schema], fields: Mapping[str, Any], where: str) -> Schema:
+def from_json(schema: type[Schema], fields: Any, where: str | Path) -> Schema:
     """Construct a dataclass from the fields of a JSON file. Values are not converted, for example text to numbers.
 
     Args:
+        schema: The dataclass, or another type that pydantic validates. Fields that it does not declare are ignored.
         where: Prefix of the error message.
 
     Raises:
@@ -136,6 +145,28 @@ def from_json(schema: type[Schema], fields: Mapping[str, Any], where: str) -> Sc
         return TypeAdapter(schema).validate_json(json.dumps(fields), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: {_user_error(error, '', schema)}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def parse_json(text: str | bytes, where: str | Path) -> dict[str, Any]:
+    """Return the fields of a JSON object that is nested less than 200 deep; raise UserError if the text is not one."""
+    with user_errors(f"{where}: damaged or truncated", ValueError):
+        fields = pydantic_core.from_json(text)
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: damaged; expected a JSON object, got {fields!r:.60}")
+    return fields
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the fields of the JSON object in a file; see `from_json` for their check.
+
+    Raises:
+        UserError: There is no such file, or it is not a JSON object.
+    """
+    if not file.exists():
+        raise UserError(f"{file.parent}: incomplete; there is no {file.name}")
+    return parse_json(read_text(file, str(file.parent)), file)
 
 
 def from_yaml(schema: type, text: str, where: str) -> dict[str, Any]:
@@ -289,14 +320,17 @@ def read_text(file: Path, option: str) -> str:
         option: Prefix of the error message.
 
     Raises:
-        UserError: The file does not exist or cannot be read.
+        UserError: The file does not exist, is not a regular file, is too large, or cannot be read.
     """
-    with user_errors(f"{option}: {file} cannot be read", OSError):
-        try:
-            return decode_text(file.read_bytes(), f"{option}: {file}")
-        except FileNotFoundError as error:
+    with user_errors(f"{option}: {file} cannot be read", OSError, ValueError):
+        if not file.exists():
             existing = sorted(map(str, file.parent.glob("*.yaml"))) if file.parent.is_dir() else []
-            raise UserError(f"{option}: there is no file {file}{did_you_mean(str(file), existing)}") from error
+            raise UserError(f"{option}: there is no file {file}{did_you_mean(str(file), existing)}")
+        if not file.is_file():  # a pipe or a device can be endless
+            raise UserError(f"{option}: {file} is not a regular file")
+        if (size := file.stat().st_size) > MAX_TEXT_BYTES:
+            raise UserError(f"{option}: {file} has {size} bytes; expected at most {MAX_TEXT_BYTES}")
+        return decode_text(file.read_bytes(), f"{option}: {file}")
 
 
 def decode_text(content: bytes, name: str) -> str:

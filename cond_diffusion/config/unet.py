@@ -1,11 +1,16 @@
 """Options of the UNet, and their conversion to and from the `config.json` of diffusers' `UNet2DConditionModel`."""
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from cond_diffusion.config.schema import PositiveInt, from_json, option, section
+from cond_diffusion.config.schema import Depth, PositiveFloat, PositiveInt, Width, from_json, option, section
 from cond_diffusion.errors import UserError, refuse_other_values
+
+Levels = Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)]
+MIDDLE_BLOCK: Literal["UNetMidBlock2DCrossAttn"] = "UNetMidBlock2DCrossAttn"
 
 
 @section("unet")
@@ -13,23 +18,21 @@ from cond_diffusion.errors import UserError, refuse_other_values
 class UNetConfig:
     """The architecture of the UNet. Each level has half the height and width of the level before it."""
 
-    channels: tuple[PositiveInt, ...] = option(
-        (32, 64), "number of channels of each level, the highest resolution first", min_length=1
-    )
+    channels: Levels = option((32, 64), "number of channels of each level, the highest resolution first")
     attention: tuple[bool, ...] = option(
         (False, True), "whether each level has self- and cross-attention; the middle block always has"
     )
     num_heads: PositiveInt | tuple[PositiveInt, ...] = option(4, "attention heads: one number, or one per level")
-    blocks_per_level: PositiveInt = option(1, "residual blocks per level of the encoder; the decoder has one more")
-    num_groups: PositiveInt = option(32, "groups of the group norms")
-    norm_eps: float = option(1e-5, "epsilon of the group norms", gt=0, allow_inf_nan=False)
+    blocks_per_level: Depth = option(1, "residual blocks per level of the encoder; the decoder has one more")
+    num_groups: Width = option(32, "groups of the group norms")
+    norm_eps: PositiveFloat = option(1e-5, "epsilon of the group norms")
     linear_projection: bool = option(
         False, "store the projections around attention as linear layers, as Stable Diffusion 2 does"
     )
     middle_block: bool = option(True, "whether there is a middle block; small BK-SDM models have none")
-    in_channels: PositiveInt | None = option(None, "channels of x_t; default: from the data")
-    sample_size: PositiveInt | None = option(None, "height and width of x_t; default: from the data")
-    context_dim: PositiveInt | None = option(None, "width of the text embeddings; default: from the encoder")
+    in_channels: Width | None = option(None, "channels of x_t; default: from the data")
+    sample_size: Width | None = option(None, "height and width of x_t; default: from the data")
+    context_dim: Width | None = option(None, "width of the text embeddings; default: from the encoder")
 
     def __post_init__(self) -> None:
         for name, values in (("attention", self.attention), ("num_heads", self.heads)):
@@ -49,7 +52,6 @@ class UNetConfig:
         return (self.num_heads,) * len(self.channels) if isinstance(self.num_heads, int) else self.num_heads
 
 
-MIDDLE_BLOCK = "UNetMidBlock2DCrossAttn"
 # Fields of diffusers' config of which one value is supported.
 _ONLY_SUPPORTED: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
@@ -113,56 +115,65 @@ def to_diffusers(config: UNetConfig) -> dict[str, Any]:
     }
 
 
-def from_diffusers(fields: dict[str, Any]) -> UNetConfig:
+@dataclass(frozen=True)
+class _DiffusersConfig:
+    """The fields of diffusers' `UNet2DConditionModel` that vary, with its defaults."""
+
+    block_out_channels: Levels = (320, 640, 1280, 1280)
+    down_block_types: tuple[Literal["CrossAttnDownBlock2D", "DownBlock2D"], ...] = (
+        *("CrossAttnDownBlock2D",) * 3,
+        "DownBlock2D",
+    )
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] | None = MIDDLE_BLOCK
+    attention_head_dim: Width | tuple[Width, ...] = 8
+    layers_per_block: Depth = 2
+    norm_num_groups: Width = 32
+    norm_eps: PositiveFloat = 1e-5
+    use_linear_projection: bool = False
+    in_channels: Width = 4
+    out_channels: Width = 4
+    sample_size: Width | None = None
+    cross_attention_dim: Width = 1280
+
+
+def from_diffusers(fields: dict[str, Any], where: str | Path = "UNet config") -> UNetConfig:
     """Convert the config of diffusers' `UNet2DConditionModel`; inverse of `to_diffusers`.
+
+    Args:
+        where: Prefix of the error message.
 
     Raises:
         UserError: A field or value is not supported.
     """
     fields = dict(fields)
-    refuse_other_values(fields, _ONLY_SUPPORTED, "UNet config")
-    fields = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _IGNORED}
-
-    def take(key: str, default: Any) -> Any:
-        value = fields.pop(key, default)
-        return tuple(value) if isinstance(value, list) else value
-
-    def take_one(key: str, default: Any) -> Any:
-        if isinstance(value := take(key, default), tuple):
-            raise unsupported(key, list(value), "one number for all levels and sides")
-        return value
-
-    def unsupported(key: str, value: Any, expected: Any) -> UserError:
-        return UserError(f"UNet config: {key}: {value!r} is not supported; expected {expected}")
-
-    channels = take("block_out_channels", (320, 640, 1280, 1280))
-    down = take("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
-    up = take("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
-    if unknown := set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"}:
-        raise unsupported("down_block_types", min(unknown), "CrossAttnDownBlock2D or DownBlock2D")
-    attention = tuple(kind == "CrossAttnDownBlock2D" for kind in down)
+    refuse_other_values(fields, _ONLY_SUPPORTED, where)
+    theirs = from_json(_DiffusersConfig, fields, where)
+    known = {*vars(theirs), *_IGNORED}
+    if unknown := [  # options that are on
+        key
+        for key, value in fields.items()
+        if key not in known and not key.startswith("_") and value not in (None, False)
+    ]:
+        raise UserError(f"{where}: {min(unknown)}: this field is not supported")
+    attention = tuple(kind == "CrossAttnDownBlock2D" for kind in theirs.down_block_types)
     mirrored = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention))
-    if up != mirrored:
-        raise unsupported("up_block_types", up, mirrored)
-    middle = take("mid_block_type", MIDDLE_BLOCK)
-    if middle not in (MIDDLE_BLOCK, None):
-        raise unsupported("mid_block_type", middle, f"{MIDDLE_BLOCK} or null")
-    in_channels = take("in_channels", 4)
-    if (out_channels := take("out_channels", 4)) != in_channels:
-        raise unsupported("out_channels", out_channels, in_channels)
-    ours = {
-        "channels": channels,
-        "attention": attention,
-        "num_heads": take("attention_head_dim", 8),
-        "blocks_per_level": take_one("layers_per_block", 2),
-        "num_groups": take("norm_num_groups", 32),
-        "norm_eps": take("norm_eps", 1e-5),
-        "linear_projection": take("use_linear_projection", False),
-        "middle_block": middle is not None,
-        "in_channels": in_channels,
-        "sample_size": take_one("sample_size", None),
-        "context_dim": take_one("cross_attention_dim", 1280),
-    }
-    if unknown := [key for key, value in fields.items() if value not in (None, False)]:  # options that are off
-        raise UserError(f"UNet config: {min(unknown)}: this field is not supported")
-    return from_json(UNetConfig, ours, "UNet config")
+    for key, expected in (("up_block_types", mirrored), ("out_channels", theirs.in_channels)):
+        if (value := getattr(theirs, key)) != expected:
+            raise UserError(f"{where}: {key}: {value!r:.200} is not supported; expected {expected!r}")
+    try:
+        return UNetConfig(
+            channels=theirs.block_out_channels,
+            attention=attention,
+            num_heads=theirs.attention_head_dim,
+            blocks_per_level=theirs.layers_per_block,
+            num_groups=theirs.norm_num_groups,
+            norm_eps=theirs.norm_eps,
+            linear_projection=theirs.use_linear_projection,
+            middle_block=theirs.mid_block_type is not None,
+            in_channels=theirs.in_channels,
+            sample_size=theirs.sample_size,
+            context_dim=theirs.cross_attention_dim,
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.data.sources import CaptionGroup, as_table, caption_reader, open_source, pick_captions
-from cond_diffusion.device import cores_of_this_process, is_main_process
+from cond_diffusion.device import check_memory, cores_of_this_process, is_main_process
 from cond_diffusion.errors import UserError, did_you_mean, first_line, user_errors
 from cond_diffusion.images import fit
 
@@ -174,6 +174,8 @@ def _open(content: dict[str, Any] | None) -> Image.Image:
         return Image.open(BytesIO(content["bytes"]))
     if "://" in content["path"]:  # on the Hub, or inside an archive
         return datasets.Image().decode_example(content)
+    if not Path(content["path"]).is_file():  # a device can be endless
+        raise ValueError("not a regular file")
     return Image.open(BytesIO(Path(content["path"]).read_bytes()))
 
 
@@ -288,6 +290,8 @@ class CaptionedFiles:
             UserError: If too many images are unreadable.
         """
         size, total = self.config.resolution, len(self)
+        needed = (total + min(total, DECODING_BATCH_SIZE)) * self.config.channels * size**2
+        check_memory(f"data.resolution: {total} images of {size} x {size} pixels", needed)
         images = np.empty((total, self.config.channels, size, size), dtype=np.uint8)
         read: list[int] = []
         hidden = not is_main_process()

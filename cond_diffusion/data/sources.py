@@ -14,7 +14,8 @@ from typing import Any
 
 import datasets
 from datasets.data_files import EmptyDatasetError
-from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
+from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image
 from pyarrow import parquet
 
@@ -27,7 +28,15 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 FILE_SUFFIXES = {*BUILDERS, ".csv", ".gz", ".json", ".jsonl", ".txt", ".zip"}  # unlikely at the end of a Hub id
 
+# Members of a tar that are decoded; others stay bytes. `datasets` would load .pth with torch, and .cbor with packages
+# that may be missing.
+TAR_DECODERS = ("txt", "text", "transcript", "cls", "cls2", "index", "inx", "id", "json", "jsn")
+
 logger = logging.getLogger(__name__)
+
+
+class _Tars(WebDataset):
+    DECODERS = {name: decode for name, decode in WebDataset.DECODERS.items() if name in TAR_DECODERS}  # noqa: RUF012 - as in the base
 
 
 def open_source(
@@ -65,7 +74,14 @@ def open_source(
             _check_tar(file)
     options = _common_columns(found.files, columns) if found.builder == "parquet" else {}
     try:
-        splits = datasets.load_dataset(found.builder, data_files=found.patterns(), streaming=streaming, **options)
+        builder: Any = datasets.load_dataset_builder(found.builder, data_files=found.patterns(), **options)
+        if isinstance(builder, WebDataset):  # of a Hub id, too
+            builder.__class__ = _Tars
+        if streaming:
+            splits = builder.as_streaming_dataset()
+        else:
+            builder.download_and_prepare()
+            splits = builder.as_dataset()
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
         raise UserError(f"data.source: {source} contains no images, Parquet files or tar files") from error
     except (OSError, DatasetNotFoundError) as error:
@@ -81,7 +97,7 @@ def open_source(
             raise UserError(f"data.source: {source} ({split}) is empty; expected at least one image") from error
         _check_encodings(found.files)
         raise UserError(f"data.source: cannot read {source} ({' '.join(str(error).split())[:300]})") from error
-    except (DatasetsError, tarfile.TarError, RuntimeError) as error:
+    except Exception as error:  # the reader of each format raises its own types for a damaged file
         _check_encodings(found.files)
         raise UserError(f"data.source: cannot read {source} ({first_line(error.__cause__ or error)})") from error
     if split not in splits:
@@ -155,7 +171,8 @@ def _list_files(folder: Path) -> tuple[list[Path], list[Path]]:
         if Path(root).is_symlink() and Path(root) != folder:
             links.append(Path(root))
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        files += [Path(root, name) for name in names if not _is_hidden(name)]
+        paths = (Path(root, name) for name in names if not _is_hidden(name))
+        files += [path for path in paths if path.is_file()]  # a pipe or a device can be endless
     return sorted(files), links
 
 
@@ -194,7 +211,8 @@ def _warn_unpaired(source: str, files: Sequence[Path], pairs: dict[Path, Path]) 
 def _warn_left_out(source: str, num_examples: int, files: Sequence[Path]) -> None:
     """Warn of images without a row in the metadata, and of rows whose image does not exist."""
     if metadata := [file for file in files if file.name in METADATA_NAMES]:
-        images, rows = sum(map(_is_image, files)), sum(map(_num_rows, metadata))
+        with user_errors(f"data.source: cannot read the metadata of {source}", OSError, ValueError, csv.Error):
+            images, rows = sum(map(_is_image, files)), sum(map(_num_rows, metadata))
         for kind, count in (("image(s) that are not in the metadata", images), ("row(s) without an image", rows)):
             if count > num_examples:
                 logger.warning("data.source: %s: skipping %d %s", source, count - num_examples, kind)

@@ -7,7 +7,6 @@ have a beginning: there `datasets` gives the position in the file, from which a 
 Every process reads the whole stream and decodes its own share, so the order does not depend on their number.
 """
 
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -231,8 +230,7 @@ class _Reader:
 
     def _read(self) -> Row | None:
         # The types of exceptions depend on the format and on where the source is.
-        errors = (OSError, ValueError, TypeError, NotImplementedError, tarfile.TarError)
-        with user_errors(f"data.source: cannot read {self.source}{self.last_name}", *errors):
+        with user_errors(f"data.source: cannot read {self.source}{self.last_name}", Exception):
             row = next(self.rows, None)
         if row is not None and "__key__" in row:  # of a tar file
             self.last_name = f" after {row['__url__']}: {row['__key__']}"

@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from cond_diffusion.config.sampling import SamplerName, SamplingOptions
+from cond_diffusion.config.schema import read_json
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.evaluation.evaluator import Evaluator, Judged, reported, spread
 from cond_diffusion.files import write_file
@@ -43,9 +44,8 @@ class Results:
         with user_errors(f"output: {folder} cannot be written", OSError, ValueError):
             is_file = self.file.is_file()
         if is_file:
-            with user_errors(f"output: {self.file} is damaged or incomplete", json.JSONDecodeError):
-                self.parts = json.loads(self.file.read_text(encoding="utf-8"))
-            if not isinstance(self.parts, dict) or self.parts.get("settings") != settings:
+            self.parts = read_json(self.file)
+            if self.parts.get("settings") != settings:
                 raise UserError(f"output: {folder} contains an evaluation with other settings; choose another path")
         elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"output: {folder} exists and is not an evaluation folder; choose another path")

@@ -15,15 +15,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cond_diffusion.config.schema import from_json, parse_json
 from cond_diffusion.errors import UserError, user_errors
-from cond_diffusion.files import save_tensors
+from cond_diffusion.files import check_finite, save_tensors
 from cond_diffusion.models.unet import WEIGHTS_NAME
 
 Weights = Mapping[str, Tensor]
@@ -65,6 +67,7 @@ def power_of_width(width: float) -> float:
 
 MAX_ERROR = 0.1  # relative error of the profile; stays below with the settings of the paper
 FOLDER = "snapshots"
+Widths = tuple[Annotated[float, Field(gt=0, le=0.28)], Annotated[float, Field(gt=0, le=0.28)]]  # of a snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +96,9 @@ def snapshots_until(run_dir: Path, step: int) -> list[Snapshot]:
     for file_step, file in snapshot_files(run_dir):
         if file_step <= step:
             with _opened(file) as content:
-                widths = json.loads(content.metadata()["widths"])
+                metadata = content.metadata() or {}
+            fields = parse_json(f'{{"widths": {metadata.get("widths")}}}', file)
+            widths: Any = from_json(Widths, fields.get("widths"), f"{file}: widths")
             snapshots += [Snapshot(file_step, width, file, f"{i}.") for i, width in enumerate(widths)]
     return snapshots
 
@@ -150,6 +155,7 @@ def reconstruct(snapshots: Sequence[Snapshot], step: int, width: float) -> dict[
             for key in content.keys():  # noqa: SIM118 - not a dict
                 if key.startswith(snapshot.prefix):
                     name, weight = key.removeprefix(snapshot.prefix), content.get_tensor(key).double()
+                    check_finite([(key, weight)], snapshot.file)
                     total[name] = total[name] + coefficient * weight if name in total else coefficient * weight
     return {name: weight.float() for name, weight in total.items()}
 
@@ -181,7 +187,10 @@ def combination(known: Sequence[tuple[int, float]], step: int, width: float) -> 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     what = f"--ema-width: {file} is damaged or cut short"
-    with user_errors(what, OSError, SafetensorError, hint="; delete it"), safe_open(file, "pt") as content:
+    if not file.is_file():
+        raise UserError(f"--ema-width: {file} is not a regular file")
+    errors = (OSError, SafetensorError, RuntimeError)  # the last for tensors of different shapes
+    with user_errors(what, *errors, hint="; delete it"), safe_open(file, "pt") as content:
         yield content
 
 

@@ -10,21 +10,23 @@ large images to small latents.
 
 import hashlib
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.run import LatentConfig
+from cond_diffusion.config.schema import Depth, PositiveFloat, Width, from_json, read_json
+from cond_diffusion.config.unet import Levels
 from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError, user_errors
-from cond_diffusion.files import hash_weights
+from cond_diffusion.files import check_finite, hash_weights
 from cond_diffusion.hub import WEIGHTS, download, refuse_pickles, variant_of
 from cond_diffusion.images import to_model
 
@@ -50,8 +52,11 @@ class PixelPatchify:
         return data.channels * self.downsample_factor**2, size, size
 
     def pixel_channels(self, of_x_0: int) -> int:
-        """Return the number of channels of the images, given that of x_0."""
-        return of_x_0 // self.downsample_factor**2
+        """Return the number of channels of the images, given that of x_0; raise UserError if it is not an integer."""
+        channels, rest = divmod(of_x_0, self.downsample_factor**2)
+        if rest:
+            raise UserError(f"UNet config: in_channels: {of_x_0}; patches of {self.downsample_factor} do not divide it")
+        return channels
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_pp h_p w_p"]:
         """Return x_0 of images."""
@@ -78,6 +83,20 @@ class PixelPatchify:
     def to(self, device: torch.device | str) -> "PixelPatchify":
         """Return the object itself: it has no tensors."""
         return self
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The fields of the `config.json` of diffusers' `AutoencoderKL` that are checked, with its defaults."""
+
+    in_channels: Width = 3
+    out_channels: Width = 3
+    block_out_channels: Levels = (64,)
+    layers_per_block: Depth = 1
+    latent_channels: Width = 4
+    norm_num_groups: Width = 32
+    scaling_factor: PositiveFloat = 0.18215
+    shift_factor: None = None
 
 
 class VAE:
@@ -121,11 +140,10 @@ class VAE:
         errors = (OSError, ValueError, TypeError, AttributeError, RuntimeError)
         hint = "; expected for example stabilityai/sd-vae-ft-mse"
         with user_errors(f"latent.vae: {source} is not an AutoencoderKL", *errors, hint=hint):
-            config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = read_json(folder / "config.json")
             if (kind := config.get("_class_name")) != "AutoencoderKL":
                 raise UserError(f"latent.vae: {source} is a {kind}; expected an AutoencoderKL")
-            if config.get("shift_factor") is not None:
-                raise UserError(f"latent.vae: {source} has a shift_factor, which is not supported")
+            from_json(AutoencoderConfig, config, f"latent.vae: {folder / 'config.json'}")
             loaded: Any = AutoencoderKL.from_pretrained(
                 folder,
                 variant=variant_of(folder, WEIGHTS["vae"]),
@@ -136,6 +154,7 @@ class VAE:
             vae, report = loaded
             if missing := sorted(report["missing_keys"]):
                 raise UserError(f"latent.vae: {source} lacks {len(missing)} weights, for example {missing[0]}")
+        check_finite(vae.named_parameters(), f"latent.vae: {source}")
         return cls(vae)
 
     def shape(self, data: DataConfig) -> tuple[int, int, int]:

@@ -3,18 +3,18 @@ each matrix of attention. Uses peft, whose parameter names diffusers loads.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
+from cond_diffusion.config.schema import PositiveFloat, from_json, parse_json
 from cond_diffusion.errors import UserError, user_errors
-from cond_diffusion.files import hash_weights, save_tensors
+from cond_diffusion.files import check_finite, hash_weights, load_tensors, save_tensors
 from cond_diffusion.hub import download, refuse_pickles
 from cond_diffusion.models.unet import UNet
 
@@ -22,6 +22,13 @@ FILE_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]  # those of diffusers' examples
 PREFIX = "unet."  # of names in diffusers' files
 BASE = ".base_layer"  # of frozen weights in peft
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What is read of the metadata of a LoRA file, by names without `PREFIX`."""
+
+    lora_alpha: PositiveFloat | None = None  # None is the rank
 
 
 def add_lora(unet: UNet, rank: int) -> None:
@@ -91,12 +98,13 @@ def add_lora_file(unet: UNet, source: str | Path, **options: Any) -> None:
     if file.is_dir():
         refuse_pickles(file, FILE_NAME)
         file = file / FILE_NAME
-    errors = (OSError, SafetensorError, ValueError, TypeError)
-    hint = "; expected safetensors"
-    with user_errors(f"lora: {file} cannot be read", *errors, hint=hint), safe_open(file, "pt") as opened:
-        settings = dict(json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}")))
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    if other := next((name for name in ("alpha_pattern", "use_rslora") if settings.get(f"{PREFIX}{name}")), None):
+    with user_errors(f"lora: {file} cannot be read", OSError, SafetensorError, hint="; expected safetensors"):
+        tensors = load_tensors(file)
+        with safe_open(file, "pt") as opened:
+            metadata = parse_json((opened.metadata() or {}).get("lora_adapter_metadata", "{}"), f"lora: {file}")
+    metadata = {name.removeprefix(PREFIX): value for name, value in metadata.items()}
+    alpha = from_json(LoraSettings, metadata, f"lora: {file}").lora_alpha
+    if other := next((name for name in ("alpha_pattern", "use_rslora") if metadata.get(name)), None):
         raise UserError(f"lora: {file} scales its matrices by {other}, which is not supported")
     weights = dict(unet.named_parameters())
     while tensors:
@@ -111,13 +119,18 @@ def add_lora_file(unet: UNet, source: str | Path, **options: Any) -> None:
             raise UserError(
                 f"lora: {file} is for another model: it changes {stem} of shape {shape}; this UNet has {expected}"
             )
-        scale = settings.get(f"{PREFIX}lora_alpha", len(down)) / len(down)
-        weight += scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape).to(weight)
+        with user_errors(
+            f"lora: {file}: {stem}: A and B do not fit together", RuntimeError, IndexError, ZeroDivisionError
+        ):
+            change = up.float().flatten(1) @ down.float().flatten(1)
+            change = (1 if alpha is None else alpha / len(down)) * change.reshape(weight.shape).to(weight)
+        check_finite([(stem, change)], f"lora: {file}")
+        weight += change
 
 
 def load_lora(folder: Path) -> dict[str, Tensor]:
     """Load A and B from the file that `save_lora` writes."""
     return {
         name.removeprefix(PREFIX).removesuffix(".weight") + ".default.weight": weight
-        for name, weight in load_file(folder / FILE_NAME).items()
+        for name, weight in load_tensors(folder / FILE_NAME).items()
     }

@@ -6,21 +6,24 @@ without a mask. The context of the empty caption is the *null context* of classi
 CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int64
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from cond_diffusion.config.schema import Depth, PositiveFloat, Width, from_json, read_json
 from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.files import check_finite
 from cond_diffusion.hub import WEIGHTS, download, is_hub_id, variant_of
 
 BUILT_IN_ENCODER = Path(__file__).parent.parent / "assets" / "mnist_clip"
@@ -32,6 +35,30 @@ CLIP_FILES = [
 ]
 
 Clip = TypeVar("Clip", CLIPTextModel, CLIPModel)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The fields of CLIP's `config.json` that decide the size of an encoder and its values, with their defaults."""
+
+    hidden_size: Width = 512
+    intermediate_size: Width = 2048
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Width = 8
+    layer_norm_eps: PositiveFloat = 1e-5
+    max_position_embeddings: Annotated[int, Field(ge=3, le=2**20)] = 77
+    vocab_size: Width = 49408
+    projection_dim: Width = 512
+    patch_size: Width = 32
+    image_size: Width = 224
+    num_channels: Width = 3
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What is read of `tokenizer_config.json`, apart from the vocabulary."""
+
+    model_max_length: Annotated[int, Field(ge=3)] = 2**20
 
 
 class TextEncoder(nn.Module):
@@ -74,8 +101,9 @@ class TextEncoder(nn.Module):
                 raise UserError(f"the model type is {kind!r}; expected clip or clip_text_model")
             clip = load_clip(CLIPTextModel, clip_folder)
             tokenizer = load_tokenizer(folder / "tokenizer" if has_subfolders else folder)
-            if len(tokenizer) != clip.config.vocab_size:
-                raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {clip.config.vocab_size}")
+            size = clip.config.vocab_size
+            if len(tokenizer) != size or max(tokenizer.get_vocab().values()) >= size:
+                raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {size}")
         return cls(tokenizer, clip, max_length)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -168,14 +196,17 @@ def find_clip(source: str | Path) -> Path:
 
 
 def clip_kind(folder: Path) -> str:
-    """Return the model type in `config.json`.
+    """Check `config.json`, and return its model type.
 
     The JSON is not read by transformers' Auto classes, which may run code of the repository.
     """
     if (folder / "adapter_config.json").exists():
         raise UserError("adapter_config.json is not supported; merge the adapter into the weights")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return str(config.get("model_type")) if isinstance(config, dict) else "damaged"
+    config = read_json(folder / "config.json")
+    encoders = {key: config[key] for key in ("text_config", "vision_config") if config.get(key) is not None}
+    for key, fields in (encoders or {"": config}).items():
+        from_json(EncoderConfig, fields, f"config.json: {key}".rstrip(": "))
+    return str(config.get("model_type"))
 
 
 def load_clip(kind: type[Clip], folder: Path) -> Clip:
@@ -194,12 +225,19 @@ def load_clip(kind: type[Clip], folder: Path) -> Clip:
     clip, report = cast(tuple[Clip, dict[str, Any]], loaded)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{len(missing)} weights are missing, for example {missing[0]}")
+    check_finite(clip.named_parameters(), WEIGHTS["text_encoder"])
     return clip
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    if (folder / "tokenizer_config.json").exists():
+        from_json(TokenizerConfig, read_json(folder / "tokenizer_config.json"), "tokenizer_config.json")
     with quiet_transformers():
-        return CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if not isinstance(number := getattr(tokenizer, f"{name}_id"), int) or not 0 <= number < len(tokenizer):
+            raise UserError(f"tokenizer_config.json: {name}: {getattr(tokenizer, name)!r:.60} is not in the vocabulary")
+    return tokenizer
 
 
 @contextmanager

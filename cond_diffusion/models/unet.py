@@ -4,7 +4,6 @@ Names, shapes and meaning of the weights on disk are those of diffusers' `UNet2D
 the files of the other.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from itertools import zip_longest
@@ -14,14 +13,14 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cond_diffusion.config.schema import from_json, read_json
 from cond_diffusion.config.unet import UNetConfig, from_diffusers, to_diffusers
 from cond_diffusion.errors import UserError, first_line, user_errors
-from cond_diffusion.files import cache_folder, save_tensors, write_json
-from cond_diffusion.hub import download, is_hub_id, weight_files
+from cond_diffusion.files import cache_folder, load_tensors, save_tensors, write_json
+from cond_diffusion.hub import download, in_half, is_hub_id, variant_of
 from cond_diffusion.models.layers import (
     Downsample,
     ProjectedContext,
@@ -284,19 +283,32 @@ class UNet(nn.Module):
             folder = download(str(source), files, **options)
         folder = folder / subfolder
         try:
-            config = from_diffusers(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+            config = from_diffusers(read_json(folder / CONFIG_NAME), folder / CONFIG_NAME)
             weights: dict[str, Tensor] = {}
             for file in weight_files(folder, WEIGHTS_NAME):
-                weights |= load_file(file)
+                weights |= load_tensors(file)
             unet = cls.with_weights(config, weights)
         except FileNotFoundError as error:
             raise UserError(f"{folder} is not a UNet: there is no {Path(error.filename or str(error)).name}") from error
-        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: a file is damaged or cut short ({first_line(error)})") from error
         except RuntimeError as error:  # load_state_dict: missing or unexpected weights, or other shapes
             reason = " ".join(str(error).split())
             raise UserError(f"{folder}: {WEIGHTS_NAME} does not match {CONFIG_NAME} ({reason})") from error
         return unet.to(dtype)
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """Return the safetensors files of weights: one, in half precision if there is no other, or the shards of an index.
+
+    Raises:
+        UserError: The index is damaged.
+    """
+    index = folder / f"{name}.index.json"
+    if not (folder / name).exists() and index.exists():
+        shards: Any = from_json(dict[str, str], read_json(index).get("weight_map", {}), f"{index}: weight_map")
+        return [folder / PurePosixPath(shard).name for shard in sorted({*shards.values()})]
+    return [folder / (in_half(name) if variant_of(folder, name) else name)]
 
 
 def _zero(layer: nn.Module) -> None:

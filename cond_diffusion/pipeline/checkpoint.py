@@ -14,16 +14,24 @@ from typing import Any, TypeVar, get_args
 from huggingface_hub import ModelCard, ModelCardData
 
 from cond_diffusion.config import schedule as schedule_config
-from cond_diffusion.config.run import CONFIG_NAME, Config, PredictionKind, load_config
+from cond_diffusion.config.run import CONFIG_NAME, Config, LatentConfig, PredictionKind, load_config
+from cond_diffusion.config.schema import from_json, read_json
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
-from cond_diffusion.errors import UserError, did_you_mean, user_errors
+from cond_diffusion.errors import UserError, did_you_mean
 from cond_diffusion.files import write_file, write_json
 from cond_diffusion.hub import WEIGHTS, download, is_hub_id, refuse_pickles
 from cond_diffusion.models.latents import IN_LATENTS, IN_PIXELS, VAE, LatentSpace, PixelPatchify
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.run_folder import INDEX_NAME, find_corruption, newest_checkpoint, read_metrics
+from cond_diffusion.pipeline.run_folder import (
+    INDEX_NAME,
+    PROGRESS_NAME,
+    find_corruption,
+    newest_checkpoint,
+    read_metrics,
+    read_progress,
+)
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILT_IN_MODEL = ASSETS / "mnist_model"
@@ -52,7 +60,8 @@ class Checkpoint:
         for part, weights in WEIGHTS.items():
             refuse_pickles(self.folder / part, weights)
         if self.index["_class_name"] == IN_PIXELS:
-            return PixelPatchify(self.index.get("patch_size", 1))
+            fields = {"patch_size": self.index.get("patch_size", 1)}
+            return PixelPatchify(from_json(LatentConfig, fields, self.folder / INDEX_NAME).patch_size)
         return VAE.from_pretrained(self.folder)
 
     @cached_property
@@ -67,15 +76,14 @@ class Checkpoint:
     @cached_property
     def prediction(self) -> Prediction:
         """The prediction type and the noise schedule."""
-        fields = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        file = self.folder / "scheduler" / "scheduler_config.json"
+        fields = read_json(file)
         if self.index["_class_name"] == IN_LATENTS:
             fields |= {"clip_sample": False, "steps_offset": 1}  # as StableDiffusionPipeline overrides them
         kind, kinds = fields.pop("prediction_type", "epsilon"), get_args(PredictionKind)
         if kind not in kinds:
-            raise UserError(
-                f"scheduler config: prediction_type: {kind!r} is not supported; expected {', '.join(kinds)}"
-            )
-        return Prediction(kind, NoiseSchedule(schedule_config.from_diffusers(fields)))
+            raise UserError(f"{file}: prediction_type: {kind!r:.60} is not supported; expected {', '.join(kinds)}")
+        return Prediction(kind, NoiseSchedule(schedule_config.from_diffusers(fields, file)))
 
     @cached_property
     def config(self) -> Config | None:
@@ -211,22 +219,10 @@ def check_kind(folder: Path, name: str) -> dict[str, Any]:
     index = read_json(folder / INDEX_NAME)
     if (kind := index.get("_class_name")) not in (IN_PIXELS, IN_LATENTS):
         raise UserError(
-            f"{name}: pipeline {kind} is not supported; expected {IN_PIXELS}, or {IN_LATENTS} of Stable Diffusion 1.x "
-            "or 2.x"
+            f"{name}: pipeline {kind!s:.60} is not supported; expected {IN_PIXELS}, or {IN_LATENTS} of Stable "
+            "Diffusion 1.x or 2.x"
         )
     return index
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a checkpoint; raise UserError if there is none."""
-    try:
-        with user_errors(f"{file}: damaged or truncated", json.JSONDecodeError, UnicodeDecodeError):
-            fields = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file.parent}: incomplete checkpoint; there is no {file.name}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{file}: damaged; expected a JSON object")
-    return fields
 
 
 def _run_config(checkpoint: Path | None) -> Config | None:
@@ -237,10 +233,10 @@ def _last_metrics(checkpoint: Path | None) -> dict[str, float | int]:
     """Return the last finite value of each metric up to the step of a checkpoint; empty without a run folder."""
     if checkpoint is None:
         return {}
-    progress, metrics = checkpoint / "state" / "progress.json", checkpoint.parent.parent / "metrics.jsonl"
+    progress, metrics = checkpoint / "state" / PROGRESS_NAME, checkpoint.parent.parent / "metrics.jsonl"
     if not (progress.is_file() and metrics.is_file()):
         return {}
-    step = json.loads(progress.read_text(encoding="utf-8"))["step"]
+    step = read_progress(checkpoint)["step"]
     last: dict[str, Any] = {}
     for values in read_metrics(metrics):
         if values["step"] <= step:

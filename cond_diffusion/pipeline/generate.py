@@ -7,10 +7,10 @@ text chunks, from which the images can be generated again.
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields, replace
-from itertools import chain, count
+from itertools import chain, count, islice, product, starmap
 from pathlib import Path
 from secrets import token_hex
 from signal import SIGINT
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from cond_diffusion import __version__
 from cond_diffusion.config.sampling import GenerationSettings, SamplingOptions
+from cond_diffusion.config.schema import from_json, parse_json
 from cond_diffusion.errors import Interrupted, UserError, user_errors
 from cond_diffusion.files import check_writable, write_file
 from cond_diffusion.images import encode, grid, open_image, opened_image
@@ -30,6 +31,8 @@ from cond_diffusion.pipeline.visualize import AttentionMaps, Film, maps_per_word
 
 CHUNK_PREFIX = "cond_diffusion:"
 PER_PROMPT = ("seed", "guidance_scale", "negative_prompt")
+
+SettingsOfImage = Callable[[int, int], tuple[Path, GenerationSettings]]
 
 logger = logging.getLogger(__name__)
 
@@ -120,16 +123,14 @@ def generate_to_folder(settings: GenerationSettings, folder: str, *, batch_size:
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size}; expected at least 1")
     hint = "; the same command continues from there"
-    todo = []
-    for path, own in _settings_per_image(settings, Path(folder)):
-        if path.exists():
-            _check_same_settings(path, own)
-        else:
-            todo.append((path, own))
     total = len(settings.prompts) * settings.sampling.num_images
-    with tqdm(total=total, initial=total - len(todo), desc="sampling", unit=" images") as bar:
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
+    pipe.check_memory(min(batch_size, total), "batch_size")
+    image_of = _settings_of_image(settings, Path(folder))
+    existing = _existing_images(settings, Path(folder), image_of)
+    pairs = product(range(len(settings.prompts)), range(settings.sampling.num_images))
+    todo = (image for image in starmap(image_of, pairs) if image[0].name not in existing)
+    with tqdm(total=total, initial=len(existing), desc="sampling", unit=" images") as bar:
+        while batch := list(islice(todo, batch_size)):
             each = {name: [getattr(own.sampling, name) for _, own in batch] for name in PER_PROMPT}
             kwargs = {**_call_kwargs(settings), "num_images": 1, **each}
             try:
@@ -187,8 +188,7 @@ def read_settings(path: str, option: str) -> dict[str, Any]:
         raise UserError(f"{option}: {path} has no generation settings; expected a PNG written by cond_diffusion")
     found: dict[str, Any] = {}
     for name, text in ours.items():
-        with user_errors(f"{option}: {path}: {name} cannot be parsed", ValueError, RecursionError):
-            found[name] = json.loads(text)
+        found |= parse_json(f"{{{json.dumps(name)}: {text}}}", f"{option}: {path}: {name}")
     version = found.pop("version", None)
     if version != __version__:
         logger.warning(
@@ -196,6 +196,8 @@ def read_settings(path: str, option: str) -> dict[str, Any]:
         )
     if unknown := found.keys() - {*_field_names(GenerationSettings), *_field_names(SamplingOptions)}:
         raise UserError(f"{option}: {path} has the unknown setting {min(unknown)!r:.60}")
+    for schema in (GenerationSettings, SamplingOptions):
+        from_json(schema, {name: found[name] for name in _field_names(schema) if name in found}, f"{option}: {path}")
     return found
 
 
@@ -269,14 +271,32 @@ def _field_names(schema: Any) -> list[str]:
     return [field.name for field in fields(schema) if field.name != "sampling"]
 
 
-def _settings_per_image(settings: GenerationSettings, folder: Path) -> Iterator[tuple[Path, GenerationSettings]]:
-    """Yield the path and the settings of each image."""
-    values = [settings.sampling.per_prompt(name, len(settings.prompts)) for name in PER_PROMPT]
-    for row, (prompt, seed, scale, negative) in enumerate(zip(settings.prompts, *values, strict=True)):
-        for i in range(settings.sampling.num_images):
-            own = {"num_images": 1, "seed": seed + i, "guidance_scale": scale, "negative_prompt": negative}
-            path = folder / f"{row:04}-{i:04}-{_file_stem(prompt)}.png"
-            yield path, replace(settings, prompts=(prompt,), sampling=replace(settings.sampling, **own))
+def _settings_of_image(settings: GenerationSettings, folder: Path) -> SettingsOfImage:
+    """Return the function from the numbers of a prompt and an image to the image's path and settings."""
+    seeds, scales, negatives = (settings.sampling.per_prompt(name, len(settings.prompts)) for name in PER_PROMPT)
+
+    def image_of(row: int, i: int) -> tuple[Path, GenerationSettings]:
+        prompt = settings.prompts[row]
+        own = {"num_images": 1, "seed": seeds[row] + i}
+        own |= {"guidance_scale": scales[row], "negative_prompt": negatives[row]}
+        path = folder / f"{row:04}-{i:04}-{_file_stem(prompt)}.png"
+        return path, replace(settings, prompts=(prompt,), sampling=replace(settings.sampling, **own))
+
+    return image_of
+
+
+def _existing_images(settings: GenerationSettings, folder: Path, image_of: SettingsOfImage) -> set[str]:
+    """Return the names of requested images that exist; raise UserError for one that was made with other settings."""
+    existing = set()
+    for path in sorted(folder.glob("*.png")):
+        numbers = re.match(r"(\d{4,9})-(\d{4,18})-", path.name)
+        row, i = map(int, numbers.groups()) if numbers else (-1, -1)
+        if 0 <= row < len(settings.prompts) and i < settings.sampling.num_images:
+            expected, own = image_of(row, i)
+            if path == expected:
+                _check_same_settings(path, own)
+                existing.add(path.name)
+    return existing
 
 
 def _check_same_settings(path: Path, settings: GenerationSettings) -> None:

@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 
+from cond_diffusion.config.schema import NonNegativeInt, PositiveInt, from_json, read_json
 from cond_diffusion.errors import UserError, did_you_mean, first_line, user_errors
 from cond_diffusion.files import UNFINISHED, check_writable, flush, write_json
 
@@ -37,6 +39,38 @@ PROGRESS_NAME = "progress.json"  # in state/: the step, the held-out loss and th
 LOCK_NAME = ".lock"
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """What `CHECKSUMS_NAME` stores of each file."""
+
+    bytes: NonNegativeInt
+    blake2b: str
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """The beginning of a block of a stream (`data/stream.py`)."""
+
+    epoch: NonNegativeInt
+    block: NonNegativeInt
+    position: NonNegativeInt
+    shard: NonNegativeInt
+    inside: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `PROGRESS_NAME` stores."""
+
+    step: NonNegativeInt
+    samples_per_step: PositiveInt
+    data: dict[str, Any]
+    held_out_loss: float | None = None
+    stream: StreamState | None = None
+    scaler: dict[str, Any] | None = None
+    base: str | None = None
 
 
 def new_run_dir(path: str, or_else: str = "") -> Path:
@@ -200,26 +234,36 @@ def find_corruption(checkpoint: Path, *, with_state: bool) -> str | None:
         checkpoint: The checkpoint's folder.
         with_state: Whether to check the training state too, which sampling does not need.
     """
-    try:
-        listed = json.loads((checkpoint / CHECKSUMS_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:  # written by other software, or by a version without checksums
+    if not (checkpoint / CHECKSUMS_NAME).exists():  # written by other software, or by a version without checksums
         required = (INDEX_NAME, "unet/config.json", *([f"state/{PROGRESS_NAME}"] if with_state else []))
         return next((f"{name} is missing" for name in required if not (checkpoint / name).is_file()), None)
-    except ValueError:  # not JSON, or not text
-        return f"{CHECKSUMS_NAME} is truncated"
-    for name, expected in listed.items():
+    try:
+        listed = read_json(checkpoint / CHECKSUMS_NAME)
+        checksums = {name: from_json(Checksum, fields, f"{CHECKSUMS_NAME}: {name}") for name, fields in listed.items()}
+    except UserError as error:
+        return str(error)
+    for name, expected in checksums.items():
         if name.startswith("state/") and not with_state:
             continue
         file = checkpoint / name
         try:
+            if not file.is_file():
+                return f"{name} is missing"
             size = file.stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} is truncated: {size} of {expected['bytes']} bytes"
-            if _checksum(file) != expected["blake2b"]:
+            if size != expected.bytes:
+                return f"{name} is truncated: {size} of {expected.bytes} bytes"
+            if _checksum(file) != expected.blake2b:
                 return f"{name} has changed since it was written: checksum mismatch"
-        except FileNotFoundError:
-            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """Return the contents of `PROGRESS_NAME` in a checkpoint; raise UserError if they are damaged."""
+    file = checkpoint / "state" / PROGRESS_NAME
+    from_json(Progress, fields := read_json(file), file)
+    return fields
 
 
 def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
@@ -287,10 +331,9 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 def _held_out_loss(checkpoint: Path) -> float | None:
     """Return the last held-out loss measured up to a checkpoint, or None if there is none."""
     try:
-        loss = json.loads((checkpoint / "state" / PROGRESS_NAME).read_text(encoding="utf-8")).get("held_out_loss")
-    except (OSError, ValueError, AttributeError):  # damaged, or of another format
+        return read_progress(checkpoint).get("held_out_loss")
+    except UserError:  # damaged, or of another format
         return None
-    return loss if isinstance(loss, float) else None
 
 
 def _remove(checkpoint: Path) -> None:

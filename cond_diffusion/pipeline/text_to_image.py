@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -12,16 +13,15 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from PIL import Image
-from psutil import virtual_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cond_diffusion.config.sampling import Precision, SamplingOptions
-from cond_diffusion.device import autocast, choose_precision, keep_memory
+from cond_diffusion.device import autocast, check_memory, choose_precision, free_memory, keep_memory
 from cond_diffusion.diffusion.guidance import Edit, guided, threshold_dynamically
 from cond_diffusion.diffusion.objective import Prediction, denoiser
 from cond_diffusion.diffusion.samplers import Noise, Sampler, Step, build_sampler, sampling_timesteps
-from cond_diffusion.errors import Interrupted, UserError, check_text
+from cond_diffusion.errors import Interrupted, UserError, check_text, user_errors
 from cond_diffusion.files import write_file, written_aside
 from cond_diffusion.hub import upload
 from cond_diffusion.images import PILLOW_MODES, ImageGrid, encode, fit, from_pillow, grid, normalize_image, to_pillow
@@ -44,7 +44,9 @@ from cond_diffusion.seeding import generator
 DEFAULT_STRENGTH = 0.8
 MAX_BATCH_SIZE = 64
 # Memory per guided image, in feature maps of the first level's resolution and width; measured: 54 to 118.
-FEATURE_MAPS_PER_IMAGE = 120
+FEATURE_MAPS_PER_IMAGE, MIN_FEATURE_MAPS = 120, 20
+BYTES_PER_EXAMPLE = 1000  # of a generated image's Python objects
+PROMPT_BATCH_SIZE = 256  # prompts whose embeddings are in memory at once
 
 StepCallback = Callable[[Step, int, int], None]
 """(step, index of the step from 0, number of steps); the step's `x` and `x_0_hat` are decoded to pixels."""
@@ -115,6 +117,8 @@ class TextToImage:
             )
         self.shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         self.channels = latent_space.pixel_channels(unet.config.in_channels)
+        if self.channels not in PILLOW_MODES:
+            raise UserError(f"UNet config: in_channels: images have {self.channels} channels; expected 1 or 3")
         self.unet = unet
         self.text_encoder = text_encoder
         self.prediction = prediction
@@ -168,7 +172,8 @@ class TextToImage:
         """Load all parts of an open checkpoint; raises UserError as `from_pretrained` does."""
         latent_space, unet = checkpoint.latent_space, checkpoint.unet
         if ema_width is not None:
-            unet = UNet.with_weights(unet.config, weights_of_width(checkpoint.folder, ema_width))
+            with user_errors(f"--ema-width: the snapshots do not fit {checkpoint.folder}", RuntimeError):
+                unet = UNet.with_weights(unet.config, weights_of_width(checkpoint.folder, ema_width))
         pipe = cls(unet, checkpoint.text_encoder, checkpoint.prediction, latent_space, dtype)
         pipe.folder = checkpoint.folder
         return pipe
@@ -251,9 +256,23 @@ class TextToImage:
 
     def max_batch_size(self) -> int:
         """Return the largest batch size that fits into half of the free memory, at most `MAX_BATCH_SIZE`."""
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else virtual_memory().available
-        values = FEATURE_MAPS_PER_IMAGE * self.unet.config.channels[0] * self.shape[1] * self.shape[2]
-        return max(1, min(MAX_BATCH_SIZE, int(free / 2 // (4 * values))))
+        per_image = FEATURE_MAPS_PER_IMAGE * self._feature_map_bytes
+        return max(1, min(MAX_BATCH_SIZE, int(free_memory(self.device) / 2 // per_image)))
+
+    def check_memory(self, count: int, key: str = "num_images") -> None:
+        """Raise UserError if `count` images do not fit into memory: as numbers, as PIL images and in a grid.
+
+        Args:
+            key: The option to reduce.
+        """
+        per_image = 6 * self.channels * self.image_size**2 + BYTES_PER_EXAMPLE
+        what = f"{key}: {count} images of {self.image_size} x {self.image_size} pixels"
+        check_memory(what, count * per_image)
+
+    @property
+    def _feature_map_bytes(self) -> int:
+        """Size of a feature map of the first level, of one image."""
+        return 4 * self.unet.config.channels[0] * self.shape[1] * self.shape[2]
 
     def clip_fn(self, dynamic_thresholding: float | None = None) -> Callable[[Tensor], Tensor]:
         """Return the function that limits x_0_hat to [-1, 1]; the identity if the schedule does not clip x_0.
@@ -303,13 +322,13 @@ class TextToImage:
         given = {name: value for name, value in options.items() if value is not None}
         job = self._resolve(prompts, SamplingOptions(**given), image, mask, batch_size)
         examples = self._encode(job)
-        batches = [examples[i : i + job.batch_size] for i in range(0, len(examples), job.batch_size)]
+        batches = -(-len(job.prompts) * job.options.num_images // job.batch_size)
         steps = len(job.timesteps) * job.options.resamplings
         done: list[Tensor] = []
-        bar = tqdm(total=len(batches) * steps, desc="sampling", unit=" steps", disable=not progress)
+        bar = tqdm(total=batches * steps, desc="sampling", unit=" steps", disable=not progress)
         with bar, autocast(self.precision, self.device):
             try:
-                for batch in batches:
+                while batch := list(islice(examples, job.batch_size)):
                     noise = self._noise([example.seed for example in batch])
                     x = job.edit.begin(noise(), self.schedule, job.timesteps)
                     for number, step in enumerate(self._denoise(job, batch, x, noise)):
@@ -343,6 +362,10 @@ class TextToImage:
         negative_prompts = options.per_prompt("negative_prompt", len(prompts))
         for prompt in [*prompts, *negative_prompts]:
             check_text(prompt, "prompts")
+        count, batch_size = len(prompts) * options.num_images, batch_size or self.max_batch_size()
+        self.check_memory(count)
+        size, maps = min(count, batch_size), MIN_FEATURE_MAPS * self._feature_map_bytes
+        check_memory(f"batch_size: {size} images of {self.image_size} x {self.image_size}", size * maps, self.device)
         total, interval = self.schedule.num_timesteps, options.guidance_interval
         if interval is not None and interval[0] >= total:
             raise UserError(f"guidance_interval: {interval[0]} to {interval[1]} lies beyond the {total} timesteps")
@@ -356,7 +379,7 @@ class TextToImage:
             scales=options.per_prompt("guidance_scale", len(prompts)),
             seeds=options.per_prompt("seed", len(prompts)),
             negative_prompts=negative_prompts,
-            batch_size=batch_size or self.max_batch_size(),
+            batch_size=batch_size,
             edit=edit,
             timesteps=edit.timesteps(visited),
             sampler=edit.wrap_sampler(build_sampler(options, self.schedule.config, len(visited))),
@@ -391,16 +414,17 @@ class TextToImage:
         strength = 1.0 if options.strength is None else options.strength
         return Edit(self.latent_space.encode(self._preprocess(image)), region, strength, options.resamplings)
 
-    def _encode(self, job: Job) -> list[Example]:
-        """Embed each prompt once, and return the inputs of each image, in the order of the prompts."""
-        negatives = list(dict.fromkeys(job.negative_prompts))
-        contexts, null_contexts = self._embed(job.prompts), self._embed(negatives)
-        rows = zip(job.prompts, job.negative_prompts, job.scales, job.seeds, strict=True)
-        return [
-            Example(contexts[prompt], null_contexts[negative], scale, seed + i)
-            for prompt, negative, scale, seed in rows
-            for i in range(job.options.num_images)
-        ]
+    def _encode(self, job: Job) -> Iterator[Example]:
+        """Yield the inputs of each image, in the order of the prompts; prompts are embedded in batches when needed."""
+        for start in range(0, len(job.prompts), PROMPT_BATCH_SIZE):
+            rows = slice(start, start + PROMPT_BATCH_SIZE)
+            prompts, negatives = job.prompts[rows], job.negative_prompts[rows]
+            contexts, null_contexts = self._embed(prompts), self._embed(list(dict.fromkeys(negatives)))
+            for prompt, negative, scale, seed in zip(
+                prompts, negatives, job.scales[rows], job.seeds[rows], strict=True
+            ):
+                for i in range(job.options.num_images):
+                    yield Example(contexts[prompt], null_contexts[negative], scale, seed + i)
 
     def _embed(self, prompts: list[str]) -> dict[str, Float[Tensor, "l d"]]:
         """Return the text embedding of each prompt; log a warning for truncated prompts."""

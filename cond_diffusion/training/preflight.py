@@ -13,7 +13,6 @@ from pathlib import Path
 from textwrap import wrap
 from timeit import repeat
 
-import psutil
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from cond_diffusion.config.run import PRETRAIN, Config
 from cond_diffusion.data.dataset import CaptionedImages, RandomDraws, open_captioned_files
 from cond_diffusion.data.loader import TrainingData, open_training_data
+from cond_diffusion.device import free_memory
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import encode, enlarged, grid, label_font, to_model, to_pillow
 from cond_diffusion.models.clip import build_clip, count_whole_words, train_tokenizer
@@ -162,8 +162,7 @@ def _cost_problems(config: Config, unet: UNet, activations: float, hours: float)
     if hours > MAX_HOURS:
         problems.append(f"training takes {hours:.0f} h; set train.max_steps, unet.channels or data.resolution lower")
     weights = 4e-9 * sum(parameter.numel() for parameter in unet.parameters())
-    device = unet.conv_in.weight.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_memory(unet.conv_in.weight.device)
     if activations > 0.9 * free / 1e9:
         change = "set train.batch_size lower or train.gradient_checkpointing=true"
         problems.append(f"a batch needs {activations:.1f} GB of memory and {free / 1e9:.1f} GB are free; {change}")

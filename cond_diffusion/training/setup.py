@@ -32,7 +32,7 @@ from cond_diffusion.config.run import (
 )
 from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.data.dataset import open_captioned_files
-from cond_diffusion.device import choose_precision, has_bf16, keep_memory, share_cores
+from cond_diffusion.device import check_memory, choose_precision, has_bf16, keep_memory, share_cores
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.diffusion.samplers import sampling_timesteps
 from cond_diffusion.diffusion.schedule import NoiseSchedule
@@ -133,6 +133,7 @@ def build_run(config: Config, accelerator: Accelerator, dataset: datasets.Datase
     is_latent = source is not None and source.latent_space.is_latent
     latent_space = source.latent_space if source is not None and is_latent else build_latent_space(config.latent)
     weights = initial.unet.state_dict() if initial is not None and (resumed is None or config.train.lora_rank) else None
+    _check_memory(config, text_encoder.context_dim, latent_space, accelerator)
     unet = new_unet(config, text_encoder.context_dim, latent_space, weights).to(accelerator.device)
     network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
     return Run(
@@ -356,6 +357,24 @@ def complete_unet_config(config: Config, context_dim: int, latent_space: LatentS
     return replace(config.unet, **required)
 
 
+def _check_memory(config: Config, context_dim: int, latent_space: LatentSpace, accelerator: Accelerator) -> None:
+    """Raise UserError if the weights, a batch, or a sample grid certainly exceed the free memory."""
+    train, data, sample = config.train, config.data, config.sample
+    pixels = data.channels * data.resolution**2
+    unet_config = complete_unet_config(config, context_dim, latent_space)
+    images = sample.num_images * len(sample.prompts)
+    check_memory(f"sample.num_images ({sample.num_images})", images * 6 * pixels)
+    # A lower bound of the batch: its images, and three feature maps of the first level.
+    values = pixels + 3 * unet_config.channels[0] * latent_space.shape(data)[1] ** 2
+    what = f"train.batch_size ({train.batch_size}), data.resolution ({data.resolution})"
+    check_memory(what, 4 * train.batch_size * values, accelerator.device)
+    with torch.device("meta"):
+        unet = UNet(unet_config)
+    shards = accelerator.num_processes if accelerator.distributed_type == DistributedType.FSDP else 1
+    needed = _state_bytes(unet, averages=2 if train.snapshots else 1) if not train.lora_rank else 0
+    check_memory(f"unet.channels ({unet_config.channels})", needed / shards, accelerator.device)
+
+
 def new_unet(
     config: Config, context_dim: int, latent_space: LatentSpace, weights: Mapping[str, Tensor] | None = None
 ) -> UNet:
@@ -395,13 +414,23 @@ def new_optimizer(config: TrainConfig, unet: UNet) -> torch.optim.Optimizer:
 
 def summary(unet: UNet, averages: int = 1) -> str:
     """Describe the number of trained parameters and the memory of everything but activations."""
-    total = sum(parameter.numel() for parameter in unet.parameters())
-    trained = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
-    # 4 bytes each: all weights; for trained ones also a gradient, two moments (Muon has one) and the averages.
+    total, trained = _num_parameters(unet)
     return (
         f"trains {trained / 1e6:.2f} of {total / 1e6:.2f} million parameters: about "
-        f"{(4 * total + (12 + 4 * averages) * trained) / 1e9:.2f} GB for weights, gradients, moments and averages"
+        f"{_state_bytes(unet, averages) / 1e9:.2f} GB for weights, gradients, moments and averages"
     )
+
+
+def _num_parameters(unet: UNet) -> tuple[int, int]:
+    """Return the number of all parameters, and of those that are trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in unet.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+
+
+def _state_bytes(unet: UNet, averages: int) -> int:
+    """Return the bytes of all weights and, for trained ones, a gradient, two moments (Muon has one) and averages."""
+    total, trained = _num_parameters(unet)
+    return 4 * total + (12 + 4 * averages) * trained
 
 
 def acquire_lock(lock: RunLock, accelerator: Accelerator) -> None:

@@ -5,7 +5,6 @@ each process holds a shard of every tensor: the training state is written as one
 processes can load it; the averaged weights, which are sampled from, are gathered and written as full tensors.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,17 +17,16 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cond_diffusion.config.run import Config, TrainConfig, save_config
 from cond_diffusion.errors import UserError, first_line, user_errors
-from cond_diffusion.files import save_tensors, write_json
+from cond_diffusion.files import load_tensors, save_tensors, write_json
 from cond_diffusion.models.ema import EMA, Weights, save_snapshot
 from cond_diffusion.models.lora import digest_of_base, has_lora, load_lora, merged, save_lora
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.run_folder import PROGRESS_NAME, save_checkpoint
+from cond_diffusion.pipeline.run_folder import PROGRESS_NAME, read_progress, save_checkpoint
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
 logger = logging.getLogger(__name__)
@@ -126,9 +124,9 @@ class TrainingState:
         if len(self.averages) > 1 and not any(folder.glob("narrow_ema*")):
             raise UserError("train.snapshots: this run has stored no second average so far; expected 0")
         damaged = f"resume: {folder} is damaged or belongs to a different network"
-        library_errors = (OSError, SafetensorError, json.JSONDecodeError, RuntimeError, KeyError)
+        library_errors = (OSError, SafetensorError, RuntimeError, LookupError, ValueError, TypeError)
         with user_errors(damaged, *library_errors, hint=f"; delete {checkpoint} to resume from the checkpoint before"):
-            progress = json.loads((folder / PROGRESS_NAME).read_text(encoding="utf-8"))
+            progress = read_progress(checkpoint)
             if progress.get("base") != self.base:
                 raise UserError("resume: the weights of init_from or train.lora_rank have changed; expected no change")
             _load_weights(read_shards(folder, "unet"), self.parameters)
@@ -171,7 +169,7 @@ def read_shards(folder: Path, stem: str) -> dict[str, list[Tensor]]:
         files = sorted(folder.glob(f"{stem}-*-of-*.safetensors")) or files
     shards: dict[str, list[Tensor]] = {}
     for file in files:
-        for name, tensor in load_file(file).items():
+        for name, tensor in load_tensors(file).items():
             shards.setdefault(name, []).append(tensor)
     return shards
 

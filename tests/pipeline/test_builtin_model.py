@@ -236,7 +236,7 @@ def test_notebook_shows_a_summary_of_the_pipeline_and_a_grid_of_images(pipe: Tex
 def test_max_batch_size_uses_half_of_the_free_memory(pipe: TextToImage, monkeypatch: Any):
     def batch_size_for(gigabytes: float) -> int:
         free = SimpleNamespace(available=int(gigabytes * 1e9))
-        monkeypatch.setattr("cond_diffusion.pipeline.text_to_image.virtual_memory", lambda: free)
+        monkeypatch.setattr("cond_diffusion.device.psutil.virtual_memory", lambda: free)
         return pipe.max_batch_size()
 
     image_gb = 120 * 4 * 32 * 14 * 14 / 1e9
