@@ -50,7 +50,7 @@ def free_memory(device: torch.device | None = None) -> int:
     return psutil.virtual_memory().available
 
 
-def check_memory(what: str, needed: float, device: torch.device | None = None) -> None:
+def check_memory(what: str, needed: int, device: torch.device | None = None) -> None:
     """Raise UserError if `needed` bytes exceed the free memory.
 
     Args:

@@ -126,8 +126,9 @@ def label_font(text: str) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     for name in (*FONTS, str(folder / FONTS[0])):
         with suppress(OSError):
             font = ImageFont.truetype(name, 10)
-            box = bytes(font.getmask("\U0010ffff"))  # drawn in place of a letter that the font does not have
-            if all(letter.isascii() or bytes(font.getmask(letter)) != box for letter in text):
+            mask: Any = font.getmask
+            box = bytes(mask("\U0010ffff"))  # drawn in place of a letter that the font does not have
+            if all(letter.isascii() or bytes(mask(letter)) != box for letter in text):
                 return font
     _warn_without_font()
     return font

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from stable_diffusion import autoencoder
+from transformers import CLIPTextModel
 
 from cond_diffusion import TextToImage, UNet, UNetConfig, UserError
 from cond_diffusion.cli.main import command_line
@@ -30,7 +32,7 @@ from cond_diffusion.images import open_image
 from cond_diffusion.models.ema import save_snapshot, snapshots_until, weights_of_width
 from cond_diffusion.models.latents import VAE, AutoencoderConfig
 from cond_diffusion.models.lora import FILE_NAME, add_lora_file
-from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder, clip_kind
+from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder, clip_errors, clip_kind, load_tokenizer
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL, Checkpoint
 from cond_diffusion.pipeline.generate import CHUNK_PREFIX, from_flat, read_settings, save_png
 from cond_diffusion.pipeline.run_folder import find_corruption, read_progress
@@ -91,6 +93,18 @@ def unet_of(folder: Path) -> None:
         UNet(unet_config.from_diffusers(read_json(file), file))
 
 
+@cache
+def text_model() -> CLIPTextModel:
+    return TextEncoder.from_pretrained("builtin", None).clip
+
+
+def tokenizer_of(folder: Path) -> None:
+    """Read a tokenizer as `TextEncoder.from_pretrained` does, and embed a caption."""
+    with clip_errors("text.encoder", folder):
+        encoder = TextEncoder(load_tokenizer(folder / "tokenizer", text_model().config.vocab_size), text_model(), None)
+    assert encoder(["a digit one"]).isfinite().all()
+
+
 def shards_of(folder: Path) -> None:
     UNet.from_pretrained(folder / "sharded")
 
@@ -102,7 +116,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "checksums.json": lambda folder: find_corruption(folder, with_state=True),
     "text_encoder/config.json": lambda folder: clip_kind(folder / "text_encoder"),
     "clip/config.json": lambda folder: clip_kind(folder / "clip"),
-    "tokenizer/tokenizer_config.json": lambda folder: TextEncoder.from_pretrained(folder, None)("a b"),
+    "tokenizer/tokenizer_config.json": tokenizer_of,
     "vae/config.json": lambda folder: from_json(AutoencoderConfig, read_json(folder / "vae" / "config.json"), "vae"),
     "state/progress.json": read_progress,
     "sharded/diffusion_pytorch_model.safetensors.index.json": shards_of,

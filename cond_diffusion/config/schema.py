@@ -131,7 +131,7 @@ def _user_error(error: ValidationError, name: str, schema: Any) -> UserError:
     return UserError(f"{key}: {value!r:.80}{did_you_mean(str(value), choices)}; expected {expected}")
 
 
-def from_json(schema: type[Schema], fields: Any, where: str | Path) -> Schema:
+def from_json(schema: Any, fields: Any, where: str | Path) -> Any:
     """Construct a dataclass from the fields of a JSON file. Values are not converted, for example text to numbers.
 
     Args:

@@ -121,7 +121,9 @@ class _DiffusersConfig:
 
     block_out_channels: Levels = (320, 640, 1280, 1280)
     down_block_types: tuple[Literal["CrossAttnDownBlock2D", "DownBlock2D"], ...] = (
-        *("CrossAttnDownBlock2D",) * 3,
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
         "DownBlock2D",
     )
     up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)

@@ -13,6 +13,7 @@ from string import Formatter
 from typing import Any
 
 import datasets
+import datasets.config
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
@@ -77,6 +78,7 @@ def open_source(
         builder: Any = datasets.load_dataset_builder(found.builder, data_files=found.patterns(), **options)
         if isinstance(builder, WebDataset):  # of a Hub id, too
             builder.__class__ = _Tars
+        splits: Any
         if streaming:
             splits = builder.as_streaming_dataset()
         else:

@@ -184,7 +184,9 @@ class ClipJudge(nn.Module):
                 processor = None  # a CLIP of `clip_pretraining` has no processor: it accepts images in [-1, 1]
                 if any(folder.glob("*processor_config.json")):
                     processor = CLIPImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
-                return cls(load_clip(CLIPModel, folder), load_tokenizer(folder), processor, max_length)
+                clip = load_clip(CLIPModel, folder)
+                vocab_size: int = cast(Any, clip.config.text_config).vocab_size
+                return cls(clip, load_tokenizer(folder, vocab_size), processor, max_length)
         raise UserError(f"CLIP: {source} has no image encoder")
 
     @torch.no_grad()

@@ -90,7 +90,9 @@ def add_lora_file(unet: UNet, source: str | Path, **options: Any) -> None:
         UserError: If the file cannot be read, or belongs to another network.
     """
     file = Path(source)
-    if not file.exists():
+    with user_errors(f"lora: {source!s:.80} cannot be read", OSError):
+        exists = file.exists()
+    if not exists:
         try:
             file = download(str(source), [FILE_NAME], **options)
         except UserError as error:

@@ -100,10 +100,8 @@ class TextEncoder(nn.Module):
             if (kind := clip_kind(clip_folder)) not in ("clip", "clip_text_model"):
                 raise UserError(f"the model type is {kind!r}; expected clip or clip_text_model")
             clip = load_clip(CLIPTextModel, clip_folder)
-            tokenizer = load_tokenizer(folder / "tokenizer" if has_subfolders else folder)
-            size = clip.config.vocab_size
-            if len(tokenizer) != size or max(tokenizer.get_vocab().values()) >= size:
-                raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {size}")
+            tokenizer_folder = folder / "tokenizer" if has_subfolders else folder
+            tokenizer = load_tokenizer(tokenizer_folder, clip.config.vocab_size)
         return cls(tokenizer, clip, max_length)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -229,13 +227,16 @@ def load_clip(kind: type[Clip], folder: Path) -> Clip:
     return clip
 
 
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
+def load_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
+    """Load a tokenizer; raise UserError if its tokens are not those of an encoder with `vocab_size` embeddings."""
     if (folder / "tokenizer_config.json").exists():
         from_json(TokenizerConfig, read_json(folder / "tokenizer_config.json"), "tokenizer_config.json")
     with quiet_transformers():
         tokenizer = CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if len(tokenizer) != vocab_size or max(tokenizer.get_vocab().values()) >= vocab_size:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {vocab_size}")
     for name in ("bos_token", "eos_token", "pad_token"):
-        if not isinstance(number := getattr(tokenizer, f"{name}_id"), int) or not 0 <= number < len(tokenizer):
+        if not isinstance(number := getattr(tokenizer, f"{name}_id"), int) or not 0 <= number < vocab_size:
             raise UserError(f"tokenizer_config.json: {name}: {getattr(tokenizer, name)!r:.60} is not in the vocabulary")
     return tokenizer
 

@@ -172,7 +172,8 @@ def _train(
     else:
         _check_unchanged(config, load_config(ClipPretrainingConfig, run_dir / CONFIG_NAME))
         with clip_errors("resume", newest):
-            clip, tokenizer = load_clip(CLIPModel, newest), load_tokenizer(newest)
+            clip: Any = load_clip(CLIPModel, newest)
+            tokenizer = load_tokenizer(newest, clip.config.text_config.vocab_size)
     logger.info("vocab_size: %d of %d distinct words are whole tokens", *count_whole_words(tokenizer, captions))
     clip.to(accelerator.device).train()
     weights = dict(clip.named_parameters())

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from textwrap import wrap
 from timeit import repeat
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -145,7 +146,8 @@ def _clip_summary(config: Config, device: torch.device, *, bf16: bool) -> str:
     blank = CaptionedImages(images, torch.arange(pretraining.batch_size) % len(groups), groups)
     captions = [caption for group in groups for caption in group]
     tokenizer = train_tokenizer(captions, pretraining.vocab_size, pretraining.max_length)
-    clip = build_clip(pretraining, tokenizer).to(device)
+    clip: Any = build_clip(pretraining, tokenizer)
+    clip.to(device)
     loss = partial(training_loss, clip, tokenizer, blank, pretraining, 0, bf16=bf16)
     minutes = min(repeat(lambda: loss().backward(), number=1, repeat=3)) * pretraining.max_steps / 60
     millions = sum(parameter.numel() for parameter in clip.parameters()) / 1e6

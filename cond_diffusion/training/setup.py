@@ -253,7 +253,8 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
     Raises:
         UserError: If the config contradicts the checkpoint.
     """
-    if config.init_from is None:
+    init_from = config.init_from
+    if init_from is None:
         if config.train.lora_rank:
             raise UserError(f"train.lora_rank: {config.train.lora_rank} requires init_from, a model to adapt")
         return config, None
@@ -264,16 +265,16 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
     if resumed is not None:
         before = resumed.run_config
         if before.init_from is None:
-            raise UserError(f"resume: this run did not start from init_from={config.init_from}; remove it")
+            raise UserError(f"resume: this run did not start from init_from={init_from}; remove it")
         decided = {name: getattr(before, name) for name in ("unet", "schedule", "latent", "text")}
         prediction, source = before.objective.prediction, before.init_from
         initial = None
         if config.train.lora_rank:
             # The folder that a Hub model was downloaded to may have been deleted.
-            initial = Checkpoint(Path(source)) if Path(source).is_dir() else open_checkpoint(config.init_from)
+            initial = Checkpoint(Path(source)) if Path(source).is_dir() else open_checkpoint(init_from)
             source = str(initial.folder)
     else:
-        initial = open_checkpoint(config.init_from)
+        initial = open_checkpoint(init_from)
         space, source = initial.latent_space, str(initial.folder)
         decided = {
             "unet": replace(initial.unet.config, sample_size=None),  # other sizes are supported
@@ -362,17 +363,17 @@ def _check_memory(config: Config, context_dim: int, latent_space: LatentSpace, a
     train, data, sample = config.train, config.data, config.sample
     pixels = data.channels * data.resolution**2
     unet_config = complete_unet_config(config, context_dim, latent_space)
-    images = sample.num_images * len(sample.prompts)
-    check_memory(f"sample.num_images ({sample.num_images})", images * 6 * pixels)
-    # A lower bound of the batch: its images, and three feature maps of the first level.
-    values = pixels + 3 * unet_config.channels[0] * latent_space.shape(data)[1] ** 2
-    what = f"train.batch_size ({train.batch_size}), data.resolution ({data.resolution})"
-    check_memory(what, 4 * train.batch_size * values, accelerator.device)
     with torch.device("meta"):
         unet = UNet(unet_config)
     shards = accelerator.num_processes if accelerator.distributed_type == DistributedType.FSDP else 1
     needed = _state_bytes(unet, averages=2 if train.snapshots else 1) if not train.lora_rank else 0
-    check_memory(f"unet.channels ({unet_config.channels})", needed / shards, accelerator.device)
+    check_memory(f"unet.channels ({unet_config.channels})", needed // shards, accelerator.device)
+    # A lower bound of the batch: its images, and three feature maps of the first level.
+    values = pixels + 3 * unet_config.channels[0] * latent_space.shape(data)[1] ** 2
+    what = f"train.batch_size ({train.batch_size}), data.resolution ({data.resolution})"
+    check_memory(what, 4 * train.batch_size * values, accelerator.device)
+    images = sample.num_images * len(sample.prompts)
+    check_memory(f"sample.num_images ({sample.num_images})", images * 6 * pixels)
 
 
 def new_unet(
