@@ -11,7 +11,7 @@ from cond_diffusion.config.schema import Fraction, LocalPath, NonNegativeInt, Po
 from cond_diffusion.errors import UserError, user_errors
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# The default captions of built-in data sets.
+# The captions of built-in data sets, unless captions are set.
 BUILT_IN_CAPTIONS: dict[str, dict[str, Any]] = {
     "mnist": {
         "caption_column": "label",
@@ -21,8 +21,21 @@ BUILT_IN_CAPTIONS: dict[str, dict[str, Any]] = {
             *("a drawing of the number {word}", "{word}", "{digit}"),
         ),
         "label_names": {"word": [*DIGITS], "digit": [*map(str, range(10))]},
-    }
+    },
+    "emoji": {"caption_column": "captions"},
 }
+# The defaults of other fields, where they differ from those of `DataConfig`.
+BUILT_IN_DEFAULTS: dict[str, dict[str, Any]] = {"emoji": {"resolution": 64, "channels": 3, "background": "white"}}
+
+
+def _of_source(name: str, default: Any, description: str) -> Any:
+    """Declare a field whose default depends on `source`."""
+
+    def choose(fields: dict[str, Any]) -> Any:
+        return BUILT_IN_DEFAULTS.get(fields.get("source", ""), {}).get(name, default)
+
+    others = ", ".join(f"{source}: {values[name]}" for source, values in BUILT_IN_DEFAULTS.items())
+    return Field(default_factory=choose, description=f"{description}; {others}")
 
 
 @section("data")
@@ -32,15 +45,17 @@ class DataConfig:
 
     source: LocalPath = option(
         "mnist",
-        "`mnist`, a folder (images with metadata, `a.txt` beside `a.png`, Parquet files, WebDataset tars), a "
+        "`mnist`, `emoji`, a folder (images with metadata, `a.txt` beside `a.png`, Parquet files, WebDataset tars), a "
         "`.parquet` or `.tar` file, or a Hub id",
     )
     streaming: bool = option(False, "read the source sequentially, without a local copy")
     shuffle_buffer: PositiveInt = option(1000, "size of the shuffle buffer when streaming, in rows")
     image_column: str = option("image", "column with the images; in a tar, the file extension: `png`")
     caption_column: str = option("text", "column with the captions: texts, lists of texts, or labels")
-    resolution: PositiveInt = option(28, "image size in pixels; the shorter side is resized to it, the rest is cropped")
-    channels: int = option(1, "1 for grayscale, 3 for RGB")
+    resolution: PositiveInt = _of_source(
+        "resolution", 28, "image size in pixels; the shorter side is resized to it, the rest is cropped"
+    )
+    channels: int = _of_source("channels", 1, "1 for grayscale, 3 for RGB")
     crop: Literal["center", "random"] = option("center", "position of the crop: `center`, or `random` in each epoch")
     flip: bool = option(False, "flip images horizontally with probability 0.5")
     caption_templates: tuple[str, ...] = option(
@@ -50,7 +65,7 @@ class DataConfig:
         default_factory=dict,
         description="for each word in braces, the name of each label; `{label}` is the data set's own name",
     )
-    background: str = option("black", "color that transparent images are composited on")
+    background: str = _of_source("background", "black", "color that transparent images are composited on")
     max_bad_fraction: Fraction = option(0.01, "fraction of images that may be unreadable; these are skipped")
     memory_gb: float = option(
         4.0,

@@ -24,7 +24,7 @@ from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.schema import decode_text
 from cond_diffusion.errors import UserError, check_cache, did_you_mean, first_line, user_errors
 
-BUILT_IN_SOURCES = {"mnist": Path(__file__).parent.parent / "assets" / "mnist"}
+BUILT_IN_SOURCES = {name: Path(__file__).parent.parent / "assets" / name for name in ("mnist", "emoji")}
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 FILE_SUFFIXES = {*BUILDERS, ".csv", ".gz", ".json", ".jsonl", ".txt", ".zip"}  # unlikely at the end of a Hub id
@@ -68,7 +68,7 @@ def open_source(
     elif path.is_absolute() or source.startswith(".") or path.suffix in FILE_SUFFIXES or source.count("/") != 1:
         raise UserError(
             f"data.source: no file or folder {source}{did_you_mean(source, BUILT_IN_SOURCES)}; "
-            "expected mnist, a folder, a .parquet or .tar file or a Hub id such as ylecun/mnist"
+            "expected mnist, emoji, a folder, a .parquet or .tar file or a Hub id such as ylecun/mnist"
         )
     if found.builder == "webdataset":
         for file in found.files:
