@@ -165,8 +165,8 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: There is no such file, or it is not a JSON object.
     """
     if not file.exists():
-        raise UserError(f"{file.parent}: incomplete; there is no {file.name}")
-    return parse_json(read_text(file, str(file.parent)), file)
+        raise UserError(f"{file.parent} is incomplete: there is no {file.name}")
+    return parse_json(read_text(file), file)
 
 
 def from_yaml(schema: type, text: str, where: str) -> dict[str, Any]:
@@ -313,24 +313,25 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def read_text(file: Path, option: str) -> str:
+def read_text(file: Path, option: str = "") -> str:
     """Return the text of a file.
 
     Args:
-        option: Prefix of the error message.
+        option: The option that gave the file, for error messages.
 
     Raises:
         UserError: The file does not exist, is not a regular file, is too large, or cannot be read.
     """
-    with user_errors(f"{option}: {file} cannot be read", OSError, ValueError):
+    where = f"{option}: {file}" if option else str(file)
+    with user_errors(f"{where} cannot be read", OSError, ValueError):
         if not file.exists():
             existing = sorted(map(str, file.parent.glob("*.yaml"))) if file.parent.is_dir() else []
-            raise UserError(f"{option}: there is no file {file}{did_you_mean(str(file), existing)}")
+            raise UserError(f"{where} does not exist{did_you_mean(str(file), existing)}")
         if not file.is_file():  # a pipe or a device can be endless
-            raise UserError(f"{option}: {file} is not a regular file")
+            raise UserError(f"{where} is not a regular file")
         if (size := file.stat().st_size) > MAX_TEXT_BYTES:
-            raise UserError(f"{option}: {file} has {size} bytes; expected at most {MAX_TEXT_BYTES}")
-        return decode_text(file.read_bytes(), f"{option}: {file}")
+            raise UserError(f"{where} has {size} bytes; expected at most {MAX_TEXT_BYTES}")
+        return decode_text(file.read_bytes(), where)
 
 
 def decode_text(content: bytes, name: str) -> str:

@@ -174,7 +174,8 @@ def _list_files(folder: Path) -> tuple[list[Path], list[Path]]:
             links.append(Path(root))
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         paths = (Path(root, name) for name in names if not _is_hidden(name))
-        files += [path for path in paths if path.is_file()]  # a pipe or a device can be endless
+        # A pipe or a device can be endless. A broken link is reported where it is read.
+        files += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]  # noqa: PTH110, PTH113
     return sorted(files), links
 
 

@@ -94,7 +94,7 @@ def snapshots_until(run_dir: Path, step: int) -> list[Snapshot]:
     """Return the snapshots of a run up to `step`; raise UserError for a damaged file."""
     snapshots = []
     for file_step, file in snapshot_files(run_dir):
-        if file_step <= step:
+        if 0 < file_step <= step:
             with _opened(file) as content:
                 metadata = content.metadata() or {}
             fields = parse_json(f'{{"widths": {metadata.get("widths")}}}', file)

@@ -306,7 +306,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     """
     index = folder / f"{name}.index.json"
     if not (folder / name).exists() and index.exists():
-        shards: Any = from_json(dict[str, str], read_json(index).get("weight_map", {}), f"{index}: weight_map")
+        shards: Any = from_json(dict[str, str], read_json(index).get("weight_map"), f"{index}: weight_map")
         return [folder / PurePosixPath(shard).name for shard in sorted({*shards.values()})]
     return [folder / (in_half(name) if variant_of(folder, name) else name)]
 

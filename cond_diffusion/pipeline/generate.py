@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from cond_diffusion import __version__
 from cond_diffusion.config.sampling import GenerationSettings, SamplingOptions
-from cond_diffusion.config.schema import from_json, parse_json
+from cond_diffusion.config.schema import parse_json
 from cond_diffusion.errors import Interrupted, UserError, user_errors
 from cond_diffusion.files import check_writable, write_file
 from cond_diffusion.images import encode, grid, open_image, opened_image
@@ -196,8 +196,10 @@ def read_settings(path: str, option: str) -> dict[str, Any]:
         )
     if unknown := found.keys() - {*_field_names(GenerationSettings), *_field_names(SamplingOptions)}:
         raise UserError(f"{option}: {path} has the unknown setting {min(unknown)!r:.60}")
-    for schema in (GenerationSettings, SamplingOptions):
-        from_json(schema, {name: found[name] for name in _field_names(schema) if name in found}, f"{option}: {path}")
+    try:
+        from_flat(found)
+    except UserError as error:
+        raise UserError(f"{option}: {path}: {error}") from error
     return found
 
 

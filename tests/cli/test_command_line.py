@@ -317,7 +317,7 @@ def test_invalid_arguments_of_sample_give_one_line_and_exit_code_2(
         ("unet/diffusion_pytorch_model.safetensors", "cut", "checkpoint/unet: "),
         ("text_encoder/model.safetensors", "cut", "text.encoder: "),
         ("scheduler/scheduler_config.json", "cut", "scheduler_config.json: "),
-        ("unet/config.json", "cut", "checkpoint/unet: "),
+        ("unet/config.json", "cut", "checkpoint/unet/config.json: "),
         ("tokenizer/tokenizer.json", "cut", "text.encoder: "),
         ("unet/config.json", "delete", "config.json"),
         ("unet/diffusion_pytorch_model.safetensors", "delete", "diffusion_pytorch_model.safetensors"),
@@ -325,7 +325,7 @@ def test_invalid_arguments_of_sample_give_one_line_and_exit_code_2(
         ("text_encoder/model.safetensors", "delete", "text_encoder"),
         ("tokenizer", "delete", "tokenizer"),
         ("model_index.json", "delete", "model_index.json"),
-        ("unet/config.json", {"act_fn": "gelu"}, "UNet config: act_fn: 'gelu'"),
+        ("unet/config.json", {"act_fn": "gelu"}, "unet/config.json: act_fn: 'gelu'"),
         ("model_index.json", {"_class_name": "FluxPipeline"}, "FluxPipeline"),
     ],
 )

@@ -354,5 +354,5 @@ def test_an_interrupted_evaluation_is_resumed_and_overwrites_nothing(
 
 def test_a_damaged_evaluation_file_is_a_user_error(tmp_path: Path):
     (tmp_path / "evaluation.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=rf"^output: {re.escape(str(tmp_path))}/evaluation.json "):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}/evaluation.json: "):
         Results(tmp_path, {})

@@ -248,13 +248,13 @@ def test_unsupported_and_inconsistent_pipelines_are_refused(tmp_path: Path):
     index.write_text(whole, encoding="utf-8")
     for damaged in (b"[]", b"\xff\xfe{\x00}\x00", b"{"):
         index.write_bytes(damaged)
-        refused("model_index.json: ")
+        refused("model_index.json")
     index.write_text(whole, encoding="utf-8")
     config = folder / "unet" / "config.json"
     fields = config.read_text(encoding="utf-8")
     config.write_text(fields.replace('"norm_num_groups": 8', '"norm_num_groups": "8"'), encoding="utf-8")
     assert config.read_text(encoding="utf-8") != fields
-    refused("UNet config: num_groups: ")
+    refused(f"{config}: norm_num_groups: ")
     config.write_text(fields, encoding="utf-8")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     text = scheduler.read_text(encoding="utf-8")

@@ -60,7 +60,9 @@ def test_card_describes_the_run_and_its_code_generates_images_in_both_libraries(
 def test_card_omits_later_metrics_nonfinite_values_and_a_truncated_line(tmp_path: Path):
     checkpoint = tmp_path / "checkpoints" / "step-00000002"
     (checkpoint / "state").mkdir(parents=True)
-    (checkpoint / "state" / "progress.json").write_text('{"step": 2}', encoding="utf-8")
+    (checkpoint / "state" / "progress.json").write_text(
+        '{"step": 2, "samples_per_step": 4, "data": {}}', encoding="utf-8"
+    )
     lines = ['{"step": 1, "loss": 0.5}', '{"step": 2, "gradient_norm": null}', '{"step": 3, "loss": 0.1}', '{"st']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (checkpoint / "config.yaml").write_text("seed: 0", encoding="utf-8")

@@ -178,9 +178,9 @@ def png_with_chunks(folder: Path, **chunks: str) -> str:
     [
         ({"output": '"planted.png"'}, "'output'"),
         ({"film": '"planted.gif"'}, "'film'"),
-        ({"seed": "[" * 100_000}, "x.png: seed "),
-        ({"seed": "1" * 5000}, "x.png: seed "),
-        ({"seed": '"1'}, "x.png: seed "),
+        ({"seed": "[" * 100_000}, "x.png: seed"),
+        ({"seed": "1" * 5000}, "x.png: seed"),
+        ({"seed": '"1'}, "x.png: seed"),
         ({"seed": "null"}, "seed: None"),
         ({"steps": '"many"'}, "steps: 'many'"),
         ({"prompts": '"a"'}, "prompts: 'a'"),

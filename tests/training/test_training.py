@@ -265,9 +265,8 @@ def test_rotation_keeps_the_checkpoint_with_the_lowest_held_out_loss(tmp_path: P
     def save(step: int, loss: float | None) -> list[int]:
         def write(folder: Path) -> None:
             (folder / "state").mkdir()
-            (folder / "state" / "progress.json").write_text(
-                json.dumps({"step": step, "held_out_loss": loss}), encoding="utf-8"
-            )
+            progress = {"step": step, "samples_per_step": 4, "data": {}, "held_out_loss": loss}
+            (folder / "state" / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
 
         save_checkpoint(tmp_path, step, write, keep=2)
         return [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)]
