@@ -1,9 +1,11 @@
 """The examples run, and the public API suffices to sample from a custom network."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 
 import cond_diffusion
 from cond_diffusion import NoiseSchedule, Prediction, ScheduleConfig, denoiser, dpm_solver, guided
+from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.evaluation.evaluator import load_evaluator
 
 
 def test_every_public_name_can_be_imported():
@@ -58,3 +62,45 @@ def test_public_api_samples_from_a_custom_network():
     for samples, mean in zip(last.x.split(500), (0.5, -0.5), strict=True):
         assert samples.mean().item() == pytest.approx(mean, abs=0.02)
         assert samples.std().item() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.fixture
+def speedrun() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("speedrun", ROOT / "tests" / "benchmarks" / "speedrun" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_speedrun_records_first_checkpoint_that_passes_both_limits(speedrun: ModuleType):
+    results = [
+        speedrun.Result(*values) for values in [(10, 0.98, 1.0), (20, 1.0, 5.1), (30, 0.99, 5.0), (40, 1.0, 1.0)]
+    ]
+    remaining = iter(results)
+    assert speedrun.first_qualified(remaining, 5.0) == results[2]
+    assert [*remaining] == results[3:]  # not evaluated
+    assert speedrun.first_qualified(results[:2], 5.0) is None
+    row = speedrun.record({0: results[3], 1: results[2], 2: results[1]}, "2 CPU cores", "abc")
+    assert row == "| 2 CPU cores | abc | 30 | 99.0% | 5.00 | 0 (40 s), 1 (30 s), 2 (20 s) |"
+
+
+@pytest.mark.slow
+def test_speedrun_trains_times_and_judges_checkpoints(
+    speedrun: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    config = ROOT / "configs" / "mnist_fast.yaml"
+    short = ["train.batch_size=4", "train.max_steps=2", "train.checkpoint_every=1", "train.evaluate_every=0"]
+    checkpoints = speedrun.timed_checkpoints(config, tmp_path / "run", [*short, "train.warmup_steps=1"])
+    assert [path.name for _, path in checkpoints] == ["step-00000001", "step-00000002"]
+    assert 0 < checkpoints[0][0] < checkpoints[1][0]
+    pipe = cond_diffusion.TextToImage.from_pretrained()
+    evaluator = load_evaluator(pipe, load_config(Config, config))
+    assert evaluator.judge_name == speedrun.JUDGE
+    built_in = pipe.folder
+    untrained, trained = speedrun.judge(evaluator, [checkpoints[1], (1.0, built_in)], 100)
+    assert untrained.accuracy < 0.5
+    assert trained.accuracy >= 0.9
+    assert trained.distance < untrained.distance

@@ -12,7 +12,6 @@ run would use a GPU, so the benchmark must run on a machine without one.
 
 import argparse
 import importlib.util
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from measuring import hardware
+from speedrun.run import timed_checkpoints
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -59,19 +59,11 @@ class Referee:
 
 def ours(referee: Referee, folder: Path, config: Path, words: list[str]) -> Iterator[str]:
     """Train, and evaluate each checkpoint."""
-    run_dir = folder / "ours"
-    accelerate = str(Path(sys.executable).parent / "accelerate")
-    command = [accelerate, "launch", "train.py", "--config", str(config), f"run_dir={run_dir}"]
-    start = time.time()
-    subprocess.run([*command, "train.keep_checkpoints=100", *words], cwd=ROOT, check=True, stdout=sys.stderr)
-    whole = time.time() - start
-    checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))
-    batch = load_config(Config, checkpoints[-1] / "config.yaml").train.batch_size
-    for checkpoint in checkpoints:
+    checkpoints = timed_checkpoints(config, folder / "ours", words)
+    batch = load_config(Config, checkpoints[-1][1] / "config.yaml").train.batch_size
+    for seconds, checkpoint in checkpoints:
         pipe = TextToImage.from_pretrained(checkpoint)
         samples = referee.evaluator.generate(pipe, referee.prompts, referee.count, DEFAULT_SAMPLING)
-        # A folder gets its final name after everything in it is written.
-        seconds = whole if checkpoint == checkpoints[-1] else checkpoint.stat().st_ctime - start
         yield referee.line("ours", seconds, int(checkpoint.name.removeprefix("step-")) * batch, samples)
 
 
