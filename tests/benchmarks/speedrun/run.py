@@ -1,6 +1,6 @@
 """Time a training from its launch to the first checkpoint that passes the bar of the speedrun, and print a record.
 
-    python tests/benchmarks/speedrun/run.py configs/mnist_fast.yaml [--seeds 0 1 2] [key=value ...]
+    python tests/benchmarks/speedrun/run.py configs/mnist_fast.yaml [key=value ...] [--seeds 0 1 2]
 
 The rules are in README.md beside this script.
 """
