@@ -33,11 +33,12 @@ import pytest
 import torch
 from hub import ModelHub
 from huggingface_hub.utils import close_session
-from pyarrow.parquet import ParquetWriter
+from pyarrow.parquet import ParquetWriter, read_table, write_table
 from safetensors.torch import load_file
 
 from cond_diffusion import device
 from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.data.sources import BUILT_IN_SOURCES
 
 # Fixtures of tests that train or start processes; `pytest -m "not slow"` leaves these tests out.
 SLOW_FIXTURES = {"bars_overrides", "bars_config", "clone"}
@@ -72,10 +73,15 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+# A process is forked from a server that has already imported everything, so that it starts quickly.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["cond_diffusion.training.trainer"])
+
+
 def run_in_processes(count: int, target: Callable[..., None], *arguments: Any) -> None:
     """Call `target` with its process's number and the arguments in processes that find each other as torchrun's do."""
-    port, context = free_port(), multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_as_process, args=(i, count, port, target, arguments)) for i in range(count)]
+    port = free_port()
+    processes = [PROCESSES.Process(target=_as_process, args=(i, count, port, target, arguments)) for i in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -134,6 +140,33 @@ def bars_overrides(bars_parquet: Path) -> list[str]:
 @pytest.fixture
 def bars_config(bars_overrides: list[str], tmp_path: Path) -> Config:
     return load_config(Config, overrides=[*bars_overrides, f"run_dir={tmp_path / 'run'}"])
+
+
+@pytest.fixture
+def short_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cond_diffusion.training.validation.NUM_EXAMPLES", 64)
+
+
+@pytest.fixture
+def small_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces MNIST, which takes many seconds to decode, by its first images."""
+    folder = tmp_path / "small_mnist"
+    folder.mkdir()
+    for split, count in (("train", 2000), ("test", 500)):
+        write_table(
+            read_table(BUILT_IN_SOURCES["mnist"] / f"{split}.parquet").slice(0, count), folder / f"{split}.parquet"
+        )
+    monkeypatch.setitem(BUILT_IN_SOURCES, "mnist", folder)
+
+
+@pytest.fixture
+def short_evaluation(small_mnist: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations compare with few real images, train classifiers for few steps, and sweep over few points."""
+    monkeypatch.setattr("cond_diffusion.evaluation.metrics.MIN_STEPS", 20)
+    monkeypatch.setattr("cond_diffusion.evaluation.metrics.EPOCHS", 2)
+    monkeypatch.setattr("cond_diffusion.evaluation.report.SCALES", (1.0, 4.0))
+    monkeypatch.setattr("cond_diffusion.evaluation.report.SAMPLERS", ("ddim", "unipc"))
+    monkeypatch.setattr("cond_diffusion.evaluation.report.STEPS", (2, 4))
 
 
 @pytest.fixture

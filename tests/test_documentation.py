@@ -78,7 +78,7 @@ COMMANDS = {
     ),
     'python sample.py "a digit seven" --checkpoint runs/mnist --ema-width 0.05': ("--steps 2", "a-digit-seven-2.png"),
     "torchrun --nproc_per_node 2 train.py run_dir=runs/two": (
-        ONE_STEP,
+        f"{ONE_STEP} data.source=my_images",
         "runs/two/checkpoints/step-00000001/unet/*.safetensors",
     ),
     "python train.py --config configs/folder.yaml data.source=my_tars data.image_column=png data.caption_column=txt "
@@ -126,8 +126,8 @@ def commands_of(text: str) -> list[str]:
 
 
 @pytest.fixture
-def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the scripts, the configs and data, in place of the project's own."""
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_evaluation: None) -> Path:
+    """A folder with the scripts, the configs and little data, in place of the project's own."""
     folder = tmp_path / "clone"
     folder.mkdir()
     for name in ("train.py", "sample.py"):
@@ -148,23 +148,41 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run a command in this process, which spares the imports; those that start processes in a process."""
+    """Run a command in this process, which spares the imports; only torchrun starts processes."""
     if " | " in command:
         text, command = command.split(" | ")
-        monkeypatch.setattr("sys.stdin", io.StringIO(shlex.split(text)[1].replace("\\n", "\n")))
-    match shlex.split(command):
+        monkeypatch.setattr(
+            "sys.stdin",
+            io.TextIOWrapper(io.BytesIO(shlex.split(text)[1].replace("\\n", "\n").encode()), encoding="utf-8"),
+        )
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(words, env={**os.environ, "PATH": path}, check=False).returncode
+
+    def run_script(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(words, run_words(["python", *words[1:]], monkeypatch), stderr="")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", run_script)  # of the benchmarks
+        return run_words(words, monkeypatch)
+
+
+def run_words(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    match words:
         case ["python", "sample.py", *words]:
             return main.run("sample", words)
         case ["python", "train.py", *words] | ["accelerate", "launch", "train.py", *words]:
             return main.run("train", words)
         case ["python", "-m", "cond_diffusion", *words]:
             return main.main(words)
-        case ["python", script, *words] if not script.endswith("all.py"):
-            monkeypatch.setattr("sys.argv", [script, *words])
-            runpy.run_path(script, run_name="__main__")
+        case ["python", script, *words]:
+            with monkeypatch.context() as patch:
+                patch.setattr("sys.argv", [script, *words])
+                patch.syspath_prepend(Path(script).parent)
+                runpy.run_path(script, run_name="__main__")
             return 0
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(command, shell=True, env={**os.environ, "PATH": path}, check=False).returncode
+    raise AssertionError(words)
 
 
 def test_every_command_is_tested():

@@ -33,7 +33,7 @@ def train(prediction: str, loss: str, timesteps: str, folder: str, steps: int) -
     python(
         *["train.py", f"run_dir={run_dir}", f"objective.prediction={prediction}", f"objective.loss={loss}"],
         *[f"objective.timesteps={timesteps}", "train.optimizer=adamw", "train.batch_size=128"],
-        *[f"train.max_steps={steps}", "train.checkpoint_every=0", f"train.sample_every={steps}"],
+        *[f"train.max_steps={steps}", "train.checkpoint_every=0", "train.sample_every=0"],
     )
     return run_dir
 

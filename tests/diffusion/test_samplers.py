@@ -36,7 +36,7 @@ def run(sampler: Sampler, denoise: Denoiser, schedule: NoiseSchedule, x: Tensor,
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_closed_form_denoiser_yields_its_gaussian(name: str):
-    schedule, count, mean, deviation = NoiseSchedule(ScheduleConfig()), 10_000, 2.0, 1.0
+    schedule, count, mean, deviation = NoiseSchedule(ScheduleConfig(250, 4e-4, 0.08)), 10_000, 2.0, 1.0
     denoise = mixture_denoiser(schedule, [mean], [deviation], [1.0])
     x_T = torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
     x = run(SAMPLERS[name], denoise, schedule, x_T, schedule.sampling_timesteps(None))
@@ -154,7 +154,7 @@ def diffusers_result(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers, about numpy
-@pytest.mark.parametrize("steps", [10, 50, 200])
+@pytest.mark.parametrize("steps", [10, 200])
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_trajectories_equal_those_of_diffusers(name: str, kind: PredictionKind, steps: int):

@@ -22,10 +22,17 @@ from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.data.dataset import CaptionedImages
 from cond_diffusion.data.loader import open_training_data
 from cond_diffusion.errors import UserError
-from cond_diffusion.evaluation import evaluator as evaluator_module
-from cond_diffusion.evaluation import metrics, report
+from cond_diffusion.evaluation import metrics
 from cond_diffusion.evaluation.evaluator import Evaluator, load_evaluator, load_real_images, subset
-from cond_diffusion.evaluation.metrics import Classifier, ClipJudge, frechet_distance, nearest, prdc, renumber_groups
+from cond_diffusion.evaluation.metrics import (
+    Classifier,
+    ClipJudge,
+    frechet_distance,
+    load_or_train_classifier,
+    nearest,
+    prdc,
+    renumber_groups,
+)
 from cond_diffusion.evaluation.report import Results
 from cond_diffusion.images import from_pillow, to_model
 from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER
@@ -84,29 +91,20 @@ def real_images(config: Config) -> tuple[CaptionedImages, CaptionedImages]:
     return load_real_images(config, open_training_data(config.data, config.seed))
 
 
-@pytest.fixture(scope="module")
-def digits() -> tuple[CaptionedImages, CaptionedImages]:
-    return real_images(load_config(Config, BUILT_IN_MODEL / "config.yaml"))
-
-
-@pytest.fixture(scope="module")
-def evaluator(digits: tuple[CaptionedImages, CaptionedImages]) -> Evaluator:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator_module, "load_real_images", lambda *_: digits)
-        return load_evaluator(TextToImage.from_pretrained(), load_config(Config, BUILT_IN_MODEL / "config.yaml"))
-
-
-def slice_of(data: CaptionedImages, first: int, count: int) -> CaptionedImages:
-    rows = slice(first, first + count)
-    return replace(data, images=data.images[rows], group_of=data.group_of[rows])
+def every(data: CaptionedImages, step: int) -> CaptionedImages:
+    """Return a fraction of the images: consecutive MNIST digits have the same writer and are not representative."""
+    return replace(data, images=data.images[::step], group_of=data.group_of[::step])
 
 
 @pytest.mark.slow
-def test_real_digits_score_well_and_wrong_labels_or_noise_do_not(evaluator: Evaluator):
+def test_real_digits_score_well_and_wrong_labels_or_noise_do_not(monkeypatch: pytest.MonkeyPatch):
     """The samples are real test images, real ones with wrong labels, and noise."""
-    # Every twentieth: consecutive MNIST digits have the same writer, so 500 of them are not representative.
-    test = evaluator.test
-    good = CaptionedImages(test.images[::20], test.group_of[::20], test.caption_groups)
+    config = load_config(Config, BUILT_IN_MODEL / "config.yaml")
+    train, test = real_images(config)
+    monkeypatch.setattr(metrics, "train_classifier", lambda _: pytest.fail("the shipped classifier is not used"))
+    classifier, clip = load_or_train_classifier(train), ClipJudge.from_pretrained("builtin", 16)
+    evaluator = Evaluator(every(train, 10), every(test, 2), classifier, clip)
+    good = every(test, 20)
     wrong = evaluator.judge(replace(good, group_of=(good.group_of + 1) % 10))
     generator = torch.Generator().manual_seed(0)
     noise = replace(good, images=torch.randint(0, 256, good.images.shape, generator=generator, dtype=torch.uint8))
@@ -192,7 +190,8 @@ def test_groups_are_numbered_as_in_training_and_new_groups_come_last():
 
 
 @pytest.mark.filterwarnings("ignore")  # raised by torchmetrics
-def test_the_clip_score_equals_that_of_torchmetrics(digits: tuple[CaptionedImages, CaptionedImages]):
+def test_the_clip_score_equals_that_of_torchmetrics(small_mnist: None):
+    digits = real_images(load_config(Config, BUILT_IN_MODEL / "config.yaml"))
     test = subset(digits[1], 50)
     clip = ClipJudge.from_pretrained("builtin", 16)
 
@@ -288,16 +287,10 @@ def test_captions_that_are_not_class_labels_are_evaluated_by_a_clip(tmp_path: Pa
 
 @pytest.mark.slow
 def test_an_interrupted_evaluation_is_resumed_and_overwrites_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, digits: tuple[CaptionedImages, CaptionedImages]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, short_evaluation: None
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    subsets = slice_of(digits[0], 0, 2000), slice_of(digits[1], 0, 500)
-    monkeypatch.setattr(evaluator_module, "load_real_images", lambda *_: subsets)
-    monkeypatch.setattr(metrics, "MIN_STEPS", 20)
-    monkeypatch.setattr(report, "SCALES", (1.0, 4.0))
-    monkeypatch.setattr(report, "SAMPLERS", ("ddim", "unipc"))
-    monkeypatch.setattr(report, "STEPS", (2, 4))
 
     def type_in(*arguments: str) -> tuple[int, str, str]:
         code = command_line(lambda: evaluate_command(["--samples", "20", "--steps", "4", *arguments]))

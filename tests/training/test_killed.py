@@ -1,9 +1,7 @@
 """Runs that are killed, interrupted, or resumed on another number of processes equal an uninterrupted run."""
 
-import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +12,7 @@ import colours
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics, weights
+from conftest import PROCESSES, ROOT, metrics, run_in_processes, weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,30 +20,11 @@ from cond_diffusion.cli import main
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.pipeline import run_folder
 from cond_diffusion.pipeline.run_folder import checkpoints
+from cond_diffusion.training import validation
 from cond_diffusion.training.reporting import Reporter
 from cond_diffusion.training.trainer import train
 
-# Each run is a process forked from a server that has already imported everything, so that it starts quickly.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["cond_diffusion.training.trainer"])
-KILLED_AT = (3, 7, None, 13, 19, None, 26, 31)  # steps; None: while a checkpoint is written
-
-
-def launch(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
-    program = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *program, str(ROOT / "train.py"), *arguments],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+KILLED_AT = (3, None, 6, 9, None, 14)  # steps; None: while a checkpoint is written
 
 
 def run_process(target: Callable[..., Any], *arguments: Any) -> int | None:
@@ -56,8 +35,15 @@ def run_process(target: Callable[..., Any], *arguments: Any) -> int | None:
     return process.exitcode
 
 
+def train_quickly(process: int, config: Config) -> None:
+    """Train in this process, one of several, with short validations."""
+    torch.set_num_threads(1)
+    validation.NUM_EXAMPLES = 64
+    train(config)
+
+
 def train_in_process(config: Config) -> None:
-    assert run_process(train, config) == 0
+    assert run_process(train_quickly, 0, config) == 0
 
 
 def at_step(step: int, action: Callable[[], None]) -> None:
@@ -82,7 +68,7 @@ def train_and_die(config: Config, step: int | None) -> None:
         run_folder.flush = kill_this_process
     else:
         at_step(step, kill_this_process)
-    train(config)
+    train_quickly(0, config)
 
 
 def train_and_signal(arguments: list[str], step: int, number: int, errors: Path) -> None:
@@ -103,9 +89,9 @@ def train_and_signal(arguments: list[str], step: int, number: int, errors: Path)
 def test_killed_run_equals_uninterrupted_run(bars_config: Config, tmp_path: Path, streaming: bool):
     """Bit for bit, with gradient accumulation and several epochs."""
     changes = {
-        "max_steps": 40,
-        "evaluate_every": 20,
-        "checkpoint_every": 5,
+        "max_steps": 16,
+        "evaluate_every": 8,
+        "checkpoint_every": 4,
         "keep_checkpoints": 2,
         "gradient_accumulation_steps": 2,
     }
@@ -124,7 +110,7 @@ def test_killed_run_equals_uninterrupted_run(bars_config: Config, tmp_path: Path
     runs = ("uninterrupted", "killed")
     expected, actual = (weights(checkpoints(tmp_path / run)[-1]) for run in runs)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
-    assert [line["step"] for line in metrics(folder) if "loss" in line] == list(range(1, 41))
+    assert [line["step"] for line in metrics(folder) if "loss" in line] == list(range(1, 17))
     held_out = [[line for line in metrics(tmp_path / run) if "held_out_loss" in line] for run in runs]
     assert held_out[0] == held_out[1]
     assert not list(folder.glob("checkpoints/.*"))
@@ -136,10 +122,10 @@ def test_killed_run_equals_uninterrupted_run(bars_config: Config, tmp_path: Path
 
 @pytest.mark.slow
 def test_signals_save_a_checkpoint_and_exit_with_their_code(bars_overrides: list[str], tmp_path: Path):
-    overrides = [*bars_overrides, "train.max_steps=60", "train.checkpoint_every=0"]
+    overrides = [*bars_overrides, "train.max_steps=12", "train.checkpoint_every=0"]
     assert main.run("train", [*overrides, f"run_dir={tmp_path / 'uninterrupted'}"]) == 0
     resume = [*overrides, "resume=true", f"run_dir={tmp_path / 'interrupted'}"]
-    for step, number in ((14, signal.SIGTERM), (35, signal.SIGINT)):
+    for step, number in ((4, signal.SIGTERM), (8, signal.SIGINT)):
         errors = tmp_path / f"errors-{number}"
         assert run_process(train_and_signal, resume, step, number, errors) == 128 + number
         assert checkpoints(tmp_path / "interrupted")[-1].name == f"step-{step:08d}"
@@ -156,17 +142,18 @@ def test_processes_accumulation_and_batch_size_change_only_rounding(bars_overrid
     """2 processes; 1 with twice the accumulation; 1 with twice the batch size; and a run that is resumed with each."""
     overrides = [
         *bars_overrides,
-        *("train.max_steps=20", "train.sample_every=20", "train.evaluate_every=10", "train.checkpoint_every=0"),
+        *("train.max_steps=10", "train.sample_every=10", "train.evaluate_every=5", "train.checkpoint_every=0"),
         *("train.learning_rate_schedule=constant", "sample.prompts=[a bar that is level,upright,level]"),
     ]
 
     def run(name: str, processes: int, batch_size: int, accumulation_steps: int, *more: str) -> None:
         sizes = [f"train.batch_size={batch_size}", f"train.gradient_accumulation_steps={accumulation_steps}"]
         arguments = [*overrides, *sizes, *more, f"run_dir={tmp_path / name}"]
+        config = load_config(Config, ROOT / "configs" / "mnist.yaml", arguments)
         if processes == 1:
-            train_in_process(load_config(Config, ROOT / "configs" / "mnist.yaml", arguments))
+            train_in_process(config)
         else:
-            finish(launch(arguments, processes))
+            run_in_processes(processes, train_quickly, config)
 
     run("one", 1, 16, 1)
     run("two", 2, 8, 1)
@@ -175,8 +162,8 @@ def test_processes_accumulation_and_batch_size_change_only_rounding(bars_overrid
     stream = [*tars, "data.streaming=true", "data.resolution=8", "data.caption_templates=[]"]
     run("stream, one process", 1, 16, 1, *stream, "data.channels=3")
     run("stream, two processes", 2, 8, 1, *stream, "data.channels=3")
-    run("changing", 2, 8, 1, "train.max_steps=7")
-    run("changing", 1, 16, 1, "train.max_steps=14", "resume=true")
+    run("changing", 2, 8, 1, "train.max_steps=4")
+    run("changing", 1, 16, 1, "train.max_steps=7", "resume=true")
     run("changing", 1, 4, 4, "resume=true")
     pairs = [("two", "one"), ("accumulated", "one"), ("changing", "one")]
     for pair in (*pairs, ("stream, two processes", "stream, one process")):
@@ -190,6 +177,6 @@ def test_processes_accumulation_and_batch_size_change_only_rounding(bars_overrid
             values = [each[name].sqrt() if name.endswith("exp_avg_sq") else each[name] for each in tensors]
             atol = 1e-6 if "optimizer" in name else 1e-4  # of moments, of weights
             torch.testing.assert_close(*values, rtol=0, atol=atol, msg=f"{pair[0]} {name}")
-        grids = [np.asarray(Image.open(tmp_path / run / "samples" / "step-00000020.png")) for run in pair]
+        grids = [np.asarray(Image.open(tmp_path / run / "samples" / "step-00000010.png")) for run in pair]
         assert grids[0].shape[:2] == (4 * (8 + 2) - 2, 3 * (8 + 2) - 2)
         assert np.abs(grids[0].astype(int) - grids[1]).max() <= 1

@@ -107,6 +107,7 @@ def test_each_caption_is_paired_with_a_different_one():
     assert mismatched_captions(["a", "a"]) == ["a", "a"]
 
 
+@pytest.mark.usefixtures("short_validation")
 def test_held_out_loss_is_written_to_metrics_and_tracker(
     bars_config: Config, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ):
