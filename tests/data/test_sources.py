@@ -37,7 +37,8 @@ from cond_diffusion.training.trainer import train
 
 COUNT = 90
 TINY = [
-    *("text.max_length=16", "latent.patch_size=2", "unet.channels=[32,32]", "unet.num_groups=8", "sample.steps=3"),
+    *("text.encoder=builtin", "text.max_length=16", "latent.patch_size=2", "unet.channels=[32,32]"),
+    *("unet.num_groups=8", "sample.steps=3"),
     *("train.batch_size=8", "train.max_steps=3", "train.warmup_steps=1", "train.sample_every=0"),
     *("data.shuffle_buffer=20", "unet.attention=[false,true]", "unet.num_heads=4", "unet.blocks_per_level=1"),
 ]

@@ -329,8 +329,9 @@ def test_an_interrupted_evaluation_is_resumed_and_overwrites_nothing(
 
     code, _, errors = type_in("--guidance-scale", "2")
     assert code == 2
-    assert errors.startswith("error: output: evaluation ")
+    assert "error: output: evaluation " in errors
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").touch()
     assert_error("output: there ", "--output", "there")
     assert_error("--samples: 3", "--samples", "3")
     clip = str(BUILT_IN_MODEL / "text_encoder")

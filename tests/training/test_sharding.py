@@ -65,7 +65,8 @@ def run(config: Config, process: int, processes: int, start: int, steps: int) ->
             optimizer.step()
             optimizer.zero_grad()
             state.update_averages(step + 1)
-        saver.save(start + steps, {"step": start + steps}, snapshot=True)
+        progress = {"step": start + steps, "samples_per_step": BATCH, "data": {}}
+        saver.save(start + steps, progress, snapshot=True)
         saver.finish(required=True)
 
 
