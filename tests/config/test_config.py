@@ -88,7 +88,9 @@ INVALID_FILES = [
 
 
 def test_invalid_file_is_a_one_line_error(tmp_path: Path):
-    with pytest.raises(UserError, match=r"^--config: .*configs/mnits\.yaml \(did you mean '.*configs/mnist\.yaml'\?\)"):
+    with pytest.raises(
+        UserError, match=r"^--config: .*configs/mnits\.yaml .*\(did you mean '.*configs/mnist\.yaml'\?\)"
+    ):
         load_config(Config, ROOT / "configs" / "mnits.yaml")
     for content, message in INVALID_FILES:
         (tmp_path / "x.yaml").write_text(content, encoding="utf-8")
