@@ -11,7 +11,6 @@ As in any run, everything is a function of the seed and the step, so a resumed r
     runs/clip/config.json, model.safetensors, tokenizer*.json   the CLIP after the last step
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -24,15 +23,16 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 from cond_diffusion.config.run import CONFIG_NAME, ClipPretrainingConfig, load_config
+from cond_diffusion.config.schema import read_json
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images, open_captioned_files
+from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError, user_errors
-from cond_diffusion.files import written_aside
+from cond_diffusion.files import save_tensors, write_json, written_aside
 from cond_diffusion.images import to_model
 from cond_diffusion.models.clip import build_clip, contrastive_loss, count_whole_words, train_tokenizer
 from cond_diffusion.models.text_encoder import (
@@ -182,15 +182,14 @@ def _train(
     )
     start = 0
     if newest is not None:
-        start = json.loads((newest / "state" / PROGRESS_NAME).read_text(encoding="utf-8"))["step"]
+        start = read_json(newest / "state" / PROGRESS_NAME)["step"]
         load_moments(optimizer, read_shards(newest / "state", "optimizer"), weights)
     prepare_run_dir(lock, config, accelerator, newest, start)
 
     def write(step: int, folder: Path) -> None:
         save_clip(clip, tokenizer, folder)
-        (folder / "state").mkdir()
-        save_file(copy_to_cpu(moments_of(optimizer), local_shard), folder / "state" / "optimizer.safetensors")
-        (folder / "state" / PROGRESS_NAME).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        save_tensors(copy_to_cpu(moments_of(optimizer), local_shard), folder / "state" / "optimizer.safetensors")
+        write_json(folder / "state" / PROGRESS_NAME, {"step": step})
 
     run = config.as_run()
     reporter = Reporter(run, run_dir, start, config.batch_size, accelerator)
@@ -239,7 +238,7 @@ def training_loss(
     own = {group: set(data.caption_groups[group]) for group in data.group_of[indices].tolist()}
     rows = {group: [caption in own[group] for caption in captions] for group in own}
     is_positive = torch.tensor([rows[group] for group in data.group_of[indices].tolist()], device=clip.device)
-    with torch.autocast(clip.device.type, torch.bfloat16, enabled=bf16):
+    with autocast("bf16" if bf16 else "fp32", clip.device):
         images = embed_images(clip, to_model(data.images[indices].to(clip.device)))
         texts = embed_texts(clip, tokenizer, captions, config.max_length)
     # fp32: logits are up to 100, where bf16 is rounded to 0.5.
