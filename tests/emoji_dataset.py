@@ -3,7 +3,6 @@
     npm install --no-save --ignore-scripts @iconify-json/noto@1.2.9 @iconify-json/noto-v1@1.2.5 \
         @iconify-json/twemoji@1.2.5 @iconify-json/fluent-emoji@1.2.7 @iconify-json/fluent-emoji-flat@1.2.6 \
         @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
-    pip install resvg-py==0.5.0
     python tests/emoji_dataset.py node_modules FOLDER
 
 `HELD_OUT_PAIRS` and `HELD_OUT_COLORS` define the test split: pairs of a concept and a family of styles, and concepts
