@@ -121,11 +121,12 @@ def orthogonalize(matrices: list[Float[Tensor, "_ _"]]) -> list[Float[Tensor, "_
     wide = [matrix / (matrix.norm() + 1e-7) for matrix in wide]
     gram = torch.stack([x @ x.T for x in wide])
     identity = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
-    product = identity.expand_as(gram)
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    product = p = a * identity + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    for _ in range(NEWTON_SCHULZ_STEPS - 1):
+        gram = p @ gram @ p
         p = a * identity + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        product, gram = p @ product, p @ gram @ p
+        product = p @ product
     results = [q @ x for q, x in zip(product, wide, strict=True)]
     torch.set_float32_matmul_precision(precision)
     return [x if len(matrix) <= matrix.shape[1] else x.T for x, matrix in zip(results, matrices, strict=True)]
