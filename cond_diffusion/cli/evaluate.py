@@ -12,6 +12,8 @@ from cond_diffusion.config.schema import expand_home, local_path
 from cond_diffusion.data.loader import open_training_data
 from cond_diffusion.diffusion.samplers import sampling_timesteps
 from cond_diffusion.errors import UserError
+from cond_diffusion.evaluation.emoji import SOURCE as EMOJI
+from cond_diffusion.evaluation.emoji import evaluate_emoji, format_emoji
 from cond_diffusion.evaluation.evaluator import (
     DEFAULT_SAMPLING,
     REPORTED_OPTIONS,
@@ -60,7 +62,17 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
         "dtype": pipe.precision,
         **reported(sampling),
     }
+    if config.data.source == EMOJI:
+        for name in ("paraphrases", "features", "sweep"):
+            if getattr(options, name):
+                raise UserError(
+                    f"--{name}: does not support the emoji data, which have a judge of their own; remove it"
+                )
     results = Results(options.output, settings)
+    if config.data.source == EMOJI:
+        print(format_emoji(evaluate_emoji(pipe, options.samples, sampling, results)))
+        print(f"\nsaved {options.output}")
+        return
     training_data = open_training_data(config.data, config.seed)
     evaluator = load_evaluator(pipe, config, features, training_data)
     prompts = evaluator.prompts(options.samples, paraphrases=options.paraphrases)

@@ -1,0 +1,232 @@
+"""Evaluation on the built-in emoji: whether a CNN, the emoji judge, recognizes concept and style of the prompt.
+
+The emoji have one image per concept and style, too few for caption groups as class labels. The judge is trained on all
+real images, those of the test split included. The package contains it, so that results compare across machines.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cond_diffusion.config.data import DataConfig
+from cond_diffusion.config.sampling import SamplingOptions
+from cond_diffusion.data.dataset import load_captioned_images
+from cond_diffusion.data.sources import open_source
+from cond_diffusion.evaluation.metrics import nearest
+from cond_diffusion.evaluation.report import Results, save_grid
+from cond_diffusion.files import hash_weights
+from cond_diffusion.images import to_bytes, to_model
+from cond_diffusion.pipeline.text_to_image import TextToImage
+from cond_diffusion.seeding import sample_indices
+
+SOURCE = "emoji"
+SHIPPED = Path(__file__).parent.parent / "assets" / "emoji_judge" / "judge.safetensors"
+FAMILY_OF = {"3d": "fluent", "glossy": "fluent", "flat": "fluent"}  # of styles; others are families of their own
+SUBSETS = ("seen pairs", "held-out pairs", "held-out colors")
+COPY_NEIGHBORS, COPY_RATIO = 50, 0.5
+BATCH_SIZE = 256
+
+
+class EmojiJudge(nn.Module):
+    """A CNN that maps RGB images of 64 x 64 to logits of concepts and of styles."""
+
+    def __init__(self, num_concepts: int, num_styles: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *[nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()],
+            *[nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU()],
+            *[nn.Conv2d(64, 128, 3, stride=2, padding=1), nn.BatchNorm2d(128), nn.ReLU()],
+            *[nn.Conv2d(128, 256, 3, stride=2, padding=1), nn.BatchNorm2d(256), nn.ReLU()],
+            *[nn.AdaptiveAvgPool2d(2), nn.Flatten()],
+        )
+        self.concept = nn.Linear(4 * 256, num_concepts)
+        self.style = nn.Linear(4 * 256, num_styles)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPUs
+
+    def logits(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b concepts"], Float[Tensor, "b styles"]]:
+        """Compute the logits of one batch of images in [-1, 1], with gradients."""
+        features = self.body(images.contiguous(memory_format=torch.channels_last))
+        return self.concept(features), self.style(features)
+
+    @torch.no_grad()
+    def forward(
+        self, images: UInt8[Tensor, "n c h w"]
+    ) -> tuple[Float[Tensor, "n concepts"], Float[Tensor, "n styles"]]:
+        """Compute the logits of any number of images, in batches and without gradients."""
+        concepts, styles = zip(*(self.logits(to_model(batch)) for batch in images.split(BATCH_SIZE)), strict=True)
+        return torch.cat(concepts), torch.cat(styles)
+
+    @classmethod
+    def load(cls, file: Path = SHIPPED) -> "EmojiJudge":
+        """Load weights, by default the shipped ones."""
+        with safe_open(file, "pt") as stored:
+            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+        judge = cls(len(weights["concept.weight"]), len(weights["style.weight"]))
+        judge.load_state_dict(weights)
+        return judge.eval()
+
+    def digest(self) -> str:
+        """Return a hash of the weights; results of different weights are not comparable."""
+        digest = hashlib.blake2b(digest_size=8)
+        hash_weights(digest, self.state_dict().items())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class EmojiImages:
+    """Images with the indices of their concepts and styles, and their prompts."""
+
+    images: UInt8[Tensor, "n c h w"]
+    concept: Int64[Tensor, " n"]
+    style: Int64[Tensor, " n"]
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, rows: Int64[Tensor, " m"]) -> "EmojiImages":
+        """Return some of the images."""
+        prompts = [self.prompts[row] for row in rows.tolist()]
+        return EmojiImages(self.images[rows], self.concept[rows], self.style[rows], prompts)
+
+
+class Emoji:
+    """The training and test images of the built-in emoji.
+
+    Attributes:
+        concepts: Names of the concepts, sorted; the judge's logits have this order.
+        styles: Names of the styles, sorted.
+        train, test: The splits.
+    """
+
+    def __init__(self) -> None:
+        tables: dict[str, Any] = {split: open_source(SOURCE, split) for split in ("train", "test")}
+        columns = ["concept", "style", "captions"]
+        rows: dict[str, list[dict[str, Any]]] = {
+            split: list(table.select_columns(columns)) for split, table in tables.items()
+        }
+        both = [*rows["train"], *rows["test"]]
+        self.concepts, self.styles = (sorted({row[name] for row in both}) for name in ("concept", "style"))
+        self.train, self.test = (self._load(split, rows[split]) for split in ("train", "test"))
+
+    def _load(self, split: str, rows: list[dict[str, Any]]) -> EmojiImages:
+        concept_of, style_of = ({name: i for i, name in enumerate(names)} for names in (self.concepts, self.styles))
+        return EmojiImages(
+            load_captioned_images(DataConfig(source=SOURCE), split).images,
+            torch.tensor([concept_of[row["concept"]] for row in rows]),
+            torch.tensor([style_of[row["style"]] for row in rows]),
+            [row["captions"][0] for row in rows],
+        )
+
+    @cached_property
+    def family_of_style(self) -> Int64[Tensor, " styles"]:
+        """The index of each style's family."""
+        families = [FAMILY_OF.get(style, style) for style in self.styles]
+        return torch.tensor([sorted({*families}).index(family) for family in families])
+
+    def subset(self, name: str, count: int) -> EmojiImages:
+        """Return up to `count` random images of one of `SUBSETS`.
+
+        "seen pairs" are training images. "held-out colors" are test images of concepts that are in no training image,
+        "held-out pairs" those of concepts that training has seen in other styles.
+        """
+        images = self.train
+        if name != "seen pairs":
+            seen = torch.isin(self.test.concept, self.train.concept)
+            images = self.test.rows((seen if name == "held-out pairs" else ~seen).nonzero().squeeze(1))
+        return images.rows(sample_indices(len(images), 0, 0, min(count, len(images))))
+
+
+def recognized(judge: EmojiJudge, emoji: Emoji, images: EmojiImages) -> dict[str, float]:
+    """Return the share of images whose concept is the judge's first, or among its first five, and whose style is."""
+    concepts, styles = judge(images.images)
+    top = concepts.topk(5, dim=1).indices == images.concept[:, None]
+    style = styles.argmax(1)
+    family = emoji.family_of_style
+    hits = {
+        "concept, top 1": top[:, 0],
+        "concept, top 5": top.any(1),
+        "style": style == images.style,
+        "family of styles": family[style] == family[images.style],
+    }
+    return {name: hit.float().mean().item() for name, hit in hits.items()}
+
+
+def copies(emoji: Emoji, images: EmojiImages) -> dict[str, float]:
+    """Compare images with all training images, by Euclidean distance at half the resolution.
+
+    Returns:
+        "copies": The share of images whose nearest training image is closer than half the mean distance of the 50
+        nearest (Carlini et al. 2023).
+        "nearest is of the prompt": The share whose nearest training image has the concept and the style of the prompt.
+    """
+    distances, indices = nearest(_thumbnails(images), _thumbnails(emoji.train), COPY_NEIGHBORS)
+    is_copy = distances[:, 0] < COPY_RATIO * distances.mean(1)
+    first = indices[:, 0]
+    same = (emoji.train.concept[first] == images.concept) & (emoji.train.style[first] == images.style)
+    return {"copies": is_copy.float().mean().item(), "nearest is of the prompt": same.float().mean().item()}
+
+
+def generate(pipe: TextToImage, real: EmojiImages, sampling: SamplingOptions) -> EmojiImages:
+    """Generate one image for the prompt of each real image; image i has the seed `sampling.seed` + i."""
+    (seed,) = sampling.per_prompt("seed", 1)
+    options = {**vars(sampling), "num_images": 1, "seed": [seed + i for i in range(len(real))]}
+    images = cast(Tensor, pipe(real.prompts, **options, output_type="pt"))
+    return replace(real, images=to_bytes(images).cpu())
+
+
+def evaluate_emoji(pipe: TextToImage, count: int, sampling: SamplingOptions, results: Results) -> dict[str, Any]:
+    """Generate one image for each of up to `count` prompts of each subset, measure them, and write grids.
+
+    Args:
+        pipe: The pipeline.
+        count: Maximum number of prompts of a subset.
+        sampling: Options to generate with; image i of a subset has the seed `seed` + i.
+        results: Folder to write to: a grid of samples, and one of samples with their nearest training images.
+
+    Returns:
+        The part "samples" of `evaluation.json`.
+    """
+    emoji, judge = Emoji(), EmojiJudge.load()
+    measured: dict[str, Any] = {"judge": f"emoji judge {judge.digest()}"}
+    for name in SUBSETS:
+        real = emoji.subset(name, count)
+
+        def compute(name: str = name, real: EmojiImages = real) -> dict[str, Any]:
+            samples = generate(pipe, real, sampling)
+            file = name.replace(" ", "_").replace("-", "_")
+            save_grid(samples.images[:64], 8, results.folder / f"{file}.png")
+            _, indices = nearest(_thumbnails(samples.rows(torch.arange(8))), _thumbnails(emoji.train), 5)
+            rows = torch.cat([samples.images[:8, None], emoji.train.images[indices]], dim=1)
+            save_grid(rows.flatten(0, 1), rows.shape[1], results.folder / f"{file}_nearest.png")
+            measures = {"samples": samples, "real": real}
+            return {
+                "count": len(real),
+                **{which: {**recognized(judge, emoji, x), **copies(emoji, x)} for which, x in measures.items()},
+            }
+
+        measured[name] = results.part(name, compute)
+    return measured
+
+
+def format_emoji(measured: dict[str, Any]) -> str:
+    """Format the result of `evaluate_emoji` as text."""
+    lines = []
+    for name in SUBSETS:
+        values = measured[name]
+        title = f"{name}: {values['count']} samples, by {measured['judge']}"
+        lines += [f"{title:60}{'samples':>10}{'real':>10}"]
+        lines += [f"  {key:58}{value:10.1%}{values['real'][key]:10.1%}" for key, value in values["samples"].items()]
+    return "\n".join(lines)
+
+
+def _thumbnails(images: EmojiImages) -> Float[Tensor, "n d"]:
+    return torch.cat([F.avg_pool2d(to_model(batch), 2).flatten(1) for batch in images.images.split(BATCH_SIZE)])
