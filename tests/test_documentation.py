@@ -46,6 +46,10 @@ COMMANDS = {
         "a-handwritten-nine.png",
     ),
     "python sample.py --from-image digits.png --seed 8 --output more.png": ("", "more.png"),
+    'python sample.py "a red apple, 3d style" --checkpoint emoji --sampler dpm_solver --steps 20': (
+        "",
+        "a-red-apple-3d-style.png",
+    ),
     'python sample.py "a digit two" --image a-digit-seven.png --strength 0.8 --sampler ddim --steps 50': (
         "",
         "a-digit-two.png",

@@ -13,7 +13,7 @@ from torch import Tensor
 import cond_diffusion
 from cond_diffusion import NoiseSchedule, Prediction, ScheduleConfig, denoiser, dpm_solver, guided
 from cond_diffusion.config.run import Config, load_config
-from cond_diffusion.evaluation.evaluator import load_evaluator
+from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODELS
 
 
 def test_every_public_name_can_be_imported():
@@ -76,16 +76,16 @@ def speedrun() -> ModuleType:
     return module
 
 
-def test_speedrun_records_first_checkpoint_that_passes_both_limits(speedrun: ModuleType):
-    results = [
-        speedrun.Result(*values) for values in [(10, 0.98, 1.0), (20, 1.0, 5.1), (30, 0.99, 5.0), (40, 1.0, 1.0)]
-    ]
+def test_speedrun_records_first_checkpoint_that_passes_the_bar(speedrun: ModuleType):
+    passes = {10: False, 20: False, 30: True, 40: True}
+    results = [speedrun.Result(seconds, {"accuracy": f"{seconds}%"}, passed) for seconds, passed in passes.items()]
     remaining = iter(results)
-    assert speedrun.first_qualified(remaining, 5.0) == results[2]
+    assert speedrun.first_qualified(remaining) == results[2]
     assert [*remaining] == results[3:]  # not evaluated
-    assert speedrun.first_qualified(results[:2], 5.0) is None
-    row = speedrun.record({0: results[3], 1: results[2], 2: results[1]}, "2 CPU cores", "abc")
-    assert row == "| 2 CPU cores | abc | 30 | 99.0% | 5.00 | 0 (40 s), 1 (30 s), 2 (20 s) |"
+    assert speedrun.first_qualified(results[:2]) is None
+    table = speedrun.record({0: results[3], 1: results[2], 2: results[1]}, "2 CPU cores", "abc").splitlines()
+    assert table[0] == "| hardware | commit | seconds | accuracy | seeds |"
+    assert table[2] == "| 2 CPU cores | abc | 30 | 30% | 0 (40 s), 1 (30 s), 2 (20 s) |"
 
 
 @pytest.mark.slow
@@ -98,11 +98,16 @@ def test_speedrun_trains_times_and_judges_checkpoints(
     checkpoints = speedrun.timed_checkpoints(config, tmp_path / "run", [*short, "train.warmup_steps=1"])
     assert [path.name for _, path in checkpoints] == ["step-00000001", "step-00000002"]
     assert 0 < checkpoints[0][0] < checkpoints[1][0]
-    pipe = cond_diffusion.TextToImage.from_pretrained()
-    evaluator = load_evaluator(pipe, load_config(Config, config))
-    assert evaluator.judge_name == speedrun.JUDGE
-    built_in = pipe.folder
-    untrained, trained = speedrun.judge(evaluator, [checkpoints[1], (1.0, built_in)], 100)
-    assert untrained.accuracy < 0.5
-    assert trained.accuracy >= 0.9
-    assert trained.distance < untrained.distance
+    track = speedrun.Digits(load_config(Config, config), 100)
+    untrained, trained = speedrun.judge(track, [checkpoints[1], (1.0, BUILT_IN_MODELS["builtin"])])
+    assert not untrained.qualifies
+    assert trained.qualifies
+    assert trained.measures.keys() == {"accuracy", "Fréchet distance"}
+
+
+@pytest.mark.slow
+def test_speedrun_judges_emoji(speedrun: ModuleType):
+    track = speedrun.HeldOutEmoji(10)
+    (result,) = speedrun.judge(track, [(1.0, BUILT_IN_MODELS["emoji"])])
+    assert result.measures.keys() == {"concept, top 1", "concept, top 5", "style", "family of styles"}
+    assert result.qualifies == (float(result.measures["concept, top 5"].rstrip("%")) >= 50)

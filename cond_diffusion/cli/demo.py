@@ -7,6 +7,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
 from tempfile import TemporaryDirectory
@@ -31,6 +32,11 @@ from cond_diffusion.pipeline.run_folder import checkpoints
 
 MIN_WIDTH = 448  # pixels; smaller grids are enlarged
 MAX_PROMPTS = 16
+FIRST_CHECKPOINT = "emoji"
+EXAMPLES = (
+    *("a red apple, 3d style", "a cat face, noto style", "a purple heart, glossy style", "a penguin, twemoji style"),
+    *("a green book, flat style", "a rocket, 3d style", "a blue circle, twemoji style", "a house, blob style"),
+)
 POLL_SECONDS = 0.1
 LISTEN_SECONDS = 10  # from a request until its client listens for the results
 
@@ -125,10 +131,11 @@ def generate_in_thread(folder: Path, settings: GenerationSettings) -> Iterator[U
 
 
 def list_checkpoints(runs: Path) -> list[str]:
-    """Return the built-in models and the run folders that have a checkpoint of a model, the newest first."""
+    """Return the built-in models, `FIRST_CHECKPOINT` first, and the run folders with a checkpoint, the newest first."""
     folders = runs.iterdir() if runs.is_dir() else ()
     found = [path for path in folders if any((folder / INDEX_NAME).exists() for folder in checkpoints(path))]
-    return [*BUILT_IN_MODELS, *map(str, sorted(found, key=lambda path: path.stat().st_mtime, reverse=True))]
+    built_in = dict.fromkeys([FIRST_CHECKPOINT, *BUILT_IN_MODELS])
+    return [*built_in, *map(str, sorted(found, key=lambda path: path.stat().st_mtime, reverse=True))]
 
 
 def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
@@ -186,7 +193,9 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
         gradio.Markdown("# cond_diffusion\nOne prompt per line; each gives a row of images.")
         with gradio.Row():
             with gradio.Column():
-                prompt = gradio.Textbox("a digit seven", label="Prompt", lines=2)
+                prompt = gradio.Textbox(EXAMPLES[0], label="Prompt", lines=2)
+                with gradio.Row():
+                    examples = [gradio.Button(example, size="sm", min_width=120) for example in EXAMPLES]
                 negative = gradio.Textbox("", label="Negative prompt")
                 button = gradio.Button("Generate", variant="primary")
                 stop = gradio.Button("Stop")
@@ -195,7 +204,7 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
                 steps = gradio.Slider(1, 1000, 20, step=1, label="Steps")
                 seed = gradio.Number(0, label="Seed", precision=0)
                 count = gradio.Slider(1, 16, 4, step=1, label="Images per prompt")
-                checkpoint = gradio.Dropdown(list_checkpoints(runs), value="builtin", label="Checkpoint")
+                checkpoint = gradio.Dropdown(list_checkpoints(runs), value=FIRST_CHECKPOINT, label="Checkpoint")
             with gradio.Column():
                 buttons: Any = ["download", "fullscreen"]
                 image = gradio.Image(show_label=False, format="png", interactive=False, buttons=buttons)
@@ -203,10 +212,14 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
                 files = gradio.Files(label="Images, animation, attention maps and settings", interactive=False)
         inputs = [checkpoint, prompt, negative, scale, sampler, steps, seed, count]
         outputs = [image, state, files]
-        event = button.click(
-            generate, inputs, outputs, concurrency_limit=1, show_progress="hidden", api_visibility="private"
-        )
-        stop.click(lambda: "stopped", outputs=state, cancels=[event])
+        options: Any = {"concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
+        events = [button.click(generate, inputs, outputs, concurrency_id="generate", **options)]
+        for text, example in zip(EXAMPLES, examples, strict=True):
+            chosen = example.click(
+                partial(tuple, (text, FIRST_CHECKPOINT)), outputs=[prompt, checkpoint], api_visibility="private"
+            )
+            events.append(chosen.then(generate, inputs, outputs, concurrency_id="generate", **options))
+        stop.click(lambda: "stopped", outputs=state, cancels=events)
         blocks.load(lambda: gradio.Dropdown(list_checkpoints(runs)), outputs=checkpoint)
     return blocks
 

@@ -115,7 +115,8 @@ class TextConfig:
 
     encoder: LocalPath = option(
         "builtin",
-        "`builtin`, a Hub id, a folder with a CLIP, or `pretrain`: first train a small CLIP on the data, in `run_dir`",
+        "`builtin` (digits), `emoji`, a Hub id, a folder with a CLIP, or `pretrain`: first train a small CLIP on the "
+        "data, in `run_dir`",
     )
     pretrain_steps: PositiveInt = option(1000, "steps of `encoder: pretrain`")
     max_length: PositiveInt | None = option(
@@ -171,7 +172,8 @@ class Config:
     )
     init_from: LocalPath | None = option(
         None,
-        "`builtin`, a run, a checkpoint or a Hub id to start from; it decides all options that its weights depend on",
+        "`builtin`, `emoji`, a run, a checkpoint or a Hub id to start from; it decides all options that its weights "
+        "depend on",
     )
     track: str | None = option(None, "`tensorboard`, or another of Accelerate's trackers")
     data: DataConfig = Field(default_factory=DataConfig)
@@ -216,6 +218,7 @@ class Config:
             width=128,
             batch_size=128,
             max_steps=self.text.pretrain_steps,
+            mixed_precision="fp32" if self.train.mixed_precision == "fp16" else self.train.mixed_precision,
             warmup_steps=min(100, self.text.pretrain_steps // 10),
         )
 
@@ -243,7 +246,9 @@ class ClipPretrainingConfig:
     learning_rate: float = option(1e-3, "peak learning rate", gt=0, allow_inf_nan=False)
     warmup_steps: NonNegativeInt = option(100, "steps of linear warm-up")
     weight_decay: float = option(0.1, "decoupled weight decay", ge=0, allow_inf_nan=False)
-    mixed_precision: Literal["no", "bf16"] | None = option(None, "`no` or `bf16`, as `train.mixed_precision`")
+    mixed_precision: Literal["auto", "fp32", "bf16", "no"] | None = option(
+        "auto", "as `train.mixed_precision`, without `fp16`"
+    )
     checkpoint_every: NonNegativeInt = option(100, "steps between checkpoints; 0 writes the last one only")
     log_every: PositiveInt = option(10, "steps between lines of `metrics.jsonl`")
 

@@ -26,7 +26,9 @@ from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.files import check_finite
 from cond_diffusion.hub import WEIGHTS, download, is_hub_id, variant_of
 
-BUILT_IN_ENCODER = Path(__file__).parent.parent / "assets" / "mnist_clip"
+ASSETS = Path(__file__).parent.parent / "assets"
+BUILT_IN_ENCODER = ASSETS / "mnist_clip"
+BUILT_IN_ENCODERS = {"builtin": BUILT_IN_ENCODER, "emoji": ASSETS / "emoji_model"}  # by the name in `text.encoder`
 # A CLIP in transformers' layout, or the two folders of diffusers' layout.
 CLIP_FILES = [
     *("config.json", WEIGHTS["text_encoder"], "tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
@@ -87,7 +89,7 @@ class TextEncoder(nn.Module):
         """Load a text encoder.
 
         Args:
-            source: "builtin", a folder or a Hub id.
+            source: "builtin", "emoji", a folder or a Hub id.
             max_length: Number of tokens; None for the length stored in the tokenizer.
 
         Raises:
@@ -185,9 +187,9 @@ def find_clip(source: str | Path) -> Path:
     """Return the folder of a CLIP; a Hub id is downloaded.
 
     Args:
-        source: "builtin", a folder or a Hub id.
+        source: "builtin", "emoji", a folder or a Hub id.
     """
-    folder = BUILT_IN_ENCODER if source == "builtin" else Path(source)
+    folder = BUILT_IN_ENCODERS.get(str(source), Path(source))
     if not folder.is_dir() and not is_hub_id(source):
         raise UserError("there is no such folder")
     return folder if folder.is_dir() else download(str(source), CLIP_FILES)
@@ -247,7 +249,7 @@ def clip_errors(key: str, source: str | Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        hint = "" if Path(source).is_dir() else "; or use text.encoder=builtin or text.encoder=pretrain"
+        hint = "" if Path(source).is_dir() else "; or use text.encoder=builtin, emoji or pretrain"
         raise UserError(f"{key}: {source}: {error}{hint}") from error
     except OSError as error:
         raise UserError(f"{key}: {source} is not a complete CLIP ({first_line(error)})") from error

@@ -35,7 +35,8 @@ from cond_diffusion.pipeline.run_folder import (
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILT_IN_MODEL = ASSETS / "mnist_model"
-BUILT_IN_MODELS = {"builtin": BUILT_IN_MODEL}  # by the name that `--checkpoint` and `init_from` accept
+# By the names that `--checkpoint` and `init_from` accept.
+BUILT_IN_MODELS = {"builtin": BUILT_IN_MODEL, "emoji": ASSETS / "emoji_model"}
 GRID_NAME = "samples.png"
 Result = TypeVar("Result")
 

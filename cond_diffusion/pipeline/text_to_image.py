@@ -31,6 +31,7 @@ from cond_diffusion.models.lora import add_lora_file
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.checkpoint import (
+    BUILT_IN_MODEL,
     GRID_NAME,
     Checkpoint,
     prompts_of_run,
@@ -145,7 +146,7 @@ class TextToImage:
         Models from the Hub can be from this project or Stable Diffusion 1.x or 2.x.
 
         Args:
-            source: "builtin", a run folder, a checkpoint folder or a Hub id.
+            source: "builtin", "emoji", a run folder, a checkpoint folder or a Hub id.
             ema_width: Width of the weight average, as a share of the training, instead of the checkpoint's; it is
                 reconstructed from the run's snapshots (post-hoc EMA).
             lora: LoRA to add to the UNet's weights: a file, a folder or a Hub id.
@@ -433,7 +434,10 @@ class TextToImage:
             length = self.text_encoder.max_length
             logger.warning("prompts: longer than the text encoder's %d tokens; %r is truncated", length, part)
         if unknown := self.text_encoder.unknown_words(prompts):
-            logger.warning("prompts: words that the text encoder was not trained on: %s", ", ".join(unknown[:10]))
+            hint = "; --checkpoint emoji knows 1,443 things in color" if self.folder == BUILT_IN_MODEL else ""
+            logger.warning(
+                "prompts: words that the text encoder was not trained on: %s%s", ", ".join(unknown[:10]), hint
+            )
         return dict(zip(prompts, self.text_encoder.embed(ids), strict=True))
 
     def _denoise(self, job: Job, batch: list[Example], x: Float[Tensor, "b c h w"], noise: Noise) -> Iterator[Step]:

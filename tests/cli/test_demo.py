@@ -89,6 +89,8 @@ def download_image(page: Page, address: str) -> Image.Image:
 @pytest.mark.slow
 def test_page_shows_intermediate_steps_and_the_final_images(page: Page, tmp_path: Path):
     page.evaluate(RECORD_IMAGES)
+    page.get_by_label("Checkpoint").click()
+    page.get_by_role("option", name="builtin").click()
     page.get_by_label("Prompt", exact=True).fill("a digit seven\na digit two")
     page.get_by_label("number input for Steps").fill("300")
     page.get_by_label("number input for Steps").press("Tab")
@@ -111,6 +113,22 @@ def test_page_shows_intermediate_steps_and_the_final_images(page: Page, tmp_path
         assert (tmp_path / name).stat().st_size > 100
     assert read_settings(str(tmp_path / "pictures.png"), "")["prompts"] == ["a digit seven", "a digit two"]
     page.screenshot(path=tmp_path / "page.png")
+
+
+@pytest.mark.slow
+def test_one_click_on_an_example_generates_it(page: Page):
+    page.evaluate(RECORD_IMAGES)
+    page.get_by_label("Prompt", exact=True).fill("something else")
+    page.get_by_label("Checkpoint").click()
+    page.get_by_role("option", name="builtin").click()
+    page.get_by_role("button", name="a penguin, twemoji style").click()
+    expect(page.get_by_label("Progress")).to_have_value("done", timeout=120_000)
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a penguin, twemoji style")
+    expect(page.get_by_label("Checkpoint")).to_have_value("emoji")
+    addresses = page.evaluate("addresses")
+    with Image.open(BytesIO(page.request.get(addresses[-1]).body())) as image:
+        assert image.mode == "RGB"  # the built-in digits are grayscale
+        assert image.width >= 4 * 64
 
 
 @pytest.mark.slow
@@ -213,5 +231,5 @@ def test_only_runs_with_a_checkpoint_are_listed(tmp_path: Path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     (tmp_path / "clip" / "checkpoints" / "step-00000001").mkdir(parents=True)  # of `pretrain-clip`, not a model
     shutil.copytree(BUILT_IN_MODEL, tmp_path / "complete" / "checkpoints" / "step-00000001")
-    assert list_checkpoints(tmp_path) == ["builtin", str(tmp_path / "complete")]
-    assert list_checkpoints(tmp_path / "nowhere") == ["builtin"]
+    assert list_checkpoints(tmp_path) == ["emoji", "builtin", str(tmp_path / "complete")]
+    assert list_checkpoints(tmp_path / "nowhere") == ["emoji", "builtin"]

@@ -15,7 +15,8 @@ from cond_diffusion import TextToImage
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.errors import UserError
 from cond_diffusion.models.lora import FILE_NAME
-from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER
+from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder
+from cond_diffusion.training.setup import apply_init_from
 from cond_diffusion.training.trainer import train
 
 AVERAGE = "unet/diffusion_pytorch_model.safetensors:"
@@ -36,6 +37,17 @@ def tuning_config(bars_overrides: list[str], run_dir: Path, *more: str) -> Confi
     overrides = [override for override in bars_overrides if not override.startswith(("unet.", "text."))]
     overrides += ["data.channels=3", "data.resolution=16", "train.learning_rate_schedule=constant", "train.max_steps=4"]
     return load_config(Config, overrides=[*overrides, f"run_dir={run_dir}", *more])
+
+
+def test_built_in_emoji_model_decides_network_objective_and_text_encoder():
+    config = load_config(Config, overrides=["init_from=emoji", "data.source=emoji", "text.encoder=pretrain"])
+    completed, initial = apply_init_from(config, None)
+    assert initial is not None
+    assert (completed.text.encoder, completed.objective.prediction) == ("emoji", "sample")
+    assert completed.unet.channels == initial.unet.config.channels
+    encoder = TextEncoder.from_pretrained(completed.text.encoder, completed.text.max_length)
+    for name, weight in encoder.clip.state_dict().items():
+        assert torch.equal(weight, initial.text_encoder.clip.state_dict()[name])
 
 
 def test_fine_tuning_stable_diffusion_keeps_its_settings(bars_overrides: list[str], stable: Path, tmp_path: Path):
