@@ -213,7 +213,7 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
         inputs = [checkpoint, prompt, negative, scale, sampler, steps, seed, count]
         outputs = [image, state, files]
         options: Any = {"concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
-        events = [button.click(generate, inputs, outputs, concurrency_id="generate", **options)]
+        events: list[Any] = [button.click(generate, inputs, outputs, concurrency_id="generate", **options)]
         for text, example in zip(EXAMPLES, examples, strict=True):
             chosen = example.click(
                 partial(tuple, (text, FIRST_CHECKPOINT)), outputs=[prompt, checkpoint], api_visibility="private"

@@ -108,13 +108,13 @@ class Emoji:
     """
 
     def __init__(self) -> None:
-        tables: dict[str, Any] = {split: open_source(SOURCE, split) for split in ("train", "test")}
+        tables = {split: cast(Any, open_source(SOURCE, split)) for split in ("train", "test")}
         columns = ["concept", "style", "captions"]
         rows: dict[str, list[dict[str, Any]]] = {
             split: list(table.select_columns(columns)) for split, table in tables.items()
         }
         both = [*rows["train"], *rows["test"]]
-        self.concepts, self.styles = (sorted({row[name] for row in both}) for name in ("concept", "style"))
+        self.concepts, self.styles = (sorted({str(row[name]) for row in both}) for name in ("concept", "style"))
         self.train, self.test = (self._load(split, rows[split]) for split in ("train", "test"))
 
     def _load(self, split: str, rows: list[dict[str, Any]]) -> EmojiImages:
