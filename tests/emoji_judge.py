@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cond_diffusion.evaluation.emoji import SUBSETS, Emoji, EmojiImages, EmojiJudge, recognized
+from cond_diffusion.evaluation.metrics import digest
 from cond_diffusion.images import to_model
 from cond_diffusion.seeding import sample_indices
 
@@ -67,7 +68,7 @@ def main() -> None:
     }
     save_file(half, file)
     judge = EmojiJudge.load(file)
-    print(f"{judge.digest()}, {file.stat().st_size} bytes")
+    print(f"{digest(judge)}, {file.stat().st_size} bytes")
     for name in SUBSETS:
         images = emoji.subset(name, len(emoji.train))
         print(name, recognized(judge, emoji, images))

@@ -212,13 +212,18 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
                 files = gradio.Files(label="Images, animation, attention maps and settings", interactive=False)
         inputs = [checkpoint, prompt, negative, scale, sampler, steps, seed, count]
         outputs = [image, state, files]
-        options: Any = {"concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
-        events: list[Any] = [button.click(generate, inputs, outputs, concurrency_id="generate", **options)]
+        options: Any = {
+            "concurrency_limit": 1,
+            "concurrency_id": "generate",
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
+        events: list[Any] = [button.click(generate, inputs, outputs, **options)]
         for text, example in zip(EXAMPLES, examples, strict=True):
             chosen = example.click(
                 partial(tuple, (text, FIRST_CHECKPOINT)), outputs=[prompt, checkpoint], api_visibility="private"
             )
-            events.append(chosen.then(generate, inputs, outputs, concurrency_id="generate", **options))
+            events.append(chosen.then(generate, inputs, outputs, **options))
         stop.click(lambda: "stopped", outputs=state, cancels=events)
         blocks.load(lambda: gradio.Dropdown(list_checkpoints(runs)), outputs=checkpoint)
     return blocks

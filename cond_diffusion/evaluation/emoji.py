@@ -4,7 +4,6 @@ The emoji have one image per concept and style, too few for caption groups as cl
 real images, those of the test split included. The package contains it, so that results compare across machines.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +19,8 @@ from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.data.dataset import load_captioned_images
 from cond_diffusion.data.sources import open_source
-from cond_diffusion.evaluation.metrics import nearest
+from cond_diffusion.evaluation.metrics import digest, nearest
 from cond_diffusion.evaluation.report import Results, save_grid
-from cond_diffusion.files import hash_weights
 from cond_diffusion.images import to_bytes, to_model
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.seeding import sample_indices
@@ -73,14 +71,8 @@ class EmojiJudge(nn.Module):
         judge.load_state_dict(weights)
         return judge.eval()
 
-    def digest(self) -> str:
-        """Return a hash of the weights; results of different weights are not comparable."""
-        digest = hashlib.blake2b(digest_size=8)
-        hash_weights(digest, self.state_dict().items())
-        return digest.hexdigest()
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EmojiImages:
     """Images with the indices of their concepts and styles, and their prompts."""
 
@@ -91,6 +83,11 @@ class EmojiImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @cached_property
+    def thumbnails(self) -> Float[Tensor, "n d"]:
+        """The images at half the resolution, as rows: what distances to training images are measured in."""
+        return torch.cat([F.avg_pool2d(to_model(batch), 2).flatten(1) for batch in self.images.split(BATCH_SIZE)])
 
     def rows(self, rows: Int64[Tensor, " m"]) -> "EmojiImages":
         """Return some of the images."""
@@ -168,7 +165,7 @@ def copies(emoji: Emoji, images: EmojiImages) -> dict[str, float]:
         nearest (Carlini et al. 2023).
         "nearest is of the prompt": The share whose nearest training image has the concept and the style of the prompt.
     """
-    distances, indices = nearest(_thumbnails(images), _thumbnails(emoji.train), COPY_NEIGHBORS)
+    distances, indices = nearest(images.thumbnails, emoji.train.thumbnails, COPY_NEIGHBORS)
     is_copy = distances[:, 0] < COPY_RATIO * distances.mean(1)
     first = indices[:, 0]
     same = (emoji.train.concept[first] == images.concept) & (emoji.train.style[first] == images.style)
@@ -196,7 +193,7 @@ def evaluate_emoji(pipe: TextToImage, count: int, sampling: SamplingOptions, res
         The part "samples" of `evaluation.json`.
     """
     emoji, judge = Emoji(), EmojiJudge.load()
-    measured: dict[str, Any] = {"judge": f"emoji judge {judge.digest()}"}
+    measured: dict[str, Any] = {"judge": f"emoji judge {digest(judge)}"}
     for name in SUBSETS:
         real = emoji.subset(name, count)
 
@@ -204,7 +201,7 @@ def evaluate_emoji(pipe: TextToImage, count: int, sampling: SamplingOptions, res
             samples = generate(pipe, real, sampling)
             file = name.replace(" ", "_").replace("-", "_")
             save_grid(samples.images[:64], 8, results.folder / f"{file}.png")
-            _, indices = nearest(_thumbnails(samples.rows(torch.arange(8))), _thumbnails(emoji.train), 5)
+            _, indices = nearest(samples.thumbnails[:8], emoji.train.thumbnails, 5)
             rows = torch.cat([samples.images[:8, None], emoji.train.images[indices]], dim=1)
             save_grid(rows.flatten(0, 1), rows.shape[1], results.folder / f"{file}_nearest.png")
             measures = {"samples": samples, "real": real}
@@ -226,7 +223,3 @@ def format_emoji(measured: dict[str, Any]) -> str:
         lines += [f"{title:60}{'samples':>10}{'real':>10}"]
         lines += [f"  {key:58}{value:10.1%}{values['real'][key]:10.1%}" for key, value in values["samples"].items()]
     return "\n".join(lines)
-
-
-def _thumbnails(images: EmojiImages) -> Float[Tensor, "n d"]:
-    return torch.cat([F.avg_pool2d(to_model(batch), 2).flatten(1) for batch in images.images.split(BATCH_SIZE)])

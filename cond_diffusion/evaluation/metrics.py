@@ -81,9 +81,14 @@ class Classifier(nn.Module):
 
     def digest(self) -> str:
         """Return a hash of the weights; results of different weights are not comparable."""
-        digest = hashlib.blake2b(digest_size=8)
-        hash_weights(digest, self.state_dict().items())
-        return digest.hexdigest()
+        return digest(self)
+
+
+def digest(model: nn.Module) -> str:
+    """Return a hash of a model's weights."""
+    hashed = hashlib.blake2b(digest_size=8)
+    hash_weights(hashed, model.state_dict().items())
+    return hashed.hexdigest()
 
 
 def train_classifier(data: CaptionedImages) -> Classifier:

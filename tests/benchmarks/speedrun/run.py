@@ -22,6 +22,7 @@ from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.device import cores_of_this_process
 from cond_diffusion.evaluation.emoji import SOURCE, Emoji, EmojiJudge, generate, recognized
 from cond_diffusion.evaluation.evaluator import load_evaluator
+from cond_diffusion.evaluation.metrics import digest
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -67,7 +68,7 @@ class HeldOutEmoji:
     def __init__(self, samples: int) -> None:
         self.judge, self.emoji = EmojiJudge.load(), Emoji()
         self.real = self.emoji.subset("held-out pairs", samples)
-        if (name := f"emoji judge {self.judge.digest()}") != self.judge_name:
+        if (name := f"emoji judge {digest(self.judge)}") != self.judge_name:
             sys.exit(f"judged by {name}; expected {self.judge_name}")
 
     def measure(self, pipe: TextToImage) -> tuple[dict[str, str], bool]:
