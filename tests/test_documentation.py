@@ -35,7 +35,7 @@ DOCUMENTS = {
 }
 README = DOCUMENTS["README.md"]
 ONE_STEP = "train.max_steps=1 train.batch_size=4 train.sample_every=0 train.evaluate_every=0"
-SMALL = f"{ONE_STEP} unet.channels=[32,32] text.pretrain_steps=2"
+SMALL = f"{ONE_STEP} train.warmup_steps=0 unet.channels=[32,32] text.pretrain_steps=2"
 
 # For each command: the arguments that make it short, and the files that it writes, which are opened.
 COMMANDS = {
@@ -108,7 +108,7 @@ COMMANDS = {
         ONE_STEP,
         "runs/further/checkpoints/step-00000001/pytorch_lora_weights.safetensors",
     ),
-    "python train.py objective.prediction=v_prediction objective.loss=v_prediction schedule.zero_terminal_snr=true "
+    "python train.py objective.prediction=v_prediction schedule.zero_terminal_snr=true "
     "run_dir=runs/v": (ONE_STEP, "runs/v/checkpoints/step-00000001/unet/*.safetensors"),
     "python tests/examples/whole_method.py": None,  # run by test_examples.py
     "python tests/benchmarks/all.py": ("--short --only step.py chain.py", ""),

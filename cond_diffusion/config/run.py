@@ -147,8 +147,10 @@ class ObjectiveConfig:
     prediction: PredictionKind = option(
         "epsilon", "what the network predicts: `epsilon`, `sample`, `score`, `v_prediction`"
     )
-    loss: Loss = option(
-        "epsilon", "loss weighting: `epsilon`, `sample`, `v_prediction`, `min_snr`, `variational_bound`"
+    loss: Loss | None = option(
+        None,
+        "loss weighting: `epsilon`, `sample`, `v_prediction`, `min_snr`, `variational_bound`; default: that of the "
+        "prediction, and for `score` that of `epsilon`",
     )
     min_snr_gamma: float = option(5.0, "gamma of `min_snr`", gt=0, allow_inf_nan=False)
     timesteps: TimestepDensity = option(

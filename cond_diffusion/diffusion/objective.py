@@ -11,7 +11,7 @@ network predicts a second linear combination, a x_0 + b eps, which determines bo
                                                                   Generative Modeling through SDEs", eq. 7)
 
 Losses (`Objective`). For every prediction, the loss is the squared error of x_0_hat times a weight, which is a function
-of the timestep's signal-to-noise ratio:
+of the timestep's signal-to-noise ratio. By default, it is the squared error of the output (for score, of eps):
 
     name               weight                       source
     epsilon            snr                          Ho et al. 2020, eq. 14
@@ -204,7 +204,7 @@ class Objective:
 def _weight(config: ObjectiveConfig, schedule: NoiseSchedule) -> Float[Tensor, " T"]:
     """Return the weight of the squared error of x_0_hat at every t, up to a common factor."""
     snr = schedule.snr
-    match config.loss:
+    match config.loss or ("epsilon" if config.prediction == "score" else config.prediction):
         case "epsilon":
             return snr
         case "sample":

@@ -80,11 +80,11 @@ def test_with_zero_terminal_snr_the_last_timestep_has_weight_or_is_an_error(loss
         assert Objective(config, schedule).weight[-1] > 0
 
 
-def test_the_default_loss_is_the_squared_error_of_eps():
+@pytest.mark.parametrize("kind", get_args(PredictionKind))
+def test_the_default_loss_is_the_squared_error_of_the_output_and_for_score_that_of_eps(kind: PredictionKind):
     eps_hat = EPS + 0.5
-    torch.testing.assert_close(loss_at_every_t(ObjectiveConfig(), eps_hat), torch.full((200,), 0.25).double())
-    matched = loss_at_every_t(ObjectiveConfig("v_prediction", "v_prediction"), eps_hat)
-    torch.testing.assert_close(matched, squared_errors(eps_hat)["v_prediction"])
+    found, expected = loss_at_every_t(ObjectiveConfig(kind), eps_hat), squared_errors(eps_hat)
+    torch.testing.assert_close(found, expected["epsilon" if kind == "score" else kind])
 
 
 @pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "loss_weight"])

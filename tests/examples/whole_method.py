@@ -15,7 +15,7 @@ encoder = cd.TextEncoder.from_pretrained("builtin", max_length=16)
 contexts = torch.stack([encoder([captions[0]])[0] for captions in data.caption_groups])  # one per digit
 null_context = encoder([""])[0]
 schedule = cd.NoiseSchedule(cd.ScheduleConfig(beta_schedule="cosine"))
-objective = cd.Objective(cd.ObjectiveConfig(prediction="v_prediction", loss="v_prediction"), schedule)
+objective = cd.Objective(cd.ObjectiveConfig(prediction="v_prediction"), schedule)
 unet = cd.UNet(cd.UNetConfig(channels=(32, 64), num_groups=4, in_channels=1, sample_size=28, context_dim=64))
 optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
 
