@@ -108,8 +108,10 @@ COMMANDS = {
         ONE_STEP,
         "runs/further/checkpoints/step-00000001/pytorch_lora_weights.safetensors",
     ),
-    "python train.py objective.prediction=v_prediction schedule.zero_terminal_snr=true "
-    "run_dir=runs/v": (ONE_STEP, "runs/v/checkpoints/step-00000001/unet/*.safetensors"),
+    "python train.py objective.prediction=v_prediction schedule.zero_terminal_snr=true run_dir=runs/v": (
+        ONE_STEP,
+        "runs/v/checkpoints/step-00000001/unet/*.safetensors",
+    ),
     "python tests/examples/whole_method.py": None,  # run by test_examples.py
     "python tests/benchmarks/all.py": ("--short --only step.py chain.py", ""),
     "python tests/benchmarks/objectives.py": ("--predictions sample --losses sample --steps 1 --samples 10", ""),
