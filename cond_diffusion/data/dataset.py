@@ -6,7 +6,7 @@ to `resolution` x `resolution`. Each distinct tuple of captions is stored once, 
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -31,6 +31,7 @@ from cond_diffusion.images import fit
 
 SMALL_FILE = 4096  # bytes
 MIN_ROWS_OF_STREAM = 1000  # with fewer rows the share of unreadable images cannot be estimated
+CAPTION_BLOCK_SIZE = 1000  # captions that are converted from Arrow at once
 DECODING_BATCH_SIZE = 256  # files that are in memory at once while a dataset is decoded
 
 logger = logging.getLogger(__name__)
@@ -363,7 +364,9 @@ def open_captioned_files(
     captions_of = caption_reader(config, table.features[config.caption_column])
     group_numbers: dict[CaptionGroup, int] = {}
     group_of = []
-    for row, value in enumerate(_values(table.data.column(config.caption_column))):
+    # Not from `table.data`, which ignores the selection and the order of the rows.
+    blocks = table.select_columns(config.caption_column).iter(CAPTION_BLOCK_SIZE)
+    for row, value in enumerate(value for block in blocks for value in block[config.caption_column]):
         try:
             group_of.append(group_numbers.setdefault(captions_of(value), len(group_numbers)))
         except UserError as error:
@@ -399,9 +402,3 @@ def select_image_column(table: Any, config: DataConfig) -> Any:
         if isinstance(table, datasets.Dataset):
             table = table.select_columns(config.image_column)
         return table.cast_column(config.image_column, datasets.Image(decode=False))
-
-
-def _values(column: Any) -> Iterator[Any]:
-    """Yield the cells of an Arrow column, converting one chunk at a time."""
-    for chunk in column.chunks:
-        yield from chunk.to_pylist()

@@ -290,7 +290,7 @@ def as_table(dataset: datasets.Dataset | Sequence[Any], config: DataConfig) -> d
         UserError: If an item is not such a pair.
     """
     if isinstance(dataset, datasets.Dataset):
-        return dataset
+        return dataset.with_format(None)
     images, captions = [], []
     for i, pair in enumerate(dataset):
         try:

@@ -405,6 +405,26 @@ def test_a_dataset_from_python_gives_its_images_and_captions():
             assert [data.caption_groups[group] for group in data.group_of.tolist()] == [*groups]
 
 
+def test_rows_of_a_dataset_that_were_selected_shuffled_or_formatted_keep_their_captions():
+    values = range(0, 240, 10)
+    images = [np.full((8, 8), value, dtype=np.uint8) for value in values]
+    table = datasets.Dataset.from_dict({"image": images, "text": [*map(str, values)]})
+    table = table.cast_column("image", datasets.Image())
+    config = DataConfig(source="x", resolution=8, image_column="image", caption_column="text")
+    for dataset, count in (
+        (table.select([5, 1, 3]), 3),
+        (table.shuffle(seed=0), 24),
+        (table.train_test_split(test_size=6, seed=0)["test"], 6),
+        (table.sort("text"), 24),
+        (table.with_format("torch"), 24),
+        (table.with_transform(lambda rows: {"image": rows["image"][::-1], "text": rows["text"]}), 24),
+    ):
+        data = open_captioned_files(config, dataset=dataset).in_memory()
+        captions = [data.caption_groups[group][0] for group in data.group_of.tolist()]
+        assert captions == [str(image.max().item()) for image in data.images]
+        assert len({*captions}) == count
+
+
 @pytest.mark.parametrize("item", [7, "a", (np.zeros((8, 8), dtype=np.uint8), "a", "b"), (7, "a")])
 def test_an_item_that_is_not_a_pair_is_refused(item: object):
     pairs = [(np.zeros((8, 8), dtype=np.uint8), "a"), item]
