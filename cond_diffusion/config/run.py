@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cond_diffusion.config.data import DataConfig
-from cond_diffusion.config.sampling import MAX_GUIDANCE_SCALE, Precision, SamplingOptions
+from cond_diffusion.config.sampling import MAX_GUIDANCE_SCALE, Precision
 from cond_diffusion.config.schedule import SPACINGS_WITH_OFFSET, ScheduleConfig
 from cond_diffusion.config.schema import (
     Fraction,
@@ -101,11 +101,6 @@ class SampleConfig:
     num_images: PositiveInt = option(4, "rows of the grids")
     guidance_scale: float = option(3.0, "guidance scale of the grids", ge=0, le=MAX_GUIDANCE_SCALE)
     steps: PositiveInt = option(100, "sampling steps of the grids")
-
-    def sampling_options(self, num_timesteps: int) -> SamplingOptions:
-        """Return the sampling options of the grids."""
-        steps = min(self.steps, num_timesteps)
-        return SamplingOptions(num_images=self.num_images, guidance_scale=self.guidance_scale, steps=steps)
 
 
 @section("text")

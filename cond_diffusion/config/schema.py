@@ -231,7 +231,7 @@ def merge(first: Mapping[str, Any], second: Mapping[str, Any], schema: Any) -> d
 
 def to_yaml(config: Any) -> str:
     """Return all fields of a config, including defaults, as YAML. `from_yaml` restores equal values."""
-    return yaml.dump(_to_builtin(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -239,13 +239,6 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(float, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:float", repr(value)))
-
-
-def _to_builtin(value: Any) -> Any:
-    """Convert tuples to lists, recursively."""
-    if isinstance(value, dict):
-        return {name: _to_builtin(item) for name, item in value.items()}
-    return [_to_builtin(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _without_none(kind: Any) -> tuple[Any, bool]:

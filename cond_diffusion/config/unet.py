@@ -52,42 +52,22 @@ class UNetConfig:
         return (self.num_heads,) * len(self.channels) if isinstance(self.num_heads, int) else self.num_heads
 
 
-# Fields of diffusers' config of which one value is supported.
+# Fields of diffusers' config of which one value is supported. Others must be None or False, which is off.
 _ONLY_SUPPORTED: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
-    "addition_embed_type": None,
     "addition_embed_type_num_heads": 64,
-    "addition_time_embed_dim": None,
     "attention_type": "default",
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "class_embeddings_concat": False,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
-    "cross_attention_norm": None,
     "downsample_padding": 1,
     "dropout": 0.0,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "mid_block_only_cross_attention": None,
     "mid_block_scale_factor": 1,
-    "num_attention_heads": None,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "projection_class_embeddings_input_dim": None,
     "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
-    "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "time_embedding_dim": None,
     "time_embedding_type": "positional",
-    "timestep_post_act": None,
     "transformer_layers_per_block": 1,
 }
 # Without effect: diffusers' fused attention ignores it as well.

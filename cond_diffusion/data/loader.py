@@ -45,11 +45,13 @@ class ShuffledDataset:
         held_out: Number of samples to hold out; at most a twentieth of the dataset.
     """
 
-    state = None  # only streams have one
+    state = last_consumed_state = None  # only streams have one
 
     def __init__(self, data: CaptionedImages | CaptionedFiles | LatentSet, seed: int, held_out: int) -> None:
         self.data = data
         self.seed = seed
+        self.num_images, self.size = len(data), f"{len(data)} images"
+        self.is_in_memory = isinstance(data, CaptionedImages)  # reading requires no decoding
         self.num_held_out = min(held_out, len(data) // 20)
         self.num_trained_on = len(data) - self.num_held_out
         digest = hashlib.blake2b(repr(data.caption_groups).encode(), digest_size=8)
@@ -111,23 +113,6 @@ class ShuffledDataset:
         """The columns of a dataset of files."""
         assert isinstance(self.data, CaptionedFiles)
         return self.data.columns
-
-    @property
-    def num_images(self) -> int:
-        return len(self.data)
-
-    @property
-    def size(self) -> str:
-        """The number of images, as text."""
-        return f"{self.num_images} images"
-
-    @property
-    def is_in_memory(self) -> bool:
-        """Whether reading requires no decoding."""
-        return isinstance(self.data, CaptionedImages)
-
-    def consumed(self, state: None) -> None:
-        """Do nothing; a stream records its state here."""
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies the dataset: the number of images and a hash of the captions."""

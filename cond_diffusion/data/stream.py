@@ -44,8 +44,7 @@ class CaptionedStream:
 
     Attributes:
         state: The beginning of the current block.
-        last_consumed_state: The beginning of the block that was trained on last; differs from `state` for a caller
-            that prefetches and reports training by `consumed`.
+        last_consumed_state: The beginning of the block that was trained on last; set by the caller, which may prefetch.
 
     Raises:
         UserError: If the source, a column or a caption template is invalid.
@@ -90,10 +89,6 @@ class CaptionedStream:
     def sample_names(self, first: int, count: int) -> str:
         """Return a name for the samples at positions first .. first + count - 1."""
         return f"stream positions {first} to {first + count - 1}"
-
-    def consumed(self, state: State) -> None:
-        """Record the state of the samples that were trained on last."""
-        self.last_consumed_state = state
 
     def progress(self) -> dict[str, Any]:
         """Return what a checkpoint stores to resume after the last batch that was trained on."""

@@ -77,11 +77,15 @@ def generate_to_file(
     callbacks: list[StepCallback] = [] if callback_on_step_end is None else [callback_on_step_end]
     callbacks += [frames] if film_path else []
     callbacks += [maps] if maps_path else []
+
+    def call_all(*step: Any) -> None:
+        for callback in callbacks:
+            callback(*step)
+
     with maps if maps_path else nullcontext():
         try:
-            images = pipe(
-                prompts, **_call_kwargs(settings), batch_size=batch_size, callback_on_step_end=_combine(callbacks)
-            )
+            callback = call_all if callbacks else None
+            images = pipe(prompts, **_call_kwargs(settings), batch_size=batch_size, callback_on_step_end=callback)
         except SamplingInterrupted as interruption:
             images = interruption.images
             if not images:
@@ -317,13 +321,3 @@ def _call_kwargs(settings: GenerationSettings) -> dict[str, Any]:
     files = {"image": settings.image, "mask": settings.mask}
     images = {name: open_image(file, f"--{name}") for name, file in files.items() if file is not None}
     return {**vars(settings.sampling), **images}
-
-
-def _combine(callbacks: list[StepCallback]) -> StepCallback | None:
-    """Return one callback that calls all of them, or None if there are none."""
-
-    def call_all(*arguments: Any) -> None:
-        for callback in callbacks:
-            callback(*arguments)
-
-    return call_all if callbacks else None

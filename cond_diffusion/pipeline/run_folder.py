@@ -98,14 +98,6 @@ def exists(run_dir: Path) -> bool:
     return False
 
 
-def make_run_dir(run_dir: Path) -> None:
-    """Create the folder; raise UserError if that fails."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run_dir: {run_dir} cannot be created: {error.strerror}") from error
-
-
 class RunLock:
     """Lock of the one process that writes into a run's folder; the system releases it when that process dies."""
 
@@ -205,11 +197,7 @@ def supersede_after(run_dir: Path, step: int) -> list[Path]:
 
     Renamed checkpoints stay on disk and are excluded from rotation.
     """
-    renamed = []
-    for checkpoint in checkpoints(run_dir):
-        if checkpoint.name > checkpoint_of(run_dir, step).name:
-            renamed.append(_supersede(checkpoint))
-    return renamed
+    return [_supersede(path) for path in checkpoints(run_dir) if path.name > checkpoint_of(run_dir, step).name]
 
 
 def _supersede(path: Path) -> Path:

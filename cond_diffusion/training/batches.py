@@ -5,15 +5,14 @@ is a function of (seed, p), and consecutive steps read consecutive positions. A 
 uninterrupted one, and dividing a step among micro-batches and processes changes only rounding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from cond_diffusion.config.run import Config
@@ -36,18 +35,6 @@ class MicroBatch:
     context: Float[Tensor, "b l d"]
     t: Tensor
     eps: Float[Tensor, "b c h w"]
-
-
-@dataclass(frozen=True)
-class _Samples:
-    """Samples and random numbers of a micro-batch, on the CPU."""
-
-    images: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"]  # bytes, or cached x_0
-    captions: list[str]
-    t_uniform: Float[Tensor, " b"]  # in [0, 1), mapped to timesteps by the objective
-    is_dropped: Bool[Tensor, " b"]
-    eps: Float[Tensor, "b _ _ _"]
-    state: Any  # position of a stream after these samples
 
 
 class Batches:
@@ -90,24 +77,17 @@ class Batches:
         Raises:
             UserError: If too many images are unreadable, or a stream cannot be read.
         """
-        return map(self._micro_batch, list(islice(self._samples, self.accumulation_steps)))
+        return (complete() for complete in list(islice(self._samples, self.accumulation_steps)))
 
     def sample_names(self, step: int) -> str:
         """Return the dataset indices of all samples in a step, across processes."""
         return self.training_data.sample_names(step * self.per_step, self.per_step)
 
-    def _micro_batch(self, samples: _Samples) -> MicroBatch:
-        self.training_data.consumed(samples.state)
-        context = self.text_embedder(samples.captions).to(self.device)
-        return MicroBatch(
-            x_0=encode_images(samples.images.to(self.device), self.latent_space),
-            context=drop_captions(context, self.null_context, samples.is_dropped),
-            t=self.objective.timesteps_at(samples.t_uniform),
-            eps=samples.eps.to(self.device),
-        )
+    def _read(self, first: int) -> Callable[[], MicroBatch]:
+        """Load a micro-batch from position `first` of the training order, and return what completes it on the device.
 
-    def _read(self, first: int) -> _Samples:
-        """Load one micro-batch from position `first` of the training order."""
+        Loading runs ahead of training, in another thread.
+        """
         data, train = self.config.data, self.config.train
         generators = [generator("sample", self.config.seed, first + i) for i in range(train.batch_size)]
         uniform = torch.stack([torch.rand(5, generator=each, dtype=torch.float64) for each in generators])
@@ -116,11 +96,17 @@ class Batches:
         images = batch.images
         if data.flip:
             images = torch.where((flip < 0.5)[:, None, None, None], images.flip(3), images)
-        return _Samples(
-            images=images,
-            captions=batch.captions,
-            t_uniform=t_uniform,
-            is_dropped=dropout < train.caption_dropout,
-            eps=torch.stack([torch.randn(self.shape, generator=each) for each in generators]),
-            state=self.training_data.state,
-        )
+        eps = torch.stack([torch.randn(self.shape, generator=each) for each in generators])
+        state = self.training_data.state  # position of a stream after these samples
+
+        def complete() -> MicroBatch:
+            self.training_data.last_consumed_state = state
+            context = self.text_embedder(batch.captions).to(self.device)
+            return MicroBatch(
+                x_0=encode_images(images.to(self.device), self.latent_space),
+                context=drop_captions(context, self.null_context, dropout < train.caption_dropout),
+                t=self.objective.timesteps_at(t_uniform),
+                eps=eps.to(self.device),
+            )
+
+        return complete

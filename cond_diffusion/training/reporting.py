@@ -116,9 +116,10 @@ class Reporter:
         # The same number of columns on each process, as gather() requires; some prompts are sampled twice.
         columns = -(-len(prompts) // processes)
         local = [prompts[(i * processes + accelerator.process_index) % len(prompts)] for i in range(columns)]
-        options = vars(sample.sampling_options(pipe.schedule.num_timesteps))
+        steps = min(sample.steps, pipe.schedule.num_timesteps)
+        options: dict[str, Any] = {"num_images": sample.num_images, "guidance_scale": sample.guidance_scale}
         batch_size = self.config.train.batch_size
-        pixels = to_bytes(pipe(local, **options, batch_size=batch_size, progress=False, output_type="pt"))
+        pixels = to_bytes(pipe(local, **options, steps=steps, batch_size=batch_size, progress=False, output_type="pt"))
         pixels = pixels.unflatten(0, (columns, sample.num_images)).to(accelerator.device)
         gathered = cast(Tensor, accelerator.gather(pixels))  # ordered by process
         if accelerator.is_main_process:

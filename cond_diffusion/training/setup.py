@@ -48,7 +48,6 @@ from cond_diffusion.pipeline.checkpoint import Checkpoint, open_checkpoint
 from cond_diffusion.pipeline.run_folder import (
     RunLock,
     exists,
-    make_run_dir,
     named_checkpoint,
     new_run_dir,
     newest_checkpoint,
@@ -472,7 +471,8 @@ def prepare_run_dir(
     run_dir = lock.run_dir
     accelerator.wait_for_everyone()  # until all processes have checked that the folder does not exist
     if accelerator.is_main_process:
-        make_run_dir(run_dir)
+        with user_errors(f"run_dir: {run_dir} cannot be created", OSError):
+            run_dir.mkdir(parents=True, exist_ok=True)
     acquire_lock(lock, accelerator)
     if not accelerator.is_main_process:
         return

@@ -196,8 +196,13 @@ def non_finite_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     read = batches.Batches._read
 
     def read_with_infinity(self: Any, first: int) -> Any:
-        samples = read(self, first)
-        return replace(samples, eps=samples.eps * torch.inf) if first // self.per_step in steps else samples
+        complete = read(self, first)
+
+        def complete_with_infinity() -> batches.MicroBatch:
+            batch = complete()
+            return replace(batch, eps=batch.eps * torch.inf)
+
+        return complete_with_infinity if first // self.per_step in steps else complete
 
     monkeypatch.setattr(batches.Batches, "_read", read_with_infinity)
     return steps
