@@ -3,6 +3,7 @@
 # ruff: noqa: E402 - the environment is set before the libraries are imported that read it.
 
 import atexit
+import copy
 import json
 import multiprocessing
 import os
@@ -22,6 +23,9 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(name, None)
 
+# The tests write some 400 checkpoints, and lose no power meanwhile.
+os.fsync = lambda descriptor: None
+
 # Processes that test side by side take a core each: torch's threads of several would wait for one another.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
@@ -39,6 +43,8 @@ from safetensors.torch import load_file
 from cond_diffusion import device
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.data.sources import BUILT_IN_SOURCES
+from cond_diffusion.evaluation.emoji import Emoji
+from cond_diffusion.models import text_encoder
 
 # Fixtures of tests that train or start processes; `pytest -m "not slow"` leaves these tests out.
 SLOW_FIXTURES = {"bars_overrides", "bars_config", "clone"}
@@ -147,23 +153,56 @@ def short_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cond_diffusion.training.validation.NUM_EXAMPLES", 64)
 
 
-@pytest.fixture
-def small_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces MNIST, which takes many seconds to decode, by its first images."""
-    folder = tmp_path / "small_mnist"
-    folder.mkdir()
+@pytest.fixture(scope="session", autouse=True)
+def built_in_clips_are_read_once() -> Iterator[None]:
+    """Copies the text models and tokenizers in `assets/` after the first time, since most tests load one."""
+    load_clip, load_tokenizer = text_encoder.load_clip, text_encoder.load_tokenizer
+    loaded: dict[Any, Any] = {}
+
+    def once(load: Callable[..., Any]) -> Callable[..., Any]:
+        def load_or_copy(*arguments: Any) -> Any:
+            folders = [argument for argument in arguments if isinstance(argument, Path)]
+            if not any(folder.is_relative_to(text_encoder.ASSETS) for folder in folders):
+                return load(*arguments)
+            if arguments not in loaded:
+                loaded[arguments] = load(*arguments)
+            return copy.deepcopy(loaded[arguments])
+
+        return load_or_copy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_encoder, "load_clip", once(load_clip))
+        patch.setattr(text_encoder, "load_tokenizer", once(load_tokenizer))
+        yield
+
+
+@pytest.fixture(scope="session")
+def emoji() -> Emoji:
+    return Emoji()
+
+
+@pytest.fixture(scope="session")
+def first_of_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the first images of MNIST."""
+    folder = tmp_path_factory.mktemp("small_mnist")
     for split, count in (("train", 2000), ("test", 500)):
         write_table(
             read_table(BUILT_IN_SOURCES["mnist"] / f"{split}.parquet").slice(0, count), folder / f"{split}.parquet"
         )
-    monkeypatch.setitem(BUILT_IN_SOURCES, "mnist", folder)
+    return folder
+
+
+@pytest.fixture
+def small_mnist(first_of_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces MNIST, which takes many seconds to decode, by its first images."""
+    monkeypatch.setitem(BUILT_IN_SOURCES, "mnist", first_of_mnist)
 
 
 @pytest.fixture
 def short_evaluation(small_mnist: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations compare with few real images, train classifiers for few steps, and sweep over few points."""
-    monkeypatch.setattr("cond_diffusion.evaluation.metrics.MIN_STEPS", 20)
-    monkeypatch.setattr("cond_diffusion.evaluation.metrics.EPOCHS", 2)
+    monkeypatch.setattr("cond_diffusion.evaluation.metrics.MIN_STEPS", 2)
+    monkeypatch.setattr("cond_diffusion.evaluation.metrics.EPOCHS", 0)
     monkeypatch.setattr("cond_diffusion.evaluation.report.SCALES", (1.0, 4.0))
     monkeypatch.setattr("cond_diffusion.evaluation.report.SAMPLERS", ("ddim", "unipc"))
     monkeypatch.setattr("cond_diffusion.evaluation.report.STEPS", (2, 4))

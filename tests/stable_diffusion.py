@@ -1,5 +1,9 @@
 """A small Stable Diffusion pipeline with random weights, created with diffusers only."""
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,13 @@ def autoencoder() -> AutoencoderKL:
 
 def stable_diffusion(folder: Path, prediction: str, **scheduler: Any) -> Path:
     """Write a small Stable Diffusion pipeline with random weights with diffusers; return its folder."""
+    return shutil.copytree(_written(prediction, **scheduler), folder, dirs_exist_ok=True)
+
+
+@cache
+def _written(prediction: str, **scheduler: Any) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="stable-diffusion-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     torch.manual_seed(1)
     text_encoder = TextEncoder.from_pretrained(BUILT_IN_ENCODER, 16)
     unet = UNet2DConditionModel(

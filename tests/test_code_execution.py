@@ -105,7 +105,8 @@ def test_poisoned_folder_runs_no_code(
         load(marker, lambda overrides=overrides: train(load_config(Config, overrides=[*bars_overrides, *overrides])))
 
 
-@pytest.mark.parametrize("name", POISONS)
+# The tokenizer and the image processor are not read here.
+@pytest.mark.parametrize("name", [name for name in POISONS if name not in ("a tokenizer", "an image processor")])
 def test_poisoned_autoencoder_runs_no_code(name: str, marker: Path, tmp_path: Path, model_hub: type[ModelHub]):
     folder = stable_diffusion(tmp_path / "stable", "epsilon")
     poison(folder, marker, POISONS[name])

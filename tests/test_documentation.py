@@ -134,6 +134,7 @@ def commands_of(text: str) -> list[str]:
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_evaluation: None) -> Path:
     """A folder with the scripts, the configs and little data, in place of the project's own."""
+    monkeypatch.setattr("cond_diffusion.training.preflight.MAX_OVERFIT_STEPS", 10)
     folder = tmp_path / "clone"
     folder.mkdir()
     for name in ("train.py", "sample.py"):

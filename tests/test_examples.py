@@ -13,6 +13,7 @@ from torch import Tensor
 import cond_diffusion
 from cond_diffusion import NoiseSchedule, Prediction, ScheduleConfig, denoiser, dpm_solver, guided
 from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.evaluation.emoji import Emoji
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODELS
 
 
@@ -90,12 +91,13 @@ def test_speedrun_records_first_checkpoint_that_passes_the_bar(speedrun: ModuleT
 
 @pytest.mark.slow
 def test_speedrun_trains_times_and_judges_checkpoints(
-    speedrun: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    speedrun: ModuleType, first_of_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    digits = [f"data.source={first_of_mnist}", "data.caption_column=label", "data.caption_templates=[a digit {label}]"]
     config = ROOT / "configs" / "mnist_fast.yaml"
     short = ["train.batch_size=4", "train.max_steps=2", "train.checkpoint_every=1", "train.evaluate_every=0"]
-    checkpoints = speedrun.timed_checkpoints(config, tmp_path / "run", [*short, "train.warmup_steps=1"])
+    checkpoints = speedrun.timed_checkpoints(config, tmp_path / "run", [*short, *digits, "train.warmup_steps=1"])
     assert [path.name for _, path in checkpoints] == ["step-00000001", "step-00000002"]
     assert 0 < checkpoints[0][0] < checkpoints[1][0]
     track = speedrun.Digits(load_config(Config, config), 100)
@@ -106,7 +108,8 @@ def test_speedrun_trains_times_and_judges_checkpoints(
 
 
 @pytest.mark.slow
-def test_speedrun_judges_emoji(speedrun: ModuleType):
+def test_speedrun_judges_emoji(speedrun: ModuleType, emoji: Emoji, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(speedrun, "Emoji", lambda: emoji)
     track = speedrun.HeldOutEmoji(10)
     (result,) = speedrun.judge(track, [(1.0, BUILT_IN_MODELS["emoji"])])
     assert result.measures.keys() == {"concept, top 1", "concept, top 5", "style", "family of styles"}

@@ -152,7 +152,12 @@ def make(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", FILES)
+SLOW_TO_READ = "tokenizer/tokenizer_config.json"  # with each value, all of the tokenizer's files are read
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == SLOW_TO_READ else name for name in FILES]
+)
 def test_every_wrong_value_of_every_field_is_refused_or_correct(name: str, folder: Path):
     file, read = folder / name, FILES[name]
     content = file.read_text(encoding="utf-8")

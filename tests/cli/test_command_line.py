@@ -6,7 +6,6 @@ import re
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,14 +40,11 @@ def run_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.Ca
     signal.signal(signal.SIGINT, handler)
 
 
-@pytest.mark.slow
-def test_sample_writes_a_png_and_prints_its_path(tmp_path: Path):
-    """Run in a separate process and another folder; the progress bar is on standard error."""
-    command = [sys.executable, str(ROOT / "sample.py"), "a digit seven", "--steps", "20"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "a-digit-seven.png\n"
-    assert "20/20" in result.stderr
+def test_sample_writes_a_png_and_prints_its_path(run_script, tmp_path: Path):
+    """The progress bar is on standard error."""
+    code, output, errors = run_script("sample", "a digit seven", "--steps", "20")
+    assert (code, output) == (0, "a-digit-seven.png\n")
+    assert "20/20" in errors
     with Image.open(tmp_path / "a-digit-seven.png") as image:
         assert image.size == (28, 28)
         low, high = image.getextrema()

@@ -191,6 +191,7 @@ def join(connection: HTTPConnection, session: str, **headers: str) -> HTTPRespon
     return response
 
 
+@pytest.mark.slow
 def test_requests_of_other_sites_and_uploads_are_refused(connection: HTTPConnection, tmp_path: Path):
     own = f"{connection.host}:{connection.port}"
     for name, value in (("Host", "evil.example"), ("Origin", "http://evil.example"), ("Origin", "null")):
@@ -208,6 +209,7 @@ def test_requests_of_other_sites_and_uploads_are_refused(connection: HTTPConnect
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_job_runs_only_while_its_client_listens(connection: HTTPConnection, monkeypatch: pytest.MonkeyPatch):
     listens = threading.Event()
     monkeypatch.setattr(demo, "sleep", lambda _: listens.wait(60))

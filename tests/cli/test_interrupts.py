@@ -38,17 +38,18 @@ def assert_interrupted(command: list[str], path: Path) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize("module", ["pydantic", "yaml", "torch", "accelerate", "gradio", "tqdm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["pydantic", "yaml", "torch", "accelerate", "tqdm"])
 def test_interrupt_during_an_import(module: str, tmp_path: Path):
     (tmp_path / f"{module}.py").write_text(INTERRUPTED, encoding="utf-8")
     commands = {
         "torch": [str(ROOT / "sample.py"), "seven"],
         "accelerate": [str(ROOT / "train.py")],
-        "gradio": ["-m", "cond_diffusion", "demo"],
     }
     assert_interrupted(commands.get(module, [str(ROOT / "sample.py")]), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twice", [False, True])
 def test_interrupt_of_a_command_and_while_python_exits(twice: bool, tmp_path: Path):
     assert_interrupted(["-c", COMMAND.format(twice=twice)], tmp_path)

@@ -74,15 +74,23 @@ def as_set(batches: list[CaptionedBatch]) -> set[tuple[bytes, str]]:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 def test_training_gives_the_same_weights_from_every_kind_of_source(color_sets: dict[str, list[str]], tmp_path: Path):
     """With images in memory, and with images that are decoded on each access."""
-    runs = {}
+    read, trained = {}, {}
     for kind, source in color_sets.items():
         for memory in (4, 0):
-            run_dir = tmp_path / kind / str(memory)
-            overrides = [*TINY, *source, f"data.memory_gb={memory}", f"run_dir={run_dir}"]
-            runs[kind, memory] = weights(train(load_config(Config, overrides=overrides)))
-    expected = runs.pop(("jsonl", 4))
-    assert len(runs) == 13
-    for run, found in runs.items():
+            config = load_config(
+                Config, overrides=[*TINY, *source, f"data.memory_gb={memory}", f"run_dir={tmp_path / kind}{memory}"]
+            )
+            data = open_training_data(config.data, config.seed)
+            batches = [data.read(0, RandomDraws.fixed(24)), data.held_out(RandomDraws.fixed(4))]
+            read[kind, memory] = [(batch.images.tolist(), batch.captions) for batch in batches if batch is not None]
+            if kind in ("jsonl", "tar"):  # the weights are a function of these batches
+                trained[kind, memory] = weights(train(config))
+    assert len(read) == 14
+    for run, found in read.items():
+        assert len(found) == 2
+        assert found == read["jsonl", 4], run
+    expected = trained["jsonl", 4]
+    for run, found in trained.items():
         assert all(torch.equal(expected[name], found[name]) for name in expected), run
 
 
@@ -137,7 +145,7 @@ def test_a_stream_resumes_at_any_position(color_sets: dict[str, list[str]]):
         config = data_config(color_sets[kind], streaming=True)
         uninterrupted = CaptionedStream(config, seed=3)
         expected = [uninterrupted.read(i, RandomDraws.fixed(1)).captions[0] for i in range(130)]
-        for stop in (0, 1, 20, 29, 30, 85, 86, 87, 115):
+        for stop in (0, 1, 20, 29, 30, 85, 86, 87, 115) if kind == "parquet" else (1, 30, 86, 115):
             first = CaptionedStream(config, seed=3)
             if stop:
                 first.read(stop - 1, RandomDraws.fixed(1))
@@ -307,6 +315,7 @@ def test_prefetch_preserves_results_and_propagates_errors():
         list(results)
 
 
+@pytest.mark.slow
 def test_a_stream_restarts_if_its_files_have_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     colours.write(tmp_path / "set", "tar", 60)
     source = [f"data.source={tmp_path / 'set'}", "data.streaming=true", *colours.TAR_COLUMNS, "data.shuffle_buffer=10"]

@@ -34,7 +34,11 @@ def run(sampler: Sampler, denoise: Denoiser, schedule: NoiseSchedule, x: Tensor,
     return last.x
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+# The others equal one of these: `test_first_order_samplers_are_equal_at_eta_0_and_equal_ddpm_at_eta_1`.
+DISTINCT = [name for name in SAMPLERS if name not in ("ddim 1", "euler", "dpm_solver 1", "dpm_solver 1 sde")]
+
+
+@pytest.mark.parametrize("name", DISTINCT)
 def test_the_closed_form_denoiser_yields_its_gaussian(name: str):
     schedule, count, mean, deviation = NoiseSchedule(ScheduleConfig(250, 4e-4, 0.08)), 10_000, 2.0, 1.0
     denoise = mixture_denoiser(schedule, [mean], [deviation], [1.0])
@@ -46,7 +50,7 @@ def test_the_closed_form_denoiser_yields_its_gaussian(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_the_closed_form_denoiser_yields_its_mixture_of_gaussians(name: str):
     schedule, count = NoiseSchedule(ScheduleConfig()), 10_000
     means, deviations, weights = [-1.0, 0.5], [0.2, 0.1], [0.3, 0.7]
@@ -78,7 +82,7 @@ def test_halving_the_step_size_divides_the_error_by_two_to_the_order(name: str, 
     exact = ode_solution(schedule, x, mean, deviation, start, end)
     denoise = mixture_denoiser(schedule, [mean], [deviation], [1.0])
     errors = []
-    for gap in (200, 100, 50, 25):
+    for gap in (50, 25):
         steps = SAMPLERS[name](denoise, schedule, x, list(range(start, end - 1, -gap)), lambda: torch.zeros_like(x))
         x_end = [step.x for step in steps][-2]  # the last step goes to x_0
         errors.append((x_end - exact).abs().max().item())
@@ -154,8 +158,7 @@ def diffusers_result(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers, about numpy
-@pytest.mark.parametrize("steps", [10, 200])
-@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(("kind", "steps"), [("epsilon", 200), ("epsilon", 10), ("sample", 10), ("v_prediction", 10)])
 @pytest.mark.parametrize("name", PAIRS)
 def test_trajectories_equal_those_of_diffusers(name: str, kind: PredictionKind, steps: int):
     """With the same noise and network, for each prediction type, within 1e-4."""

@@ -15,11 +15,6 @@ from cond_diffusion.evaluation.emoji import SUBSETS, Emoji, EmojiJudge, copies, 
 
 
 @pytest.fixture(scope="module")
-def emoji() -> Emoji:
-    return Emoji()
-
-
-@pytest.fixture(scope="module")
 def judge() -> EmojiJudge:
     return EmojiJudge.load()
 
@@ -61,6 +56,7 @@ def test_the_command_measures_each_subset_and_refuses_what_does_not_apply(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, emoji: Emoji
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cond_diffusion.evaluation.emoji.Emoji", lambda: emoji)
     arguments = ["--checkpoint", "emoji", "--samples", "10", "--steps", "2"]
 
     def type_in(*others: str) -> tuple[int, str, str]:

@@ -11,7 +11,6 @@ import torch
 from conftest import bar
 from PIL import Image
 from torch import nn
-from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from cond_diffusion import TextToImage
@@ -210,6 +209,8 @@ def test_the_clip_score_equals_that_of_torchmetrics(small_mnist: None):
         if images is not None:
             return {"pixel_values": torch.stack(images)}
         return clip.tokenizer(text, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
+
+    from torchmetrics.multimodal.clip_score import CLIPScore  # takes seconds to import
 
     reference = CLIPScore(lambda: (Adapter(), processor))
     captions = [test.caption_groups[group][0] for group in test.group_of.tolist()]

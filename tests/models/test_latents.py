@@ -184,6 +184,7 @@ def test_unreadable_images_have_no_cached_latents(tmp_path: Path, monkeypatch: p
     assert (again._row(2) - found._row(2)).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_augmented_images_and_streams_are_encoded_for_each_batch(
     latent_run: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -64,9 +64,9 @@ def test_the_context_table_gives_the_context_of_each_caption(encoder: TextEncode
 @pytest.mark.parametrize(
     "shape",
     [
-        # openai/clip-vit-base-patch32, and openai/clip-vit-large-patch14 as in Stable Diffusion 1
-        CLIPTextConfig(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_hidden_layers=12),
-        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12),
+        # openai/clip-vit-base-patch32, and openai/clip-vit-large-patch14 as in Stable Diffusion 1, with fewer layers
+        CLIPTextConfig(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_hidden_layers=2),
+        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=2),
     ],
     ids=["ViT-B/32", "ViT-L/14"],
 )

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import weights
 from diffusers import StableDiffusionPipeline
-from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from stable_diffusion import stable_diffusion
 
@@ -106,6 +105,8 @@ def test_lora_checkpoint_has_merged_weights_and_loads_in_diffusers(
         torch.testing.assert_close(after.unet.state_dict()[name], expected, rtol=1e-5, atol=1e-6)
     # LoRA files of this package and of diffusers give the same weights.
     diffusers_pipe.unfuse_lora()
+    from peft import get_peft_model_state_dict  # takes seconds to import
+
     layers = get_peft_model_state_dict(diffusers_pipe.unet, adapter_name="default_0")
     diffusers_pipe.save_lora_weights(tmp_path / "diffusers", unet_lora_layers=layers)
     for file in (checkpoint, tmp_path / "diffusers"):

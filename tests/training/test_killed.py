@@ -24,7 +24,7 @@ from cond_diffusion.training import validation
 from cond_diffusion.training.reporting import Reporter
 from cond_diffusion.training.trainer import train
 
-KILLED_AT = (3, None, 6, 9, None, 14)  # steps; None: while a checkpoint is written
+KILLED_AT = (3, None, 9, None, 14)  # steps; None: while a checkpoint is written
 
 
 def run_process(target: Callable[..., Any], *arguments: Any) -> int | None:
@@ -139,7 +139,7 @@ def test_signals_save_a_checkpoint_and_exit_with_their_code(bars_overrides: list
 
 @pytest.mark.slow
 def test_processes_accumulation_and_batch_size_change_only_rounding(bars_overrides: list[str], tmp_path: Path):
-    """2 processes; 1 with twice the accumulation; 1 with twice the batch size; and a run that is resumed with each."""
+    """1 process, 2 processes, and a run that is resumed with other processes, batch sizes and accumulation."""
     overrides = [
         *bars_overrides,
         *("train.max_steps=10", "train.sample_every=10", "train.evaluate_every=5", "train.checkpoint_every=0"),
@@ -157,7 +157,6 @@ def test_processes_accumulation_and_batch_size_change_only_rounding(bars_overrid
 
     run("one", 1, 16, 1)
     run("two", 2, 8, 1)
-    run("accumulated", 1, 8, 2)
     tars = colours.write(tmp_path / "set", "tar", 60)
     stream = [*tars, "data.streaming=true", "data.resolution=8", "data.caption_templates=[]"]
     run("stream, one process", 1, 16, 1, *stream, "data.channels=3")
@@ -165,8 +164,7 @@ def test_processes_accumulation_and_batch_size_change_only_rounding(bars_overrid
     run("changing", 2, 8, 1, "train.max_steps=4")
     run("changing", 1, 16, 1, "train.max_steps=7", "resume=true")
     run("changing", 1, 4, 4, "resume=true")
-    pairs = [("two", "one"), ("accumulated", "one"), ("changing", "one")]
-    for pair in (*pairs, ("stream, two processes", "stream, one process")):
+    for pair in (("two", "one"), ("changing", "one"), ("stream, two processes", "stream, one process")):
         logs = [metrics(tmp_path / run) for run in pair]
         for name in ("loss", "held_out_loss", "held_out_loss_bucket_0", "held_out_loss_other_caption"):
             values = [[line[name] for line in log if name in line] for log in logs]

@@ -37,6 +37,7 @@ def test_check_reports_data_cost_and_overfitting(working_directory: Path, stream
     )
     (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
     overrides += ["text.max_length=16", "unet.channels=[32,32]", "unet.num_groups=8", "data.max_bad_fraction=0.1"]
+    overrides += ["latent.patch_size=4"]
     overrides += ["train.batch_size=8", "train.max_steps=1000", "data.resolution=32", f"data.streaming={streaming}"]
     findings = list(check(load_config(Config, overrides=overrides)))
     keys = ["data", "images", "captions", "saved check-runs-new.png", "network", "memory", "time", "verdict"]
