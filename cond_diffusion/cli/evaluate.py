@@ -54,7 +54,6 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
     sampling_timesteps(sampling.sampler, pipe.schedule, sampling.steps)
     for name in ("guidance_scale", "seed"):
         sampling.per_prompt(name, 1)
-    features = load_clip_judge(options.features, config.data) if options.features else None
     settings = {
         # A run folder refers to its newest checkpoint, which changes during training.
         "checkpoint": str(pipe.folder) if Path(options.checkpoint).is_dir() else options.checkpoint,
@@ -62,17 +61,16 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
         "dtype": pipe.precision,
         **reported(sampling),
     }
-    if config.data.source == EMOJI:
-        for name in ("paraphrases", "features", "sweep"):
-            if getattr(options, name):
-                raise UserError(
-                    f"--{name}: does not support the emoji data, which have a judge of their own; remove it"
-                )
+    is_emoji = config.data.source == EMOJI
+    for name in ("paraphrases", "features", "sweep"):
+        if is_emoji and getattr(options, name):
+            raise UserError(f"--{name}: does not support the emoji data, which have a judge of their own; remove it")
     results = Results(options.output, settings)
-    if config.data.source == EMOJI:
+    if is_emoji:
         print(format_emoji(evaluate_emoji(pipe, options.samples, sampling, results)))
         print(f"\nsaved {options.output}")
         return
+    features = load_clip_judge(options.features, config.data) if options.features else None
     training_data = open_training_data(config.data, config.seed)
     evaluator = load_evaluator(pipe, config, features, training_data)
     prompts = evaluator.prompts(options.samples, paraphrases=options.paraphrases)

@@ -89,7 +89,9 @@ def timed_checkpoints(config: Path, run_dir: Path, overrides: list[str]) -> list
 def judge(track: Digits | HeldOutEmoji, checkpoints: list[tuple[float, Path]]) -> Iterator[Result]:
     """Sample from each checkpoint with the text prompts, and measure the samples."""
     for seconds, checkpoint in checkpoints:
-        yield Result(seconds, *track.measure(TextToImage.from_pretrained(checkpoint).to_accelerator()))
+        result = Result(seconds, *track.measure(TextToImage.from_pretrained(checkpoint).to_accelerator()))
+        print(f"{seconds:.0f} s, {checkpoint.name}: {result.measures}", file=sys.stderr)
+        yield result
 
 
 def first_qualified(results: Iterable[Result]) -> Result | None:
