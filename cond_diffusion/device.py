@@ -71,6 +71,11 @@ def has_bf16() -> bool:
     )
 
 
+def is_emulated(precision: str, device: torch.device) -> bool:
+    """Return whether the device has no instructions for "bf16" or "fp16", and is many times slower than in fp32."""
+    return device.type == "cpu" and (precision == "fp16" or (precision == "bf16" and not has_bf16()))
+
+
 def choose_precision(requested: str, device: torch.device, key: str) -> str:
     """Return the precision to compute in: "fp32", "bf16" or "fp16".
 
@@ -80,7 +85,7 @@ def choose_precision(requested: str, device: torch.device, key: str) -> str:
         key: The option, for the log.
     """
     if requested != "auto":
-        if requested != "fp32" and device.type == "cpu" and not (requested == "bf16" and has_bf16()):
+        if is_emulated(requested, device):
             logger.warning("%s: %s is slower than fp32 on this CPU, which has no instructions for it", key, requested)
         return requested
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -154,25 +154,19 @@ def short_validation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def built_in_clips_are_read_once() -> Iterator[None]:
-    """Copies the text models and tokenizers in `assets/` after the first time, since most tests load one."""
-    load_clip, load_tokenizer = text_encoder.load_clip, text_encoder.load_tokenizer
-    loaded: dict[Any, Any] = {}
+def built_in_text_models_are_read_once() -> Iterator[None]:
+    """Copies the text models in `assets/` after the first time, since most tests load one."""
+    load_clip, loaded = text_encoder.load_clip, {}
 
-    def once(load: Callable[..., Any]) -> Callable[..., Any]:
-        def load_or_copy(*arguments: Any) -> Any:
-            folders = [argument for argument in arguments if isinstance(argument, Path)]
-            if not any(folder.is_relative_to(text_encoder.ASSETS) for folder in folders):
-                return load(*arguments)
-            if arguments not in loaded:
-                loaded[arguments] = load(*arguments)
-            return copy.deepcopy(loaded[arguments])
-
-        return load_or_copy
+    def load_or_copy(kind: Any, folder: Path) -> Any:
+        if not folder.is_relative_to(text_encoder.ASSETS):
+            return load_clip(kind, folder)
+        if (kind, folder) not in loaded:
+            loaded[kind, folder] = load_clip(kind, folder)
+        return copy.deepcopy(loaded[kind, folder])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_encoder, "load_clip", once(load_clip))
-        patch.setattr(text_encoder, "load_tokenizer", once(load_tokenizer))
+        patch.setattr(text_encoder, "load_clip", load_or_copy)
         yield
 
 

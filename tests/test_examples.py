@@ -94,7 +94,11 @@ def test_speedrun_trains_times_and_judges_checkpoints(
     speedrun: ModuleType, first_of_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    digits = [f"data.source={first_of_mnist}", "data.caption_column=label", "data.caption_templates=[a digit {label}]"]
+    digits = [
+        f"data.source={first_of_mnist}",
+        "data.caption_column=label",
+        'data.caption_templates=["a digit {label}"]',
+    ]
     config = ROOT / "configs" / "mnist_fast.yaml"
     short = ["train.batch_size=4", "train.max_steps=2", "train.checkpoint_every=1", "train.evaluate_every=0"]
     checkpoints = speedrun.timed_checkpoints(config, tmp_path / "run", [*short, *digits, "train.warmup_steps=1"])

@@ -65,12 +65,12 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
     for name in ("paraphrases", "features", "sweep"):
         if is_emoji and getattr(options, name):
             raise UserError(f"--{name}: does not support the emoji data, which have a judge of their own; remove it")
+    features = load_clip_judge(options.features, config.data) if options.features else None
     results = Results(options.output, settings)
     if is_emoji:
         print(format_emoji(evaluate_emoji(pipe, options.samples, sampling, results)))
         print(f"\nsaved {options.output}")
         return
-    features = load_clip_judge(options.features, config.data) if options.features else None
     training_data = open_training_data(config.data, config.seed)
     evaluator = load_evaluator(pipe, config, features, training_data)
     prompts = evaluator.prompts(options.samples, paraphrases=options.paraphrases)

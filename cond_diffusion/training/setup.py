@@ -32,7 +32,7 @@ from cond_diffusion.config.run import (
 )
 from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.data.dataset import open_captioned_files
-from cond_diffusion.device import check_memory, choose_precision, has_bf16, keep_memory, share_cores
+from cond_diffusion.device import check_memory, choose_precision, is_emulated, keep_memory, share_cores
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.diffusion.samplers import sampling_timesteps
 from cond_diffusion.diffusion.schedule import NoiseSchedule
@@ -213,7 +213,7 @@ def mixed_precision(config: TrainConfig, device: torch.device) -> str:
         raise UserError(f"--mixed_precision: {precision} is not supported; expected no, bf16 or fp16")
     if given is None and launched == "no":
         precision = choose_precision("auto", device, "train.mixed_precision")
-    elif device.type == "cpu" and (precision == "fp16" or (precision == "bf16" and not has_bf16())):
+    elif is_emulated(precision, device):
         logger.warning("train.mixed_precision: this CPU has no %s instructions; training in fp32", precision)
         return "no"
     return "no" if precision == "fp32" else precision
