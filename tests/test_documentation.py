@@ -46,7 +46,7 @@ COMMANDS = {
         "a-handwritten-nine.png",
     ),
     "python sample.py --from-image digits.png --seed 8 --output more.png": ("", "more.png"),
-    'python sample.py "a red apple, 3d style" --checkpoint emoji --sampler dpm_solver --steps 20': (
+    'python sample.py "a red apple, 3d style" --checkpoint emoji --guidance-scale 3 --sampler dpm_solver --steps 20': (
         "",
         "a-red-apple-3d-style.png",
     ),
@@ -251,7 +251,7 @@ def test_every_python_block_runs(clone: Path):
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for block in blocks(README, "python"):
-        exec(block.replace("steps=None", "steps=5"), names)
+        exec(block.replace("steps=100", "steps=5"), names)
     assert len(names["images"]) == 8
     assert names["checkpoint"].startswith("runs/mnist")
     assert (clone / "runs" / "two_colors" / "checkpoints" / "step-00000002" / "model_index.json").exists()

@@ -11,6 +11,7 @@ from cond_diffusion.errors import UserError
 
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE = 100, 1.5  # chosen by measurement: tests/benchmarks/README.md
 MAX_GUIDANCE_SCALE = 10_000  # far above useful values, and far below fp32 overflow
 
 # Options that apply only to some samplers, and options that require an input image.
@@ -38,7 +39,9 @@ class SamplingOptions:
         0, "seed of each prompt's first image; image i has seed + i"
     )
     sampler: SamplerName = option("ddpm", "ddpm, ddim, euler, heun, dpm_solver or unipc", group="sampling")
-    steps: PositiveInt | None = option(None, "number of timesteps to visit (default: all)", group="sampling")
+    steps: PositiveInt | None = option(
+        None, f"number of timesteps to visit (default: {DEFAULT_STEPS}, or all if there are fewer)", group="sampling"
+    )
     variance: Variance | None = option(None, "ddpm: posterior or beta (default: the model's)", group="sampling")
     eta: Fraction | None = option(
         None, "ddim and dpm_solver: amount of added noise, 0 to 1 (default: 0)", group="sampling"
@@ -46,7 +49,12 @@ class SamplingOptions:
     order: PositiveInt | None = option(None, "dpm_solver (1, 2) and unipc (1 to 3) (default: 2)", group="sampling")
     guidance_scale: Annotated[
         GuidanceScale | tuple[GuidanceScale, ...], Field(union_mode="left_to_right"), BeforeValidator(_split_commas)
-    ] = option(3.0, "1 disables guidance; 2,5 sets one scale for each of two prompts", group="guidance", metavar="W")
+    ] = option(
+        DEFAULT_GUIDANCE_SCALE,
+        "1 disables guidance; 2,5 sets one scale for each of two prompts",
+        group="guidance",
+        metavar="W",
+    )
     negative_prompt: str | tuple[str, ...] = option("", "text to guide away from", group="guidance")
     guidance_interval: Annotated[tuple[Integer, Integer] | None, BeforeValidator(_split_commas)] = option(
         None, "range of timesteps with guidance (default: all)", group="guidance", metavar="FIRST,LAST"
@@ -71,6 +79,10 @@ class SamplingOptions:
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] <= self.guidance_interval[1]:
             first, last = self.guidance_interval
             raise UserError(f"guidance_interval: {first},{last} is empty; expected 0 <= FIRST <= LAST")
+
+    def num_steps(self, num_timesteps: int) -> int:
+        """Return the number of steps under a schedule of `num_timesteps`."""
+        return self.steps or min(DEFAULT_STEPS, num_timesteps)
 
     def per_prompt(self, name: str, count: int) -> list[Any]:
         """Return the values of an option for `count` prompts; a single value is repeated.

@@ -162,7 +162,7 @@ def load_pipeline(settings: GenerationSettings) -> tuple[TextToImage, Generation
     ).to_accelerator()
     if settings.compile:
         pipe.compile()
-    sampling = replace(settings.sampling, steps=settings.sampling.steps or pipe.schedule.num_timesteps)
+    sampling = replace(settings.sampling, steps=settings.sampling.num_steps(pipe.schedule.num_timesteps))
     checkpoint = str(pipe.folder) if Path(settings.checkpoint).is_dir() else settings.checkpoint
     return pipe, replace(settings, sampling=sampling, checkpoint=checkpoint)
 

@@ -373,7 +373,7 @@ class TextToImage:
         if options.dynamic_thresholding is not None and self.latent_space.is_latent:
             raise UserError("dynamic_thresholding: applies only to pixel-space models; this model is in latent space")
         edit = self._prepare_edit(options, image, mask)
-        visited = sampling_timesteps(options.sampler, self.schedule, options.steps)
+        visited = sampling_timesteps(options.sampler, self.schedule, options.num_steps(total))
         return Job(
             prompts=prompts,
             options=options,

@@ -243,7 +243,9 @@ def test_png_stores_its_settings_in_text_chunks(tmp_path: Path):
 def test_default_number_of_steps_is_stored_as_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(TextToImage, "__call__", lambda *_, **__: to_pillow(torch.zeros(1, 1, 28, 28)))
     generate(["seven"], tmp_path / "x.png", num_images=1, steps=None, guidance_scale=1.0)
-    assert read_settings(str(tmp_path / "x.png"), "--from-image")["steps"] == 1000
+    assert read_settings(str(tmp_path / "x.png"), "--from-image")["steps"] == 100
+    assert SamplingOptions().num_steps(20) == 20
+    assert SamplingOptions(steps=1000).num_steps(1000) == 1000
 
 
 def test_settings_of_another_version_log_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
