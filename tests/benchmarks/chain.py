@@ -36,14 +36,15 @@ def main() -> None:
     print(f"The same number of real images has a Fréchet distance of {baseline:.2f}.\n")
     print("| sampler | steps | seconds | speedup | prompt accuracy | Fréchet distance |\n|---|---|---|---|---|---|")
     whole = 0.0
-    for sampler, steps in [("ddpm", arguments.chain), *((arguments.sampler, steps) for steps in arguments.steps)]:
+    chain = arguments.chain or pipe.schedule.num_timesteps
+    for sampler, steps in [("ddpm", chain), *((arguments.sampler, steps) for steps in arguments.steps)]:
         sampling = SamplingOptions(sampler=sampler, steps=steps, guidance_scale=arguments.guidance_scale)
         start = time.perf_counter()
         samples = evaluator.generate(pipe, prompts, arguments.samples, sampling)
         seconds = time.perf_counter() - start
         whole = whole or seconds
         print(
-            f"| {sampler} | {steps or pipe.schedule.num_timesteps} | {seconds:.1f} | {whole / seconds:.1f} "
+            f"| {sampler} | {steps} | {seconds:.1f} | {whole / seconds:.1f} "
             f"| {samples.accuracy:.1%} | {evaluator.distance(samples):.2f} |",
             flush=True,
         )
