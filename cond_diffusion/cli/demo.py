@@ -95,7 +95,7 @@ def generate_in_thread(folder: Path, settings: GenerationSettings) -> Iterator[U
         try:
             paths = generate_to_file(
                 settings,
-                output=str(folder / "pictures.png"),
+                output=str(folder / "images.png"),
                 film=str(folder / "film.webp"),
                 attention_maps=str(folder / "words.png"),
                 labels=False,

@@ -39,8 +39,8 @@ MAX_REAL = 10_000  # number of test images in the comparison of features
 MIN_IMAGES_PER_LABEL = 20  # per caption group; with fewer images captions are not class labels
 NEIGHBORS = 5
 
-CLASSIFICATION = "accuracy on test pictures of a classifier trained on them"  # Ravuri and Vinyals 2019
-NEAREST = "distance to the nearest training picture"
+CLASSIFICATION = "accuracy on test images of a classifier trained on them"  # Ravuri and Vinyals 2019
+NEAREST = "distance to the nearest training image"
 
 FeatureExtractor = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
 """Maps images to features: a `Classifier`, a `ClipJudge`, or any other network."""

@@ -92,7 +92,7 @@ def evaluate(
         return {
             "count": len(images),
             "judge": evaluator.judge_name,
-            "seconds per picture": seconds / len(images),
+            "seconds per image": seconds / len(images),
             "measures": evaluator.measure(samples),
             "prompt accuracy by prompt": dict(zip(prompts, accuracies, strict=True)),
         }

@@ -121,7 +121,7 @@ class Contest:
         self.their_optimizer.zero_grad()
 
     @torch.inference_mode()
-    def our_pictures(self) -> torch.Tensor:
+    def our_images(self) -> torch.Tensor:
         context = self.context[: self.drawn]
         with autocast(self.precision, self.device):
             network = guided(
@@ -138,7 +138,7 @@ class Contest:
         return last.x
 
     @torch.inference_mode()
-    def their_pictures(self) -> torch.Tensor:
+    def their_images(self) -> torch.Tensor:
         context = self.context[: self.drawn]
         both = torch.cat([torch.zeros_like(context), context])
         scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
@@ -157,9 +157,9 @@ def rows(size: str, mode: str, rounds: int) -> list[str]:
     if "bf16" in mode and choose_precision("auto", device, "--modes") != "bf16":
         return [f"| {size} | {mode} | skipped: bf16 is not faster than fp32 on this machine | | | | |"]
     contest = Contest(size, device, mode)
-    difference = (contest.our_pictures() - contest.their_pictures()).abs().max().item()
+    difference = (contest.our_images() - contest.their_images()).abs().max().item()
     is_exact = device.type == "cpu" and contest.precision == contest.their_precision == "fp32"
-    if is_exact and not difference < 1e-3 * contest.our_pictures().abs().max().item():
+    if is_exact and not difference < 1e-3 * contest.our_images().abs().max().item():
         raise RuntimeError(f"{size}: the images differ by {difference}, so the times are not comparable")
     # Counted in eager mode: compilation may fuse or remove operations.
     work = flop(contest.our_step)
@@ -167,7 +167,7 @@ def rows(size: str, mode: str, rounds: int) -> list[str]:
     if MODES[mode][2]:
         contest.compile()
         started = []
-        for first_call in (contest.our_pictures, contest.their_pictures):
+        for first_call in (contest.our_images, contest.their_images):
             start = time.perf_counter()
             first_call()
             started.append(f"{time.perf_counter() - start:.0f} s")
@@ -175,7 +175,7 @@ def rows(size: str, mode: str, rounds: int) -> list[str]:
     peak = peak_flop_per_second(device, DTYPES[contest.precision])
     for what, ours, theirs, count, work_of_one in (
         ("training step", contest.our_step, contest.their_step, contest.batch, work),
-        ("guided sampling, 20 steps", contest.our_pictures, contest.their_pictures, contest.drawn, None),
+        ("guided sampling, 20 steps", contest.our_images, contest.their_images, contest.drawn, None),
     ):
         times = seconds({"ours": ours, "theirs": theirs}, rounds)
         speed = {name: count / time for name, time in times.items()}

@@ -106,12 +106,12 @@ def test_page_shows_intermediate_steps_and_the_final_images(page: Page, tmp_path
     assert high > 200
     dark = sum(digits.histogram()[:30]) / (digits.width * digits.height)
     assert dark > 0.5  # digits on black, not noise
-    for name in ("pictures.png", "film.webp", "words.png", "settings.json"):
+    for name in ("images.png", "film.webp", "words.png", "settings.json"):
         with page.expect_download() as download:
             page.locator(f"a[download='{name}']").click()
         download.value.save_as(tmp_path / name)
         assert (tmp_path / name).stat().st_size > 100
-    assert read_settings(str(tmp_path / "pictures.png"), "")["prompts"] == ["a digit seven", "a digit two"]
+    assert read_settings(str(tmp_path / "images.png"), "")["prompts"] == ["a digit seven", "a digit two"]
     page.screenshot(path=tmp_path / "page.png")
 
 

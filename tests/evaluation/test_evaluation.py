@@ -118,7 +118,7 @@ def test_real_digits_score_well_and_wrong_labels_or_noise_do_not(monkeypatch: py
     assert measures["Fréchet distance"]["samples"] < 3 * measures["Fréchet distance"]["real"]
     assert measures["precision"]["samples"] > 0.7
     assert measures["recall"]["samples"] > 0.7
-    name = "accuracy on test pictures of a classifier trained on them"
+    name = "accuracy on test images of a classifier trained on them"
     assert measures[name]["samples"] > 0.85  # trained in this test; measured: at least 0.898 over five subsets
     assert measures[name]["samples"] == pytest.approx(measures[name]["real"], abs=0.1)
     assert wrong.accuracy < 0.02
@@ -129,7 +129,7 @@ def test_real_digits_score_well_and_wrong_labels_or_noise_do_not(monkeypatch: py
     # A training image's nearest training image is itself; a test image's is not.
     copies = evaluator.extractor(evaluator.train.images[:100])
     assert nearest(copies, evaluator.training.features, 1)[0].max() < 1e-2
-    assert measures["distance to the nearest training picture"]["samples"] > 1
+    assert measures["distance to the nearest training image"]["samples"] > 1
     rows = evaluator.nearest_images(good, torch.arange(0, 500, 50))
     assert rows.shape == (10, 6, 1, 28, 28)
     assert torch.equal(rows[:, 0], good.data.images[::50])
@@ -171,7 +171,7 @@ def test_each_model_evaluates_each_sample_once(monkeypatch: pytest.MonkeyPatch):
     for image in generated.images:
         assert features.counts[image.numpy().tobytes()] == by_classifier.counts[image.numpy().tobytes()] == 1
     assert evaluator.real_baseline(10) == pytest.approx(measures["Fréchet distance"]["real"])
-    assert measures["distance to the nearest training picture"]["real"] > 0
+    assert measures["distance to the nearest training image"]["real"] > 0
 
 
 def test_an_evaluator_without_classifier_and_clip_is_a_user_error():
@@ -283,7 +283,7 @@ def test_captions_that_are_not_class_labels_are_evaluated_by_a_clip(tmp_path: Pa
     assert "prompt accuracy, classifier" not in measures
     assert 0 <= measures["prompt accuracy, CLIP"]["samples"] <= 1
     # Every image has one of three colors, all in the training set.
-    assert measures["distance to the nearest training picture"]["real"] < 1e-3
+    assert measures["distance to the nearest training image"]["real"] < 1e-3
 
 
 @pytest.mark.slow
