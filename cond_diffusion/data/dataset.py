@@ -365,7 +365,7 @@ def open_captioned_files(
     group_numbers: dict[CaptionGroup, int] = {}
     group_of = []
     # Not from `table.data`, which ignores the selection and the order of the rows.
-    blocks = table.select_columns(config.caption_column).iter(CAPTION_BLOCK_SIZE)
+    blocks: Any = table.select_columns(config.caption_column).iter(CAPTION_BLOCK_SIZE)
     for row, value in enumerate(value for block in blocks for value in block[config.caption_column]):
         try:
             group_of.append(group_numbers.setdefault(captions_of(value), len(group_numbers)))

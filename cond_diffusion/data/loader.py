@@ -45,7 +45,8 @@ class ShuffledDataset:
         held_out: Number of samples to hold out; at most a twentieth of the dataset.
     """
 
-    state = last_consumed_state = None  # only streams have one
+    state: Any = None  # only streams have one
+    last_consumed_state: Any = None
 
     def __init__(self, data: CaptionedImages | CaptionedFiles | LatentSet, seed: int, held_out: int) -> None:
         self.data = data
