@@ -38,7 +38,7 @@ import torch
 from hub import ModelHub
 from huggingface_hub.utils import close_session
 from pyarrow.parquet import ParquetWriter, read_table, write_table
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from cond_diffusion import device
 from cond_diffusion.config.run import Config, load_config
@@ -219,10 +219,10 @@ def model_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The averages, the raw weights, and the optimizer's moments."""
+    """The averages, the raw weights, and the optimizer's moments, as copies that later changes of the files leave."""
     state = [f"state/{stem}.safetensors" for stem in ("unet", "optimizer", "narrow_ema")]
     files = [file for file in ("unet/diffusion_pytorch_model.safetensors", *state) if (checkpoint / file).exists()]
-    return {f"{file}:{name}": value for file in files for name, value in load_file(checkpoint / file).items()}
+    return {f"{file}:{name}": value for file in files for name, value in load((checkpoint / file).read_bytes()).items()}
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:

@@ -165,8 +165,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     bars_config: Config, file: str, damage: str, caplog: pytest.LogCaptureFixture
 ):
     newest = train(bars_config)
-    expected = {name: value.clone() for name, value in weights(newest).items()}  # in memory, not in the file
-    damaged = newest / file
+    expected, damaged = weights(newest), newest / file
     content = damaged.read_bytes()
     match damage:
         case "truncated":
@@ -511,19 +510,13 @@ def test_gradient_checkpointing_gives_the_same_weights_with_less_memory(bars_con
 
 
 @pytest.mark.slow
-def test_a_compiled_network_trains_the_same_up_to_rounding(
-    bars_overrides: list[str], bars_config: Config, tmp_path: Path
-):
+def test_a_compiled_network_trains_the_same_up_to_rounding(bars_overrides: list[str], bars_config: Config):
     """In a process without runtime type checks, which the compiler would compile as well."""
     small = [*bars_overrides, "unet.channels=[32]", "unet.attention=[true]", "unet.middle_block=false"]
     compiled = bars_config.run_dir + "-2"
     train(load_config(Config, ROOT / "configs" / "mnist.yaml", [*small, f"run_dir={bars_config.run_dir}"]))
-    unoptimized = tmp_path / "g++"  # compiles in half the time
-    unoptimized.write_text('#!/bin/sh\nexec g++ "$@" -O0\n', encoding="utf-8")
-    unoptimized.chmod(0o755)
     command = [sys.executable, ROOT / "train.py", *small, "train.compile=true", f"run_dir={compiled}"]
-    env = {**os.environ, "CXX": str(unoptimized)}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     losses = [[line["loss"] for line in metrics(Path(run_dir))] for run_dir in (bars_config.run_dir, compiled)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
