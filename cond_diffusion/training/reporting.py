@@ -116,11 +116,16 @@ class Reporter:
         # The same number of columns on each process, as gather() requires; some prompts are sampled twice.
         columns = -(-len(prompts) // processes)
         local = [prompts[(i * processes + accelerator.process_index) % len(prompts)] for i in range(columns)]
-        steps = min(sample.steps, pipe.schedule.num_timesteps)
-        options: dict[str, Any] = {"num_images": sample.num_images, "guidance_scale": sample.guidance_scale}
-        batch_size = self.config.train.batch_size
-        pixels = to_bytes(pipe(local, **options, steps=steps, batch_size=batch_size, progress=False, output_type="pt"))
-        pixels = pixels.unflatten(0, (columns, sample.num_images)).to(accelerator.device)
+        pixels = pipe(
+            local,
+            num_images=sample.num_images,
+            guidance_scale=sample.guidance_scale,
+            steps=min(sample.steps, pipe.schedule.num_timesteps),
+            batch_size=self.config.train.batch_size,
+            output_type="pt",
+            progress=False,
+        )
+        pixels = to_bytes(pixels).unflatten(0, (columns, sample.num_images)).to(accelerator.device)
         gathered = cast(Tensor, accelerator.gather(pixels))  # ordered by process
         if accelerator.is_main_process:
             rows = rearrange(gathered, "(process column) row ... -> row (column process) ...", process=processes)

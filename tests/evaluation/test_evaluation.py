@@ -190,6 +190,8 @@ def test_groups_are_numbered_as_in_training_and_new_groups_come_last():
 
 @pytest.mark.filterwarnings("ignore")  # raised by torchmetrics
 def test_the_clip_score_equals_that_of_torchmetrics(small_mnist: None):
+    from torchmetrics.multimodal.clip_score import CLIPScore  # takes seconds to import
+
     digits = real_images(load_config(Config, BUILT_IN_MODEL / "config.yaml"))
     test = subset(digits[1], 50)
     clip = ClipJudge.from_pretrained("builtin", 16)
@@ -209,8 +211,6 @@ def test_the_clip_score_equals_that_of_torchmetrics(small_mnist: None):
         if images is not None:
             return {"pixel_values": torch.stack(images)}
         return clip.tokenizer(text, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
-
-    from torchmetrics.multimodal.clip_score import CLIPScore  # takes seconds to import
 
     reference = CLIPScore(lambda: (Adapter(), processor))
     captions = [test.caption_groups[group][0] for group in test.group_of.tolist()]

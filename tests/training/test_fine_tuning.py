@@ -84,6 +84,8 @@ def test_resumed_fine_tuning_of_own_checkpoint_equals_uninterrupted_run(bars_ove
 def test_lora_checkpoint_has_merged_weights_and_loads_in_diffusers(
     bars_overrides: list[str], stable: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
+    from peft import get_peft_model_state_dict  # takes seconds to import
+
     caplog.set_level("INFO", logger="cond_diffusion")
     lora = (f"init_from={stable}", "train.lora_rank=2", "train.learning_rate=0.02")
     checkpoint = train(tuning_config(bars_overrides, tmp_path / "run", *lora))
@@ -105,8 +107,6 @@ def test_lora_checkpoint_has_merged_weights_and_loads_in_diffusers(
         torch.testing.assert_close(after.unet.state_dict()[name], expected, rtol=1e-5, atol=1e-6)
     # LoRA files of this package and of diffusers give the same weights.
     diffusers_pipe.unfuse_lora()
-    from peft import get_peft_model_state_dict  # takes seconds to import
-
     layers = get_peft_model_state_dict(diffusers_pipe.unet, adapter_name="default_0")
     diffusers_pipe.save_lora_weights(tmp_path / "diffusers", unet_lora_layers=layers)
     for file in (checkpoint, tmp_path / "diffusers"):
