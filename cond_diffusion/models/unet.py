@@ -23,6 +23,7 @@ from cond_diffusion.files import cache_folder, load_tensors, save_tensors, write
 from cond_diffusion.hub import download, in_half, is_hub_id, variant_of
 from cond_diffusion.models.layers import (
     Downsample,
+    GroupNorm,
     ProjectedContext,
     ResidualBlock,
     SpatialTransformer,
@@ -141,7 +142,7 @@ class UNet(nn.Module):
             self.up_blocks.append(UpLevel(blocks, transformers, upsample=level > 0))
             below = width
 
-        self.conv_norm_out = nn.GroupNorm(config.num_groups, widths[0], config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
         # Modules are registered in the order of the forward pass.
