@@ -154,6 +154,11 @@ class ObjectiveConfig:
         "`loss_weight`",
     )
 
+    @property
+    def weighting(self) -> Loss:
+        """The loss weighting: `loss`, or that of the prediction."""
+        return self.loss or ("epsilon" if self.prediction == "score" else self.prediction)
+
 
 @section("")
 @dataclass(frozen=True)

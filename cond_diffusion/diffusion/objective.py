@@ -160,7 +160,7 @@ class Objective:
         weight = _weight(config, schedule) * self.prediction.x_0_error(all_timesteps) ** 2
         if weight[-1] == 0:
             raise UserError(
-                f"objective.loss: {config.loss} has weight 0 at the last timestep, where alpha_bar is 0 "
+                f"objective.loss: {config.weighting} has weight 0 at the last timestep, where alpha_bar is 0 "
                 "(schedule.zero_terminal_snr, or a last beta of 1); expected v_prediction or sample"
             )
         # A common factor changes only the meaning of `train.max_grad_norm`; mean 1 keeps all objectives comparable.
@@ -204,7 +204,7 @@ class Objective:
 def _weight(config: ObjectiveConfig, schedule: NoiseSchedule) -> Float[Tensor, " T"]:
     """Return the weight of the squared error of x_0_hat at every t, up to a common factor."""
     snr = schedule.snr
-    match config.loss or ("epsilon" if config.prediction == "score" else config.prediction):
+    match config.weighting:
         case "epsilon":
             return snr
         case "sample":

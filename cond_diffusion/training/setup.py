@@ -327,6 +327,8 @@ def check_config(config: Config, resumed: Checkpoint) -> None:
         UserError: If a changed key makes the weights or the optimizer state invalid.
     """
     before = resumed.run_config
+    # A default and its name are equal.
+    before, config = (replace(c, objective=replace(c.objective, loss=c.objective.weighting)) for c in (before, config))
     for key in ("seed", "train.ema_width", "train.optimizer", "train.lora_rank"):
         old, new = attrgetter(key)(before), attrgetter(key)(config)
         if old != new:
