@@ -113,14 +113,14 @@ def test_path_that_cannot_be_written_is_reported_before_the_model_is_loaded(
     path: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def load_pipeline(settings: GenerationSettings) -> None:
-        raise AssertionError
+        raise AssertionError("loaded")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(generate, "load_pipeline", load_pipeline)
     (tmp_path / "file").touch()
     suffix = {"film": ".gif", "output_dir": ""}.get(option, ".png")
     expected = AssertionError if (option, path) == ("output_dir", "no/such/x") else UserError  # it is created later
-    with pytest.raises(expected, match="" if expected is AssertionError else f"^--{option.replace('_', '-')}: "):
+    with pytest.raises(expected, match="loaded" if expected is AssertionError else f"^--{option.replace('_', '-')}: "):
         write_to(option, path + suffix)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
