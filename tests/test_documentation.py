@@ -46,7 +46,7 @@ COMMANDS = {
         "a-handwritten-nine.png",
     ),
     "python sample.py --from-image digits.png --seed 8 --output more.png": ("", "more.png"),
-    'python sample.py "a red apple, 3d style" --checkpoint emoji --guidance-scale 3 --sampler dpm_solver --steps 20': (
+    'python sample.py "a red apple, 3d style" --checkpoint emoji --sampler dpm_solver --steps 20': (
         "",
         "a-red-apple-3d-style.png",
     ),

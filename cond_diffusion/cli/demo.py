@@ -20,7 +20,7 @@ from PIL import Image
 from psutil import net_if_addrs
 
 from cond_diffusion.cli.main import ArgumentParser
-from cond_diffusion.config.sampling import GenerationSettings, SamplerName, SamplingOptions
+from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, GenerationSettings, SamplerName, SamplingOptions
 from cond_diffusion.config.schema import local_path
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError, user_errors
@@ -199,7 +199,7 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
                 negative = gradio.Textbox("", label="Negative prompt")
                 button = gradio.Button("Generate", variant="primary")
                 stop = gradio.Button("Stop")
-                scale = gradio.Slider(0, 10, 3, step=0.5, label="Guidance scale")
+                scale = gradio.Slider(0, 10, DEFAULT_GUIDANCE_SCALE, step=0.5, label="Guidance scale")
                 sampler = gradio.Dropdown(list(get_args(SamplerName)), value="dpm_solver", label="Sampler")
                 steps = gradio.Slider(1, 1000, 20, step=1, label="Steps")
                 seed = gradio.Number(0, label="Seed", precision=0)

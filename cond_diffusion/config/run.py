@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cond_diffusion.config.data import DataConfig
-from cond_diffusion.config.sampling import MAX_GUIDANCE_SCALE, Precision
+from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, Precision
 from cond_diffusion.config.schedule import SPACINGS_WITH_OFFSET, ScheduleConfig
 from cond_diffusion.config.schema import (
     Fraction,
@@ -99,7 +99,12 @@ class SampleConfig:
         "prompts of the sample grids, one column each; default: eight captions of the data, unless streamed",
     )
     num_images: PositiveInt = option(4, "rows of the grids")
-    guidance_scale: float = option(3.0, "guidance scale of the grids", ge=0, le=MAX_GUIDANCE_SCALE)
+    guidance_scale: float = option(
+        DEFAULT_GUIDANCE_SCALE,
+        "guidance scale of the grids, and the default of sampling from the model in pixel space",
+        ge=0,
+        le=MAX_GUIDANCE_SCALE,
+    )
     steps: PositiveInt = option(100, "sampling steps of the grids")
 
 

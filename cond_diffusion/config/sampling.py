@@ -1,5 +1,6 @@
 """Sampling options, shared by the command line, PNG metadata, `TextToImage`, evaluation and the demo."""
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -11,7 +12,8 @@ from cond_diffusion.errors import UserError
 
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE = 100, 1.5  # chosen by measurement: tests/benchmarks/README.md
+DEFAULT_STEPS = 100  # chosen by measurement: tests/benchmarks/README.md
+DEFAULT_GUIDANCE_SCALE = 3.0  # of a model that has no other
 MAX_GUIDANCE_SCALE = 10_000  # far above useful values, and far below fp32 overflow
 
 # Options that apply only to some samplers, and options that require an input image.
@@ -48,10 +50,12 @@ class SamplingOptions:
     )
     order: PositiveInt | None = option(None, "dpm_solver (1, 2) and unipc (1 to 3) (default: 2)", group="sampling")
     guidance_scale: Annotated[
-        GuidanceScale | tuple[GuidanceScale, ...], Field(union_mode="left_to_right"), BeforeValidator(_split_commas)
+        GuidanceScale | tuple[GuidanceScale, ...] | None,
+        Field(union_mode="left_to_right"),
+        BeforeValidator(_split_commas),
     ] = option(
-        DEFAULT_GUIDANCE_SCALE,
-        "1 disables guidance; 2,5 sets one scale for each of two prompts",
+        None,
+        "1 disables guidance; 2,5 sets one scale for each of two prompts (default: the model's)",
         group="guidance",
         metavar="W",
     )
@@ -80,9 +84,15 @@ class SamplingOptions:
             first, last = self.guidance_interval
             raise UserError(f"guidance_interval: {first},{last} is empty; expected 0 <= FIRST <= LAST")
 
-    def num_steps(self, num_timesteps: int) -> int:
-        """Return the number of steps under a schedule of `num_timesteps`."""
-        return self.steps or min(DEFAULT_STEPS, num_timesteps)
+    def completed(self, num_timesteps: int, guidance_scale: float) -> "SamplingOptions":
+        """Return the options with `steps` and `guidance_scale`, where not given, of a model.
+
+        Args:
+            num_timesteps: The length of the model's schedule.
+            guidance_scale: The model's default.
+        """
+        scale = guidance_scale if self.guidance_scale is None else self.guidance_scale
+        return replace(self, steps=self.steps or min(DEFAULT_STEPS, num_timesteps), guidance_scale=scale)
 
     def per_prompt(self, name: str, count: int) -> list[Any]:
         """Return the values of an option for `count` prompts; a single value is repeated.

@@ -44,10 +44,10 @@ class TimestepMLP(nn.Module):
 class GroupNorm(nn.GroupNorm):
     """Group normalization (Wu and He 2018), with fp32 statistics; in fp32 where torch's kernel for bf16 is slow."""
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        if x.device.type != "cpu" or (self.num_channels // self.num_groups) % NORM_LANES == 0:
-            return super().forward(x)
-        return super().forward(x.float()).to(x.dtype)
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        if input.device.type != "cpu" or (self.num_channels // self.num_groups) % NORM_LANES == 0:
+            return super().forward(input)
+        return super().forward(input.float()).to(input.dtype)
 
 
 class ResidualBlock(nn.Module):

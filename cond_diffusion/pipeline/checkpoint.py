@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 from huggingface_hub import ModelCard, ModelCardData
 
 from cond_diffusion.config import schedule as schedule_config
-from cond_diffusion.config.run import CONFIG_NAME, Config, LatentConfig, PredictionKind, load_config
+from cond_diffusion.config.run import CONFIG_NAME, Config, LatentConfig, PredictionKind, SampleConfig, load_config
 from cond_diffusion.config.schema import from_json, read_json
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
@@ -38,6 +38,7 @@ BUILT_IN_MODEL = ASSETS / "mnist_model"
 # By the names that `--checkpoint` and `init_from` accept.
 BUILT_IN_MODELS = {"builtin": BUILT_IN_MODEL, "emoji": ASSETS / "emoji_model"}
 GRID_NAME = "samples.png"
+LATENT_GUIDANCE_SCALE = 7.5  # the default of diffusers' StableDiffusionPipeline
 Result = TypeVar("Result")
 
 
@@ -64,6 +65,14 @@ class Checkpoint:
             fields = {"patch_size": self.index.get("patch_size", 1)}
             return PixelPatchify(from_json(LatentConfig, fields, self.folder / INDEX_NAME).patch_size)
         return VAE.from_pretrained(self.folder)
+
+    @cached_property
+    def guidance_scale(self) -> float:
+        """The default guidance scale of sampling; for a model in pixel space, that of the run's sample grids."""
+        if self.index["_class_name"] == IN_LATENTS:
+            return LATENT_GUIDANCE_SCALE
+        fields = {name: value for name, value in self.index.items() if name == "guidance_scale"}
+        return from_json(SampleConfig, fields, self.folder / INDEX_NAME).guidance_scale
 
     @cached_property
     def unet(self) -> UNet:
@@ -147,7 +156,7 @@ def read_checkpoint(source: str | Path, read: Callable[[Checkpoint], Result], **
                 raise
 
 
-def write_index(folder: Path, latent_space: LatentSpace) -> None:
+def write_index(folder: Path, latent_space: LatentSpace, guidance_scale: float) -> None:
     """Write `model_index.json`, and the weights of the autoencoder if there is one."""
     index: dict[str, Any] = {
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -156,6 +165,8 @@ def write_index(folder: Path, latent_space: LatentSpace) -> None:
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
     index |= latent_space.save_pretrained(folder)
+    if not latent_space.is_latent:
+        index["guidance_scale"] = guidance_scale
     write_json(folder / INDEX_NAME, index)
 
 

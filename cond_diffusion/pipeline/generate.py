@@ -155,16 +155,15 @@ def generate_to_folder(settings: GenerationSettings, folder: str, *, batch_size:
 def load_pipeline(settings: GenerationSettings) -> tuple[TextToImage, GenerationSettings]:
     """Return the pipeline on the accelerator, and the settings to store in a PNG.
 
-    In these, a run folder is replaced by its newest checkpoint, and `steps` is the number of steps.
+    In these, a run folder is replaced by its newest checkpoint, and the model's defaults are filled in.
     """
     pipe = TextToImage.from_pretrained(
         settings.checkpoint, ema_width=settings.ema_width, lora=settings.lora, dtype=settings.dtype
     ).to_accelerator()
     if settings.compile:
         pipe.compile()
-    sampling = replace(settings.sampling, steps=settings.sampling.num_steps(pipe.schedule.num_timesteps))
     checkpoint = str(pipe.folder) if Path(settings.checkpoint).is_dir() else settings.checkpoint
-    return pipe, replace(settings, sampling=sampling, checkpoint=checkpoint)
+    return pipe, replace(settings, sampling=pipe.completed(settings.sampling), checkpoint=checkpoint)
 
 
 def encode_png(image: Image.Image, settings: GenerationSettings) -> bytes:

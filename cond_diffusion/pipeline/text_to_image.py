@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.config.sampling import Precision, SamplingOptions
+from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, Precision, SamplingOptions
 from cond_diffusion.device import autocast, check_memory, choose_precision, free_memory, keep_memory
 from cond_diffusion.diffusion.guidance import Edit, guided, threshold_dynamically
 from cond_diffusion.diffusion.objective import Prediction, denoiser
@@ -94,6 +94,7 @@ class TextToImage:
     Args:
         dtype: Precision of the UNet: "fp32", "bf16", "fp16", or "auto" for bf16 where the device is faster in it, and
             fp32 elsewhere. It applies to matrix products and convolutions; the weights and all the rest are fp32.
+        guidance_scale: Default guidance scale of sampling.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class TextToImage:
         prediction: Prediction,
         latent_space: LatentSpace,
         dtype: Precision = "auto",
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
     ) -> None:
         if dtype not in get_args(Precision):
             raise UserError(f"dtype: {dtype!r}; expected {', '.join(get_args(Precision))}")
@@ -126,6 +128,7 @@ class TextToImage:
         self.schedule = prediction.schedule
         self.latent_space = latent_space
         self.dtype = dtype
+        self.guidance_scale = guidance_scale
         self.folder: Path | None = None  # of the checkpoint that the pipeline was loaded from
 
     @classmethod
@@ -175,7 +178,8 @@ class TextToImage:
         if ema_width is not None:
             with user_errors(f"--ema-width: the snapshots do not fit {checkpoint.folder}", RuntimeError):
                 unet = UNet.with_weights(unet.config, weights_of_width(checkpoint.folder, ema_width))
-        pipe = cls(unet, checkpoint.text_encoder, checkpoint.prediction, latent_space, dtype)
+        scale = checkpoint.guidance_scale
+        pipe = cls(unet, checkpoint.text_encoder, checkpoint.prediction, latent_space, dtype, scale)
         pipe.folder = checkpoint.folder
         return pipe
 
@@ -185,7 +189,7 @@ class TextToImage:
             self.unet.save_pretrained(unfinished / "unet")
             self.text_encoder.save_pretrained(unfinished)
             write_prediction(unfinished, self.prediction)
-            write_index(unfinished, self.latent_space)
+            write_index(unfinished, self.latent_space, self.guidance_scale)
 
     def push_to_hub(
         self, repo_id: str, *, prompts: str | Sequence[str] = (), private: bool = False, token: str | None = None
@@ -285,6 +289,10 @@ class TextToImage:
             return partial(threshold_dynamically, share=dynamic_thresholding)
         return (lambda x_0_hat: x_0_hat.clamp(-1, 1)) if self.schedule.config.clip_x_0 else (lambda x_0_hat: x_0_hat)
 
+    def completed(self, options: SamplingOptions) -> SamplingOptions:
+        """Return the options with the model's `steps` and `guidance_scale` where these are not given."""
+        return options.completed(self.schedule.num_timesteps, self.guidance_scale)
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -321,7 +329,7 @@ class TextToImage:
             SamplingInterrupted: On Ctrl-C, with the images of the complete batches.
         """
         given = {name: value for name, value in options.items() if value is not None}
-        job = self._resolve(prompts, SamplingOptions(**given), image, mask, batch_size)
+        job = self._resolve(prompts, self.completed(SamplingOptions(**given)), image, mask, batch_size)
         examples = self._encode(job)
         batches = -(-len(job.prompts) * job.options.num_images // job.batch_size)
         steps = len(job.timesteps) * job.options.resamplings
@@ -373,7 +381,8 @@ class TextToImage:
         if options.dynamic_thresholding is not None and self.latent_space.is_latent:
             raise UserError("dynamic_thresholding: applies only to pixel-space models; this model is in latent space")
         edit = self._prepare_edit(options, image, mask)
-        visited = sampling_timesteps(options.sampler, self.schedule, options.num_steps(total))
+        assert options.steps is not None  # completed
+        visited = sampling_timesteps(options.sampler, self.schedule, options.steps)
         return Job(
             prompts=prompts,
             options=options,

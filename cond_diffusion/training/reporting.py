@@ -119,7 +119,6 @@ class Reporter:
         pixels = pipe(
             local,
             num_images=sample.num_images,
-            guidance_scale=sample.guidance_scale,
             steps=min(sample.steps, pipe.schedule.num_timesteps),
             batch_size=self.config.train.batch_size,
             output_type="pt",

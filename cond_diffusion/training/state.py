@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,8 @@ class Saver:
             unet = UNet.with_weights(self.pipe.unet.config, self.state.merge_lora(averages[0]))
             if self.state.base is not None:
                 save_lora(averages[0], folder)
-            pipe = TextToImage(unet, self.pipe.text_encoder, self.pipe.prediction, self.pipe.latent_space)
+            pipe = copy(self.pipe)
+            pipe.unet = unet
             pipe.save_pretrained(folder)
             save_config(self.config, folder / "config.yaml")
             state_folder.rename(folder / "state")

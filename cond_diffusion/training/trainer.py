@@ -81,8 +81,8 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
 
     with torch.device("meta"):  # it holds weights only while it samples
         precision: Any = accelerator.mixed_precision.replace("no", "fp32")
-        unet, prediction = UNet(run.unet.config), run.objective.prediction
-        pipe = TextToImage(unet, run.text_encoder, prediction, run.latent_space, precision)
+        unet, prediction, scale = UNet(run.unet.config), run.objective.prediction, config.sample.guidance_scale
+        pipe = TextToImage(unet, run.text_encoder, prediction, run.latent_space, precision, scale)
     validator = Validator(config, training_data, text_embedder, run.objective, run.latent_space)
     batches = Batches(config, training_data, text_embedder, run.objective, accelerator, start, run.latent_space)
     reporter = Reporter(config, run.run_dir, start, run.samples_per_step, accelerator)

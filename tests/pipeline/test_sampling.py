@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from cond_diffusion import SamplingOptions, TextToImage, __version__
 from cond_diffusion.cli.sample import recorded_settings
-from cond_diffusion.config.sampling import GenerationSettings
+from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, GenerationSettings
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import to_pillow
@@ -240,12 +240,28 @@ def test_png_stores_its_settings_in_text_chunks(tmp_path: Path):
     assert (ours["eta"], ours["guidance_scale"]) == (0.5, [2.0, 4.0])
 
 
-def test_default_number_of_steps_is_stored_as_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_defaults_of_the_model_are_stored_as_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(TextToImage, "__call__", lambda *_, **__: to_pillow(torch.zeros(1, 1, 28, 28)))
-    generate(["seven"], tmp_path / "x.png", num_images=1, steps=None, guidance_scale=1.0)
-    assert read_settings(str(tmp_path / "x.png"), "--from-image")["steps"] == 100
-    assert SamplingOptions().num_steps(20) == 20
-    assert SamplingOptions(steps=1000).num_steps(1000) == 1000
+    generate(["seven"], tmp_path / "x.png", num_images=1, steps=None, guidance_scale=None)
+    stored = read_settings(str(tmp_path / "x.png"), "--from-image")
+    assert (stored["steps"], stored["guidance_scale"]) == (100, 1.5)
+    assert SamplingOptions().completed(20, 3.0) == SamplingOptions(steps=20, guidance_scale=3.0)
+    given = SamplingOptions(steps=1000, guidance_scale=0)
+    assert given.completed(1000, 3.0) == given
+
+
+def test_the_default_guidance_scale_is_that_of_the_model(tmp_path: Path, pipe: TextToImage):
+    options = {"steps": 2, "progress": False, "output_type": "pt"}
+    assert torch.equal(pipe("seven", **options), pipe("seven", guidance_scale=1.5, **options))
+    pipe.save_pretrained(tmp_path / "other")
+    index = tmp_path / "other" / "model_index.json"
+    assert json.loads(index.read_text())["guidance_scale"] == 1.5
+    fields = json.loads(index.read_text())
+    del fields["guidance_scale"]
+    for stored, expected in (({"guidance_scale": 5.0}, 5.0), ({}, DEFAULT_GUIDANCE_SCALE)):
+        index.write_text(json.dumps(fields | stored))
+        other = TextToImage.from_pretrained(tmp_path / "other")
+        assert torch.equal(other("seven", **options), pipe("seven", guidance_scale=expected, **options))
 
 
 def test_settings_of_another_version_log_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
