@@ -3,11 +3,11 @@
     python tests/benchmarks/peers.py [--minutes 5] [--who ours diffusers denoising-diffusion-pytorch]
 
 Ours is `accelerate launch train.py --config configs/mnist_fast.yaml`, timed from the launch on; each checkpoint is
-sampled afterwards, in 20 steps of dpm_solver at the default scale. The others receive decoded images, and embedded
-captions (diffusers) or class indices (denoising-diffusion-pytorch, which does not support text); their time excludes
-imports. Their learning rates are those of their examples and READMEs, not tuned; networks have about the size of ours,
-and the guidance scale is the same. All are evaluated by the classifier of `evaluation/` and its features. Only our own
-run would use a GPU, so the benchmark must run on a machine without one.
+sampled afterwards, in 20 steps of dpm_solver. The others receive decoded images, and embedded captions (diffusers) or
+class indices (denoising-diffusion-pytorch, which does not support text); their time excludes imports. Their learning
+rates are those of their examples and READMEs, not tuned; networks have about the size of ours, and the guidance scale
+is that of the speedrun, 1.5. All are evaluated by the classifier of `evaluation/` and its features. Only our own run
+would use a GPU, so the benchmark must run on a machine without one.
 """
 
 import argparse
@@ -23,19 +23,20 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from measuring import hardware
-from speedrun.run import timed_checkpoints
+from speedrun.run import Digits, timed_checkpoints
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.data.dataset import CaptionedImages
-from cond_diffusion.evaluation.evaluator import DEFAULT_SAMPLING, Judged, load_evaluator
+from cond_diffusion.evaluation.evaluator import Judged, load_evaluator
 from cond_diffusion.images import to_bytes, to_model
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
 ROOT = Path(__file__).parent.parent.parent
 FAST = ROOT / "configs" / "mnist_fast.yaml"
 BATCH = 64
+(SCALE,) = Digits.sampling.per_prompt("guidance_scale", 1)
 
 
 class Referee:
@@ -63,7 +64,7 @@ def ours(referee: Referee, folder: Path, config: Path, words: list[str]) -> Iter
     batch = load_config(Config, checkpoints[-1][1] / "config.yaml").train.batch_size
     for seconds, checkpoint in checkpoints:
         pipe = TextToImage.from_pretrained(checkpoint)
-        samples = referee.evaluator.generate(pipe, referee.prompts, referee.count, DEFAULT_SAMPLING)
+        samples = referee.evaluator.generate(pipe, referee.prompts, referee.count, Digits.sampling)
         yield referee.line("ours", seconds, int(checkpoint.name.removeprefix("step-")) * batch, samples)
 
 
@@ -122,7 +123,7 @@ def diffusers(referee: Referee, seconds: float) -> Iterator[str]:
     with torch.inference_mode():
         for t in tqdm(sampler.timesteps, desc="sampling", leave=False):
             uncond, cond = unet(torch.cat([x, x]), t, context).sample.chunk(2)
-            x = sampler.step(uncond + 3 * (cond - uncond), t, x).prev_sample
+            x = sampler.step(uncond + SCALE * (cond - uncond), t, x).prev_sample
     yield referee.line("diffusers' loop", taken, images, referee.of_pixels(x))
 
 
@@ -158,7 +159,7 @@ def denoising_diffusion_pytorch(referee: Referee, seconds: float) -> Iterator[st
         ema.update()
 
     images, taken = train_for(step, len(data), seconds, "denoising-diffusion-pytorch")
-    drawn = ema.ema_model.eval().sample(classes=referee.labels, cond_scale=3.0)
+    drawn = ema.ema_model.eval().sample(classes=referee.labels, cond_scale=SCALE)
     yield referee.line("denoising-diffusion-pytorch", taken, images, referee.of_pixels(drawn * 2 - 1))
 
 

@@ -87,6 +87,7 @@ def test_overfitted_model_samples_images_that_match_the_prompt(
         config,
         schedule=ScheduleConfig(100, 1e-3, 0.15, zero_terminal_snr=prediction != "epsilon"),
         objective=ObjectiveConfig(prediction, prediction, timesteps=timesteps),
+        sample=replace(config.sample, guidance_scale=2.0),
     )
     results = []
     monkeypatch.setattr(reporting.Reporter, "log_validation", lambda self, step, result: results.append(result))
@@ -95,8 +96,8 @@ def test_overfitted_model_samples_images_that_match_the_prompt(
     assert np.mean(losses[-5:]) < loss_ratio * losses[0]
     assert [result.text_is_used for result in results] == [True]
     pipe = TextToImage.from_pretrained(config.run_dir)
-    assert pipe.prediction.kind == prediction
-    images = pipe(["a bar that is upright", "level"], num_images=16, guidance_scale=2.0, progress=False)
+    assert (pipe.prediction.kind, pipe.guidance_scale) == (prediction, 2.0)
+    images = pipe(["a bar that is upright", "level"], num_images=16, progress=False)
     all_bars = [torch.stack([bar(label, place) for place in range(SIDE)]).float() for label in (0, 1)]
     correct = 0
     for i, image in enumerate(images):
@@ -603,7 +604,9 @@ def test_a_resumed_run_logs_allowed_changes_and_refuses_others(
     streamed = replace(data, streaming=True)
     train(replace(with_train(bars_config, max_steps=5), data=streamed, resume=True))
     assert re.search(r"resume: data\.streaming .*False.*True", caplog.text)
-    train(replace(with_train(bars_config, max_steps=6), data=streamed, resume=True))
+    named = ObjectiveConfig(loss="epsilon")  # the default of the prediction
+    train(replace(with_train(bars_config, max_steps=6), data=streamed, objective=named, resume=True))
+    assert "objective.loss" not in caplog.text
     with pytest.raises(UserError, match=r"^resume: data\.resolution .*8.*16"):
         train(replace(bars_config, data=replace(data, resolution=16), resume=True))
 
