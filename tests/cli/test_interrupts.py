@@ -1,7 +1,9 @@
 """Ctrl-C at any time gives one line and exit code 130."""
 
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,14 @@ sys.exit(start("sample"))
 
 def assert_interrupted(command: list[str], path: Path) -> None:
     environment = {"PYTHONPATH": f"{path}:{ROOT}", "PATH": ""}
-    result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # jobs in the background inherit SIG_IGN
+    )
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
 
