@@ -134,7 +134,7 @@ def orthogonalize(matrices: list[Float[Tensor, "_ _"]]) -> list[Float[Tensor, "_
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Return the learning rate of a step, counted from 0: linear warm-up, then constant, cosine, or linear decay over
-    the last `decay_steps` (Hu et al. 2024, "MiniCPM", section 4).
+    the last `decay_steps`, or over a shorter run as a whole (Hu et al. 2024, "MiniCPM", section 4).
 
     It depends on the step alone, so no scheduler state has to be saved.
     """
@@ -146,5 +146,5 @@ def learning_rate(config: TrainConfig, step: int) -> float:
             decay_steps = max(1, config.max_steps - config.warmup_steps)
             decay = (1 + math.cos(math.pi * max(0, step - config.warmup_steps) / decay_steps)) / 2
         case "warmup_stable_decay":
-            decay = min(1.0, (config.max_steps - step) / (config.decay_steps + 1))
+            decay = min(1.0, (config.max_steps - step) / (min(config.decay_steps, config.max_steps) + 1))
     return config.learning_rate * warmup * decay

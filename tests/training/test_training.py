@@ -116,6 +116,8 @@ def test_learning_rate_schedules():
     stable = replace(config, learning_rate_schedule="warmup_stable_decay", decay_steps=19)
     assert [learning_rate(stable, step) for step in (0, 9, 89, 90)] == pytest.approx([0.2, 2.0, 2.0, 2.0])
     assert [learning_rate(stable, step) for step in (91, 100, 109)] == pytest.approx([1.9, 1.0, 0.1])
+    short = replace(stable, max_steps=3, warmup_steps=0)  # shorter than the decay
+    assert [learning_rate(short, step) for step in range(3)] == pytest.approx([1.5, 1.0, 0.5])
     constant = replace(config, learning_rate_schedule="constant")
     assert learning_rate(constant, 0) == pytest.approx(0.2)
     assert learning_rate(constant, 109) == 2.0
