@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MAX_KEYS_UNFUSED = 128  # up to here plain products are faster than torch's fused attention on a CPU (measured)
-NORM_LANES = 16  # torch's group norm in bf16 is slow on a CPU for groups of other than multiples of this (measured)
+NORM_LANES = 16  # in bf16 on a CPU, torch's group norm is slow unless this divides a group's channels (measured)
 
 KeysValues = tuple[Float[Tensor, "b n l k"], Float[Tensor, "b n l k"]]
 

@@ -20,6 +20,7 @@ import torch
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.device import cores_of_this_process
+from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation.emoji import SOURCE, Emoji, EmojiJudge, generate, recognized
 from cond_diffusion.evaluation.evaluator import load_evaluator
 from cond_diffusion.evaluation.metrics import digest
@@ -116,7 +117,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
 
-    config = load_config(Config, arguments.config)
+    try:
+        config = load_config(Config, arguments.config, arguments.overrides)
+    except UserError as error:
+        parser.error(str(error))
     track = HeldOutEmoji(arguments.samples) if config.data.source == SOURCE else Digits(config, arguments.samples)
     qualified: dict[int, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
