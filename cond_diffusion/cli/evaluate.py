@@ -49,8 +49,9 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
         if importlib.util.find_spec(package) is None:
             raise UserError(f'evaluate: requires {package}; install it with: pip install "cond_diffusion[eval]"')
     given = {name: value for name, value in vars(options).items() if name in REPORTED_OPTIONS}
+    sampling = SamplingOptions(**{**reported(DEFAULT_SAMPLING), **given})
     pipe, config = _load(options)
-    sampling = pipe.completed(SamplingOptions(**{**reported(DEFAULT_SAMPLING), **given}))
+    sampling = pipe.completed(sampling)
     sampling_timesteps(sampling.sampler, pipe.schedule, sampling.steps)
     for name in ("guidance_scale", "seed"):
         sampling.per_prompt(name, 1)
