@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import torch
 
+from cond_diffusion.cli.main import command_line
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.device import cores_of_this_process
-from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation.emoji import SOURCE, Emoji, EmojiJudge, generate, recognized
 from cond_diffusion.evaluation.evaluator import load_evaluator
 from cond_diffusion.evaluation.metrics import digest
@@ -117,10 +117,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
 
-    try:
-        config = load_config(Config, arguments.config, arguments.overrides)
-    except UserError as error:
-        parser.error(str(error))
+    config = load_config(Config, arguments.config, arguments.overrides)
     track = HeldOutEmoji(arguments.samples) if config.data.source == SOURCE else Digits(config, arguments.samples)
     qualified: dict[int, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -136,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line(main))
