@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from cond_diffusion.config import schedule as schedule_config
 from cond_diffusion.config.run import CONFIG_NAME, Config, LatentConfig, PredictionKind, SampleConfig, load_config
+from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE
 from cond_diffusion.config.schema import from_json, read_json
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
@@ -71,7 +72,7 @@ class Checkpoint:
         """The default guidance scale of sampling; for a model in pixel space, that of the run's sample grids."""
         if self.index["_class_name"] == IN_LATENTS:
             return LATENT_GUIDANCE_SCALE
-        fields = {name: value for name, value in self.index.items() if name == "guidance_scale"}
+        fields = {"guidance_scale": self.index.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)}
         return from_json(SampleConfig, fields, self.folder / INDEX_NAME).guidance_scale
 
     @cached_property
