@@ -122,6 +122,11 @@ class TextConfig:
     max_length: PositiveInt | None = option(
         None, "number of tokens that captions are padded or truncated to; default: the encoder's own", ge=3
     )
+    split_phrases: bool = option(
+        False,
+        "encode the phrases of a caption, which commas separate, independently: combinations of phrases that no "
+        "training image has are then understood better",
+    )
 
 
 @section("latent")
@@ -197,6 +202,8 @@ class Config:
             raise UserError(f"resume: {self.resume!r:.80}; expected true, false or a checkpoint such as step-00001000")
         if self.latent.vae is None:
             return
+        if self.text.split_phrases:
+            raise UserError("text.split_phrases: true; expected false with latent.vae, as in StableDiffusionPipeline")
         if self.schedule.spacing in SPACINGS_WITH_OFFSET and self.schedule.steps_offset == 0:
             raise UserError(
                 "schedule.steps_offset: 0; expected 1 with latent.vae and schedule.spacing=leading, as in diffusers"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from cond_diffusion.config.run import ClipPretrainingConfig
+from cond_diffusion.config.run import ClipPretrainingConfig, TextConfig
 from cond_diffusion.models.text_encoder import TextEncoder, distinct_words
 
 MIN_LENGTH, MAX_LENGTH = 16, 77  # tokens of a caption, where no length is given; CLIP's is 77
@@ -74,19 +74,17 @@ def build_clip(config: ClipPretrainingConfig, tokenizer: CLIPTokenizer) -> CLIPM
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.width))
 
 
-def untrained_text_encoder(
-    config: ClipPretrainingConfig, captions: Sequence[str], max_length: int | None
-) -> TextEncoder:
+def untrained_text_encoder(config: ClipPretrainingConfig, captions: Sequence[str], text: TextConfig) -> TextEncoder:
     """Return a randomly initialized text encoder with the vocabulary and the shape of the CLIP to train.
 
     Args:
         captions: The captions of the data.
-        max_length: Number of tokens; None for that of the longest caption, within 16 and 77.
+        text: The run's section `text`. Its `max_length` is by default that of the longest caption, within 16 and 77.
     """
     tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
     text_config: Any = build_clip(config, tokenizer).config.text_config
-    encoder = TextEncoder(tokenizer, CLIPTextModel(text_config), max_length)
-    if max_length is None:
+    encoder = TextEncoder(tokenizer, CLIPTextModel(text_config), text.max_length, text.split_phrases)
+    if text.max_length is None:
         encoder.max_length = min(MAX_LENGTH, max(MIN_LENGTH, encoder.max_length_for(captions, 1.0)))
     return encoder
 

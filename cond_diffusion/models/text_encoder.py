@@ -3,6 +3,10 @@
 A caption is tokenized and padded to `max_length`; the context is CLIP's `last_hidden_state` of all `max_length` tokens,
 without a mask. The context of the empty caption is the *null context* of classifier-free guidance.
 
+With `split_phrases`, the phrases of a caption, which commas separate, are encoded independently, each between its own
+start and end token. The embedding of "3d style" is then the same beside every "red apple", so the network cannot
+memorize images by pairs of phrases. Web UIs have a keyword for this, BREAK.
+
 CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
 
@@ -54,6 +58,7 @@ class EncoderConfig:
     patch_size: Width = 32
     image_size: Width = 224
     num_channels: Width = 3
+    split_phrases: bool = False  # of this package
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,16 @@ class TextEncoder(nn.Module):
         tokenizer: The tokenizer of the CLIP.
         clip: The text model.
         max_length: Number of tokens to pad and truncate to; None for the length stored in the tokenizer.
+        split_phrases: Encode the phrases of a caption independently; None for what is stored in the model's config.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, clip: CLIPTextModel, max_length: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        clip: CLIPTextModel,
+        max_length: int | None,
+        split_phrases: bool | None = None,
+    ) -> None:
         super().__init__()
         positions: int = clip.config.max_position_embeddings
         if max_length is None:  # as in diffusers
@@ -82,15 +94,20 @@ class TextEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.clip = clip.requires_grad_(False)
         self.max_length = max_length
+        stored = bool(getattr(clip.config, "split_phrases", False))
+        self.split_phrases = stored if split_phrases is None else split_phrases
         self.eval()
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, max_length: int | None) -> "TextEncoder":
+    def from_pretrained(
+        cls, source: str | Path, max_length: int | None, split_phrases: bool | None = None
+    ) -> "TextEncoder":
         """Load a text encoder.
 
         Args:
             source: "builtin", "emoji", a folder or a Hub id.
             max_length: Number of tokens; None for the length stored in the tokenizer.
+            split_phrases: Encode phrases independently; None for what is stored in the model's config.
 
         Raises:
             UserError: If the source is not a CLIP, or cannot be read or downloaded.
@@ -104,12 +121,14 @@ class TextEncoder(nn.Module):
             clip = load_clip(CLIPTextModel, clip_folder)
             tokenizer_folder = folder / "tokenizer" if has_subfolders else folder
             tokenizer = load_tokenizer(tokenizer_folder, clip.config.vocab_size)
-        return cls(tokenizer, clip, max_length)
+        return cls(tokenizer, clip, max_length, split_phrases)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `text_encoder/` and `tokenizer/` in diffusers' layout."""
         # diffusers pads to the length that is stored in the tokenizer.
         self.tokenizer.model_max_length = self.max_length
+        if self.split_phrases or hasattr(self.clip.config, "split_phrases"):
+            self.clip.config.split_phrases = self.split_phrases
         with quiet_transformers():
             self.clip.save_pretrained(folder / "text_encoder")
             self.tokenizer.save_pretrained(folder / "tokenizer")
@@ -129,16 +148,32 @@ class TextEncoder(nn.Module):
         Returns:
             The token ids, and the part of each caption that was truncated ("" if none).
         """
-        tokenizer, limit = self.tokenizer, self.max_length - 2
-        encoding = tokenizer([*captions], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        tokens: Any = encoding["input_ids"]
-        offsets: Any = encoding["offset_mapping"]
-        ids = torch.full((len(captions), self.max_length), cast(int, tokenizer.pad_token_id))
-        for row, caption_tokens in zip(ids, tokens, strict=True):
-            marked = [tokenizer.bos_token_id, *caption_tokens[:limit], tokenizer.eos_token_id]
+        bos, eos, limit = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.max_length - 2
+        ids = torch.full((len(captions), self.max_length), cast(int, self.tokenizer.pad_token_id))
+        rests = []
+        for row, caption, tokens in zip(ids, captions, self._encode(captions), strict=True):
+            marked = [bos, *(token for token, _ in tokens[:limit]), eos]
             row[: len(marked)] = torch.tensor(marked)
-        spans = zip(captions, offsets, strict=True)
-        return ids, [caption[span[limit][0] :] if len(span) > limit else "" for caption, span in spans]
+            rests.append(caption[tokens[limit][1][0] :] if len(tokens) > limit else "")
+        return ids, rests
+
+    def _encode(self, captions: Sequence[str]) -> list[list[tuple[int, tuple[int, int]]]]:
+        """Return the tokens of each caption, without the marks at its ends, each with the characters that it spans.
+
+        With `split_phrases`, an end and a start token replace each comma.
+        """
+        tokenizer = self.tokenizer
+        encoding: Any = tokenizer([*captions], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        comma = tokenizer.get_vocab().get(",</w>") if self.split_phrases else None
+        marks = [cast(int, tokenizer.eos_token_id), cast(int, tokenizer.bos_token_id)]
+        return [
+            [
+                (mark, span)
+                for token, span in zip(tokens, spans, strict=True)
+                for mark in (marks if token == comma else [token])
+            ]
+            for tokens, spans in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        ]
 
     def unknown_words(self, captions: Sequence[str]) -> list[str]:
         """Return the words that the vocabulary does not hold: they are split into tokens of one or two letters."""
@@ -148,15 +183,22 @@ class TextEncoder(nn.Module):
 
     def max_length_for(self, captions: Sequence[str], share: float) -> int:
         """Return the number of tokens, marks included, that suffices for a share of the captions."""
-        tokens: Any = self.tokenizer([*captions], add_special_tokens=False, verbose=False)["input_ids"]
-        lengths = sorted(len(own) + 2 for own in tokens)
+        lengths = sorted(len(tokens) + 2 for tokens in self._encode(captions))
         return lengths[min(len(lengths) - 1, int(share * len(lengths)))]
 
     @torch.no_grad()
     def embed(self, ids: Int64[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
         """Compute the context of token ids."""
+        ids = ids.to(self.clip.device)
         with autocast("fp32", self.clip.device):
-            return self.clip(ids.to(self.clip.device))[0]
+            return self.clip(ids, **(self._phrase_inputs(ids) if self.split_phrases else {}))[0]
+
+    def _phrase_inputs(self, ids: Int64[Tensor, "b l"]) -> dict[str, Tensor]:
+        """Return positions that count from each start token, and a mask that lets no token see another phrase."""
+        position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        start = torch.where(ids == self.tokenizer.bos_token_id, position, 0).cummax(1).values
+        same_phrase = start[:, :, None] == start[:, None, :]
+        return {"position_ids": position - start, "attention_mask": same_phrase.tril()[:, None]}
 
     def forward(self, captions: Sequence[str]) -> Float[Tensor, "b l d"]:
         """Compute the context of captions, truncated to `max_length` tokens."""
@@ -168,9 +210,8 @@ class TextEncoder(nn.Module):
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         """Return the words of a prompt with the indices of their tokens in the context, without truncated words."""
-        encoding: Any = self.tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
-        # Index 0 is the start token.
-        offsets = list(enumerate(encoding["offset_mapping"][: self.max_length - 2], start=1))
+        (encoded,) = self._encode([prompt])
+        offsets = [(i, span) for i, (_, span) in enumerate(encoded[: self.max_length - 2], start=1)]  # 0 is the start
         words = []
         for word in re.finditer(r"\S+", prompt):
             if tokens := [i for i, (start, end) in offsets if start < word.end() and end > word.start()]:

@@ -282,7 +282,11 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
             # The run's encoder may name a complete CLIP, while the checkpoint holds only the text model.
             "text": replace(initial.config.text, encoder=initial.config.clip)
             if initial.config is not None
-            else TextConfig(source, initial.text_encoder.max_length),
+            else TextConfig(
+                source,
+                max_length=initial.text_encoder.max_length,
+                split_phrases=initial.text_encoder.split_phrases,
+            ),
         }
         prediction = initial.prediction.kind
     for name, values in decided.items():
@@ -313,11 +317,12 @@ def _load_text_encoder(
             raise UserError("text.encoder: pretrain needs all captions; expected data.streaming=false, or a CLIP")
         groups = open_captioned_files(config.data, dataset=dataset).caption_groups
         captions = [caption for group in groups for caption in group]
-        return untrained_text_encoder(config.clip_pretraining(), captions, config.text.max_length)
+        return untrained_text_encoder(config.clip_pretraining(), captions, config.text)
     if source is None:
-        return TextEncoder.from_pretrained(config.text.encoder, config.text.max_length)
+        return TextEncoder.from_pretrained(config.text.encoder, config.text.max_length, config.text.split_phrases)
     encoder = source.text_encoder
-    return TextEncoder(encoder.tokenizer, encoder.clip, config.text.max_length or encoder.max_length)
+    max_length = config.text.max_length or encoder.max_length
+    return TextEncoder(encoder.tokenizer, encoder.clip, max_length, config.text.split_phrases)
 
 
 def check_config(config: Config, resumed: Checkpoint) -> None:

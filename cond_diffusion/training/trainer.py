@@ -200,7 +200,8 @@ def pretrained_text_encoder(
     measured = ", ".join(f"{name}: {value:.1%}" for name, value in accuracy.items())
     logger.info("text.encoder: the CLIP on its training images: %s", measured)
     accelerator.wait_for_everyone()
-    return TextEncoder.from_pretrained(config.clip, config.text.max_length).to(accelerator.device)
+    text = config.text
+    return TextEncoder.from_pretrained(config.clip, text.max_length, text.split_phrases).to(accelerator.device)
 
 
 def build_text_embedder(

@@ -226,6 +226,7 @@ def test_latents_equal_those_of_the_autoencoder_and_masks_cover_all_masked_pixel
         (["data.channels=1"], "data.channels: 1; "),
         (["data.resolution=25"], "data.resolution: 25 "),
         (["schedule.clip_x_0=true"], "schedule.clip_x_0: true"),
+        (["text.split_phrases=true"], "text.split_phrases: true"),
         (["latent.patch_size=2"], "latent.patch_size: 2 "),
         (["latent.vae=nowhere"], "latent.vae: nowhere: "),
     ],

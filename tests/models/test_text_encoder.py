@@ -1,5 +1,7 @@
 """The text encoder, and the cache of its embeddings."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -30,6 +32,33 @@ def test_the_context_is_the_last_hidden_state_of_the_padded_caption(encoder: Tex
 def test_the_first_tokens_do_not_depend_on_max_length(encoder: TextEncoder):
     shorter = TextEncoder(encoder.tokenizer, encoder.clip, max_length=8)
     torch.testing.assert_close(shorter(["a digit seven"])[0], encoder(["a digit seven"])[0, :8])
+
+
+@pytest.mark.parametrize("phrases", [["a digit seven", "three", "8"], ["one"], [""]])
+def test_phrases_are_encoded_as_if_each_were_a_caption(encoder: TextEncoder, phrases: list[str]):
+    split = TextEncoder(encoder.tokenizer, encoder.clip, 16, split_phrases=True)
+    ends = [len(encoder.tokenizer(phrase).input_ids) for phrase in phrases]  # with the start and the end token
+    assert sum(ends) < 16
+    expected = torch.cat([context[:end] for context, end in zip(encoder(phrases), ends, strict=True)])
+    (context,) = split([", ".join(phrases)])
+    torch.testing.assert_close(context[: len(expected)], expected)
+    padding = encoder(phrases[-1:])[0, ends[-1] :]
+    torch.testing.assert_close(context[len(expected) :], padding[: 16 - len(expected)])
+
+
+def test_split_phrases_are_truncated_and_stored(encoder: TextEncoder, tmp_path: Path):
+    split = TextEncoder(encoder.tokenizer, encoder.clip, 8, split_phrases=True)
+    caption = "a digit seven, two one one"  # truncated: start, three words, end, start, one word, end
+    assert split.cut([caption]) == [caption]
+    assert split.tokenize([caption])[1] == ["one one"]
+    assert split.max_length_for([caption], 1.0) == 10
+    assert split.words("seven, two") == [("seven,", [1, 2, 3]), ("two", [4])]
+    split.save_pretrained(tmp_path)
+    assert TextEncoder.from_pretrained(tmp_path, None).split_phrases
+    assert not TextEncoder.from_pretrained(tmp_path, None, split_phrases=False).split_phrases
+    torch.testing.assert_close(TextEncoder.from_pretrained(tmp_path, None)([caption]), split([caption]))
+    encoder.save_pretrained(tmp_path)
+    assert not TextEncoder.from_pretrained(tmp_path, None).split_phrases
 
 
 def test_the_encoder_stays_frozen_and_in_eval_mode(encoder: TextEncoder):
@@ -152,10 +181,11 @@ def test_the_cache_depends_on_encoder_length_and_captions(encoder: TextEncoder, 
     clip = CLIPTextModel(CLIPTextConfig(**{**encoder.clip.config.to_dict(), "hidden_act": "gelu"}))
     clip.load_state_dict(encoder.clip.state_dict())
     gelu = TextEncoder(encoder.tokenizer, clip, 16)
-    for changed, captions in ((other, many), (shorter, many), (gelu, many), (encoder, many[::-1])):
+    split = TextEncoder(encoder.tokenizer, encoder.clip, 16, split_phrases=True)
+    for changed, captions in ((other, many), (shorter, many), (gelu, many), (split, many), (encoder, many[::-1])):
         table = context_table(changed, captions, Accelerator(cpu=True))
         torch.testing.assert_close(table(captions), changed(captions))
-    assert len(list(tmp_path.glob("cond_diffusion/contexts/*"))) == 5
+    assert len(list(tmp_path.glob("cond_diffusion/contexts/*"))) == 6
 
 
 def test_an_unwritable_cache_is_reported(encoder: TextEncoder, many: list[str], tmp_path):

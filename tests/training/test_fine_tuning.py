@@ -49,6 +49,19 @@ def test_built_in_emoji_model_decides_network_objective_and_text_encoder():
         assert torch.equal(weight, initial.text_encoder.clip.state_dict()[name])
 
 
+def test_split_phrases_go_with_the_checkpoint(bars_overrides: list[str], tmp_path: Path):
+    overrides = [override for override in bars_overrides if not override.startswith("train.max_steps")]
+    overrides += ["train.max_steps=1", f"run_dir={tmp_path / 'run'}"]
+    checkpoint = train(load_config(Config, overrides=[*overrides, "text.split_phrases=true"]))
+    caption = ["a digit seven, two"]
+    expected = TextEncoder.from_pretrained("builtin", 16, split_phrases=True)(caption)
+    torch.testing.assert_close(TextToImage.from_pretrained(checkpoint).text_encoder(caption), expected)
+    completed, _ = apply_init_from(tuning_config(bars_overrides, tmp_path / "b", f"init_from={tmp_path / 'run'}"), None)
+    assert completed.text.split_phrases
+    with pytest.raises(UserError, match=r"^resume: text\.split_phrases changed from True to False"):
+        train(load_config(Config, overrides=[*overrides, "train.max_steps=2", "resume=true"]))
+
+
 def test_fine_tuning_stable_diffusion_keeps_its_settings(bars_overrides: list[str], stable: Path, tmp_path: Path):
     config = tuning_config(bars_overrides, tmp_path / "run", f"init_from={stable}", "train.learning_rate=1e-12")
     checkpoint = train(config)
