@@ -26,6 +26,7 @@ from cond_diffusion.config.run import (
     ClipPretrainingConfig,
     Config,
     LatentConfig,
+    ObjectiveConfig,
     TextConfig,
     TrainConfig,
     save_config,
@@ -300,7 +301,12 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
 
 def _options(values: Any) -> dict[str, Any]:
     """Return the options of a section, those that can be written in two ways in one of them."""
-    return {**asdict(values), **({"num_heads": values.heads} if isinstance(values, UNetConfig) else {})}
+    options = asdict(values)
+    if isinstance(values, UNetConfig):
+        options["num_heads"] = values.heads
+    if isinstance(values, ObjectiveConfig):
+        options["loss"] = values.weighting
+    return options
 
 
 def _check_decided(key: str, given: Any, default: Any, expected: Any) -> None:
@@ -332,14 +338,12 @@ def check_config(config: Config, resumed: Checkpoint) -> None:
         UserError: If a changed key makes the weights or the optimizer state invalid.
     """
     before = resumed.run_config
-    # A default and its name are equal.
-    before, config = (replace(c, objective=replace(c.objective, loss=c.objective.weighting)) for c in (before, config))
     for key in ("seed", "train.ema_width", "train.optimizer", "train.lora_rank"):
         old, new = attrgetter(key)(before), attrgetter(key)(config)
         if old != new:
             raise UserError(f"resume: {key} changed from {old} to {new}; expected {old}")
     for name in ("data", "text", "latent", "unet", "schedule", "objective"):
-        old, new = asdict(getattr(before, name)), asdict(getattr(config, name))
+        old, new = _options(getattr(before, name)), _options(getattr(config, name))
         for key in new:
             if new[key] == old[key]:
                 continue

@@ -607,7 +607,8 @@ def test_a_resumed_run_logs_allowed_changes_and_refuses_others(
     train(replace(with_train(bars_config, max_steps=5), data=streamed, resume=True))
     assert re.search(r"resume: data\.streaming .*False.*True", caplog.text)
     named = ObjectiveConfig(loss="epsilon")  # the default of the prediction
-    train(replace(with_train(bars_config, max_steps=6), data=streamed, objective=named, resume=True))
+    heads = replace(bars_config.unet, num_heads=(4, 4))  # the same as 4
+    train(replace(with_train(bars_config, max_steps=6), data=streamed, objective=named, unet=heads, resume=True))
     assert "objective.loss" not in caplog.text
     with pytest.raises(UserError, match=r"^resume: data\.resolution .*8.*16"):
         train(replace(bars_config, data=replace(data, resolution=16), resume=True))
