@@ -38,7 +38,7 @@ def embed(encoder: TextEncoder, texts: list[str]) -> Tensor:
 
 def main() -> None:
     names, concepts_of = keywords()
-    encoder = TextEncoder.from_pretrained("emoji", None)
+    encoder = TextEncoder.from_pretrained("emoji", None, split_phrases=False)  # the pooled output is of the whole text
     of_names, of_keywords = embed(encoder, names), embed(encoder, [*concepts_of])
     mean = of_names.mean(0)
     similarity = F.normalize(of_keywords - mean, dim=1) @ F.normalize(of_names - mean, dim=1).T

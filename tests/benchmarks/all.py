@@ -26,6 +26,7 @@ PARTS = {
         "denoising-diffusion-pytorch",
     ],
     "Fewer steps": ["chain.py"],
+    "What the parts of a prompt give": ["prompts.py"],
     "Large networks": ["large.py"],
     "Predictions and losses": ["objectives.py"],
 }
@@ -37,6 +38,7 @@ SHORT = {
         *["train.max_steps=1", "train.batch_size=4", "train.sample_every=0", "train.evaluate_every=0"],
     ],
     "chain.py": ["--samples", "10", "--chain", "10", "--steps", "2"],
+    "prompts.py": ["--samples", "4"],
     "large.py": ["--small"],
     "objectives.py": ["--predictions", "sample", "--losses", "sample", "--steps", "1", "--samples", "10"],
 }

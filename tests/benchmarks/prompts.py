@@ -1,0 +1,96 @@
+"""Measure what an emoji model gets from the parts of a prompt: `python tests/benchmarks/prompts.py [CHECKPOINT]`.
+
+Noise is added to real images up to a timestep, and the network predicts the image: with the image's prompt, with the
+prompt without the style ("a red apple"), without a prompt, and with embeddings of which a part is another image's. That
+image has the same style and another concept, whose name has as many tokens.
+"""
+
+import argparse
+from collections import defaultdict
+
+import torch
+from jaxtyping import Float
+from measuring import hardware
+from torch import Tensor
+
+from cond_diffusion.device import autocast
+from cond_diffusion.evaluation.emoji import SUBSETS, Emoji, EmojiImages
+from cond_diffusion.images import to_model
+from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.pipeline.text_to_image import TextToImage
+
+TIMESTEPS = (999, 950, 900, 800, 700)
+COLUMNS = ("prompt", "without the style", "no prompt", "concept of another", "the rest of another")
+
+
+def concept_of(prompt: str) -> str:
+    """Return "a red apple" of "a red apple, 3d style"."""
+    return prompt.rsplit(", ", 1)[0]
+
+
+def concept_tokens(encoder: TextEncoder, prompts: list[str]) -> list[int]:
+    """Return the number of tokens of each prompt up to the comma, start token included."""
+    ids, _ = encoder.tokenize([concept_of(prompt) for prompt in prompts])
+    is_mark = ids == encoder.tokenizer.eos_token_id  # which is also the padding
+    return (is_mark.int().argmax(1) + 1).tolist()
+
+
+def with_donors(encoder: TextEncoder, emoji: Emoji, real: EmojiImages) -> tuple[EmojiImages, list[str], Tensor]:
+    """Return the images that have a donor of equal length, its prompt, and the number of tokens up to the comma."""
+    lengths, donors = concept_tokens(encoder, real.prompts), defaultdict(list)
+    of_train = zip(emoji.train.style.tolist(), concept_tokens(encoder, emoji.train.prompts), strict=True)
+    for row, key in enumerate(of_train):
+        donors[key].append(row)
+    draw = torch.Generator().manual_seed(0)
+    rows, prompts = [], []
+    for row, key in enumerate(zip(real.style.tolist(), lengths, strict=True)):
+        others = [other for other in donors[key] if emoji.train.concept[other] != real.concept[row]]
+        if others:
+            rows.append(row)
+            prompts.append(emoji.train.prompts[others[int(torch.randint(len(others), (), generator=draw))]])
+    return real.rows(torch.tensor(rows)), prompts, torch.tensor([lengths[row] for row in rows])
+
+
+@torch.inference_mode()
+def errors(pipe: TextToImage, emoji: Emoji, real: EmojiImages) -> dict[int, list[float]]:
+    """Return the mean squared error of x_0_hat at each timestep, for each of `COLUMNS`."""
+    real, donors, lengths = with_donors(pipe.text_encoder, emoji, real)
+    own, other = pipe.text_encoder(real.prompts), pipe.text_encoder(donors)
+    is_concept = (torch.arange(own.shape[1]) < lengths[:, None])[..., None]
+    contexts = [
+        own,
+        pipe.text_encoder([concept_of(prompt) for prompt in real.prompts]),
+        pipe.text_encoder([""]).expand_as(own),
+        torch.where(is_concept, other, own),
+        torch.where(is_concept, own, other),
+    ]
+    x_0 = pipe.latent_space.encode(to_model(real.images))
+    found = {}
+    for timestep in TIMESTEPS:
+        eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(timestep))
+        t = torch.full((len(x_0),), timestep)
+        x_t = pipe.schedule.q_sample(x_0, t, eps)
+
+        def error(context: Float[Tensor, "b l d"], x_t: Tensor = x_t, t: Tensor = t) -> float:
+            return (pipe.prediction.denoised(pipe.unet(x_t, t, context), x_t, t).x_0_hat - x_0).square().mean().item()
+
+        with autocast(pipe.precision, pipe.device):
+            found[timestep] = [error(context) for context in contexts]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default="emoji")
+    parser.add_argument("--samples", type=int, default=250, help="images of each kind (default: %(default)s)")
+    arguments = parser.parse_args()
+    pipe, emoji = TextToImage.from_pretrained(arguments.checkpoint), Emoji()
+    print(f"On {hardware()}. Mean squared error of x_0_hat.\n")
+    print(f"| images | t | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}", flush=True)
+    for name in SUBSETS:
+        for timestep, row in errors(pipe, emoji, emoji.subset(name, arguments.samples)).items():
+            print(f"| {name} | {timestep} | {' | '.join(f'{value:.4f}' for value in row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
