@@ -113,7 +113,7 @@ COMMANDS = {
         "runs/v/checkpoints/step-00000001/unet/*.safetensors",
     ),
     "python tests/examples/whole_method.py": None,  # run by test_examples.py
-    "python tests/benchmarks/all.py": ("--short --only step.py chain.py", ""),
+    "python tests/benchmarks/all.py": ("--short --only step.py chain.py prompts.py", ""),
     "python tests/benchmarks/objectives.py": ("--predictions sample --losses sample --steps 1 --samples 10", ""),
     "python -m cond_diffusion evaluate": ("--samples 10 --steps 2", "evaluation/samples.png evaluation/nearest.png"),
     "python -m cond_diffusion evaluate --sweep": ("--samples 10 --steps 2", "evaluation/guidance_scale.png"),

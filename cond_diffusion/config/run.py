@@ -124,8 +124,8 @@ class TextConfig:
     )
     split_phrases: bool = option(
         False,
-        "encode the phrases of a caption, which commas separate, independently: combinations of phrases that no "
-        "training image has are then understood better",
+        "encode the phrases of a caption, which commas separate, independently, so that new combinations of known "
+        "phrases are understood better; each comma takes two tokens",
     )
 
 

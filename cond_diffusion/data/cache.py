@@ -156,7 +156,9 @@ def _cache_key(text_encoder: TextEncoder, captions: Sequence[str]) -> str:
     tokenizer.no_padding()  # padding and truncation depend on the last call, not on the tokenizer
     tokenizer.no_truncation()
     digest.update(tokenizer.to_str().encode())
-    digest.update(repr((text_encoder.max_length, text_encoder.split_phrases, list(captions))).encode())
+    digest.update(repr((text_encoder.max_length, list(captions))).encode())
+    if text_encoder.split_phrases:
+        digest.update(b"split_phrases")
     return digest.hexdigest()
 
 

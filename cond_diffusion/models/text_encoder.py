@@ -4,8 +4,8 @@ A caption is tokenized and padded to `max_length`; the context is CLIP's `last_h
 without a mask. The context of the empty caption is the *null context* of classifier-free guidance.
 
 With `split_phrases`, the phrases of a caption, which commas separate, are encoded independently, each between its own
-start and end token. The embedding of "3d style" is then the same beside every "red apple", so the network cannot
-memorize images by pairs of phrases. Web UIs have a keyword for this, BREAK.
+start and end token. The embedding of "3d style" is then the same in every caption, and no token stands for a pair of a
+thing and a style, by which a network can memorize a training image. BREAK in web UIs is similar.
 
 CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
@@ -39,6 +39,8 @@ CLIP_FILES = [
     *("preprocessor_config.json", "processor_config.json"),
     *("text_encoder/config.json", f"text_encoder/{WEIGHTS['text_encoder']}", "tokenizer/*.json", "tokenizer/*.txt"),
 ]
+
+PHRASE = re.compile(r"(?:[^,]|(?<=\d),(?=\d))+")  # text without a comma, except between digits
 
 Clip = TypeVar("Clip", CLIPTextModel, CLIPModel)
 
@@ -151,29 +153,41 @@ class TextEncoder(nn.Module):
         bos, eos, limit = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.max_length - 2
         ids = torch.full((len(captions), self.max_length), cast(int, self.tokenizer.pad_token_id))
         rests = []
-        for row, caption, tokens in zip(ids, captions, self._encode(captions), strict=True):
+        for row, caption, tokens in zip(ids, captions, self._tokens_with_spans(captions), strict=True):
             marked = [bos, *(token for token, _ in tokens[:limit]), eos]
             row[: len(marked)] = torch.tensor(marked)
             rests.append(caption[tokens[limit][1][0] :] if len(tokens) > limit else "")
         return ids, rests
 
-    def _encode(self, captions: Sequence[str]) -> list[list[tuple[int, tuple[int, int]]]]:
+    def _tokens_with_spans(self, captions: Sequence[str]) -> list[list[tuple[int, tuple[int, int]]]]:
         """Return the tokens of each caption, without the marks at its ends, each with the characters that it spans.
 
-        With `split_phrases`, an end and a start token replace each comma.
+        With `split_phrases`, an end and a start token, which span no characters, stand between two phrases.
         """
-        tokenizer = self.tokenizer
-        encoding: Any = tokenizer([*captions], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        comma = tokenizer.get_vocab().get(",</w>") if self.split_phrases else None
-        marks = [cast(int, tokenizer.eos_token_id), cast(int, tokenizer.bos_token_id)]
-        return [
-            [
-                (mark, span)
-                for token, span in zip(tokens, spans, strict=True)
-                for mark in (marks if token == comma else [token])
-            ]
-            for tokens, spans in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        ]
+        phrases = [self._phrases(caption) for caption in captions]
+        texts = [text for of_caption in phrases for _, text in of_caption]
+        encoding: Any = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        rows = []
+        for of_caption in phrases:
+            row: list[tuple[int, tuple[int, int]]] = []
+            for number, (offset, _) in enumerate(of_caption):
+                if number > 0:
+                    for mark in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
+                        row.append((cast(int, mark), (offset, offset)))
+                tokens, spans = next(encoded)
+                row += [
+                    (token, (offset + start, offset + end)) for token, (start, end) in zip(tokens, spans, strict=True)
+                ]
+            rows.append(row)
+        return rows
+
+    def _phrases(self, caption: str) -> list[tuple[int, str]]:
+        """Return the parts of a caption that are encoded independently, each with its first character's index."""
+        if not self.split_phrases:
+            return [(0, caption)]
+        found = [(match.start(), match.group()) for match in PHRASE.finditer(caption) if match.group().strip()]
+        return found or [(0, "")]
 
     def unknown_words(self, captions: Sequence[str]) -> list[str]:
         """Return the words that the vocabulary does not hold: they are split into tokens of one or two letters."""
@@ -183,7 +197,7 @@ class TextEncoder(nn.Module):
 
     def max_length_for(self, captions: Sequence[str], share: float) -> int:
         """Return the number of tokens, marks included, that suffices for a share of the captions."""
-        lengths = sorted(len(tokens) + 2 for tokens in self._encode(captions))
+        lengths = sorted(len(tokens) + 2 for tokens in self._tokens_with_spans(captions))
         return lengths[min(len(lengths) - 1, int(share * len(lengths)))]
 
     @torch.no_grad()
@@ -194,11 +208,12 @@ class TextEncoder(nn.Module):
             return self.clip(ids, **(self._phrase_inputs(ids) if self.split_phrases else {}))[0]
 
     def _phrase_inputs(self, ids: Int64[Tensor, "b l"]) -> dict[str, Tensor]:
-        """Return positions that count from each start token, and a mask that lets no token see another phrase."""
+        """Return positions that count from each start token, and a mask that hides other phrases and later tokens."""
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         start = torch.where(ids == self.tokenizer.bos_token_id, position, 0).cummax(1).values
-        same_phrase = start[:, :, None] == start[:, None, :]
-        return {"position_ids": position - start, "attention_mask": same_phrase.tril()[:, None]}
+        is_visible = (start[:, :, None] == start[:, None, :]).tril()
+        mask = torch.zeros(is_visible.shape, device=ids.device).masked_fill(~is_visible, torch.finfo(torch.float32).min)
+        return {"position_ids": position - start, "attention_mask": mask[:, None]}
 
     def forward(self, captions: Sequence[str]) -> Float[Tensor, "b l d"]:
         """Compute the context of captions, truncated to `max_length` tokens."""
@@ -210,11 +225,12 @@ class TextEncoder(nn.Module):
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         """Return the words of a prompt with the indices of their tokens in the context, without truncated words."""
-        (encoded,) = self._encode([prompt])
-        offsets = [(i, span) for i, (_, span) in enumerate(encoded[: self.max_length - 2], start=1)]  # 0 is the start
+        (encoded,) = self._tokens_with_spans([prompt])
+        # Index 0 is the start token. Marks between phrases, which span no characters, belong to no word.
+        spans = [(i, span) for i, (_, span) in enumerate(encoded[: self.max_length - 2], start=1) if span[0] < span[1]]
         words = []
         for word in re.finditer(r"\S+", prompt):
-            if tokens := [i for i, (start, end) in offsets if start < word.end() and end > word.start()]:
+            if tokens := [i for i, (start, end) in spans if start < word.end() and end > word.start()]:
                 words.append((word.group(), tokens))
         return words
 

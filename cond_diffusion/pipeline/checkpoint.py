@@ -189,6 +189,8 @@ def write_card(
     prediction: PredictionKind,
     prompts: list[str],
     checkpoint: Path | None,
+    *,
+    split_phrases: bool,
 ) -> None:
     """Write the model card, and the config of the training run if there is one.
 
@@ -200,6 +202,7 @@ def write_card(
         prediction: What the network predicts.
         prompts: One prompt per row of the sample grid.
         checkpoint: Checkpoint folder of the run that the pipeline was loaded from, if any.
+        split_phrases: Whether the text encoder encodes the phrases of a prompt independently.
     """
     config = _run_config(checkpoint)
     if checkpoint is not None and config is not None:
@@ -211,6 +214,7 @@ def write_card(
         image_size=image_size,
         patch_size=None if latent_space.is_latent else latent_space.downsample_factor,
         prediction=prediction,
+        split_phrases=split_phrases,
         prompts=prompts,
         prompt=json.dumps(prompts[0], ensure_ascii=False),
         config=config,

@@ -211,7 +211,8 @@ class TextToImage:
             self.save_pretrained(folder)
             images = grid(self(shown, num_images=4, sampler="dpm_solver", steps=steps), 4, shown)
             write_file(folder / GRID_NAME, encode(images))
-            write_card(folder, repo_id, self.latent_space, self.image_size, self.prediction.kind, shown, self.folder)
+            model = (self.latent_space, self.image_size, self.prediction.kind)
+            write_card(folder, repo_id, *model, shown, self.folder, split_phrases=self.text_encoder.split_phrases)
             return upload(folder, repo_id, private=private, token=token)
 
     @property

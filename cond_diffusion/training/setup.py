@@ -259,7 +259,9 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
             raise UserError(f"train.lora_rank: {config.train.lora_rank} requires init_from, a model to adapt")
         return config, None
     if config.text.encoder == PRETRAIN:  # the checkpoint has a text encoder
-        config = replace(config, text=TextConfig(max_length=config.text.max_length))
+        defaults = TextConfig()
+        text = replace(config.text, encoder=defaults.encoder, pretrain_steps=defaults.pretrain_steps)
+        config = replace(config, text=text)
     if config.train.lora_rank and importlib.util.find_spec("peft") is None:
         raise UserError('train.lora_rank: peft is not installed; run: pip install "cond_diffusion[lora]"')
     if resumed is not None:
@@ -300,7 +302,7 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
 
 
 def _options(values: Any) -> dict[str, Any]:
-    """Return the options of a section, those that can be written in two ways in one of them."""
+    """Return the options of a section. Two ways to write the same, such as 4 and (4, 4) heads, become equal."""
     options = asdict(values)
     if isinstance(values, UNetConfig):
         options["num_heads"] = values.heads

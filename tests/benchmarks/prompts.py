@@ -1,8 +1,9 @@
 """Measure what an emoji model gets from the parts of a prompt: `python tests/benchmarks/prompts.py [CHECKPOINT]`.
 
 Noise is added to real images up to a timestep, and the network predicts the image: with the image's prompt, with the
-prompt without the style ("a red apple"), without a prompt, and with embeddings of which a part is another image's. That
-image has the same style and another concept, whose name has as many tokens.
+prompt without the style ("a red apple"), without a prompt, and with the embeddings of the tokens up to the comma, or of
+those after it, taken from another prompt, with the same style and another concept whose name has as many tokens. Where
+captions are encoded as a whole, the embeddings after the comma depend on the concept.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
 TIMESTEPS = (999, 950, 900, 800, 700)
-COLUMNS = ("prompt", "without the style", "no prompt", "concept of another", "the rest of another")
+COLUMNS = ("prompt", "without the style", "no prompt", "other tokens up to the comma", "other tokens after it")
 
 
 def concept_of(prompt: str) -> str:
@@ -29,14 +30,14 @@ def concept_of(prompt: str) -> str:
 
 
 def concept_tokens(encoder: TextEncoder, prompts: list[str]) -> list[int]:
-    """Return the number of tokens of each prompt up to the comma, start token included."""
+    """Return the number of tokens of each prompt up to the comma, the start token and the comma included."""
     ids, _ = encoder.tokenize([concept_of(prompt) for prompt in prompts])
     is_mark = ids == encoder.tokenizer.eos_token_id  # which is also the padding
     return (is_mark.int().argmax(1) + 1).tolist()
 
 
 def with_donors(encoder: TextEncoder, emoji: Emoji, real: EmojiImages) -> tuple[EmojiImages, list[str], Tensor]:
-    """Return the images that have a donor of equal length, its prompt, and the number of tokens up to the comma."""
+    """Return the images for which there is another prompt, these prompts, and the numbers of tokens up to the comma."""
     lengths, donors = concept_tokens(encoder, real.prompts), defaultdict(list)
     of_train = zip(emoji.train.style.tolist(), concept_tokens(encoder, emoji.train.prompts), strict=True)
     for row, key in enumerate(of_train):
@@ -48,7 +49,8 @@ def with_donors(encoder: TextEncoder, emoji: Emoji, real: EmojiImages) -> tuple[
         if others:
             rows.append(row)
             prompts.append(emoji.train.prompts[others[int(torch.randint(len(others), (), generator=draw))]])
-    return real.rows(torch.tensor(rows)), prompts, torch.tensor([lengths[row] for row in rows])
+    indices = torch.tensor(rows, dtype=torch.int64)
+    return real.rows(indices), prompts, torch.tensor(lengths)[indices]
 
 
 @torch.inference_mode()

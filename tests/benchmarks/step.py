@@ -53,7 +53,9 @@ def main() -> None:
     accelerator = make_accelerator(config)
     latent_space = build_latent_space(config.latent)
     training_data = open_training_data(config.data, config.seed)
-    text_encoder = TextEncoder.from_pretrained(config.text.encoder, config.text.max_length).to(accelerator.device)
+    text_encoder = TextEncoder.from_pretrained(
+        config.text.encoder, config.text.max_length, config.text.split_phrases
+    ).to(accelerator.device)
     contexts = context_table(text_encoder, training_data.captions(), accelerator)  # type: ignore[union-attr]
     objective = Objective(config.objective, NoiseSchedule(config.schedule))
     unet = new_unet(config, text_encoder.context_dim, latent_space).to(accelerator.device)

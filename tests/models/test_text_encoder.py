@@ -46,13 +46,44 @@ def test_phrases_are_encoded_as_if_each_were_a_caption(encoder: TextEncoder, phr
     torch.testing.assert_close(context[len(expected) :], padding[: 16 - len(expected)])
 
 
+@pytest.mark.parametrize(
+    ("caption", "phrases"),
+    [
+        (
+            "an A button (blood type), 3d style",
+            ["an A button (blood type)", "3d style"],
+        ),  # one token: "),"
+        ("red apple,3d style", ["red apple", "3d style"]),
+        ("1,000 apples, 3d style", ["1,000 apples", "3d style"]),
+        (", red apple,, 3d style,", ["red apple", "3d style"]),
+        (",", [""]),
+    ],
+)
+def test_commas_separate_phrases(caption: str, phrases: list[str]):
+    whole = TextEncoder.from_pretrained("emoji", None, split_phrases=False)
+    split = TextEncoder(whole.tokenizer, whole.clip, None, split_phrases=True)
+    ids = split.tokenize([caption])[0][0].tolist()
+    expected = [token for phrase in phrases for token in whole.tokenizer(phrase).input_ids]
+    assert ids == expected + [whole.tokenizer.pad_token_id] * (split.max_length - len(expected))
+
+
+def test_phrases_do_not_depend_on_the_attention_kernel(encoder: TextEncoder):
+    split = TextEncoder(encoder.tokenizer, encoder.clip, 16, split_phrases=True)
+    expected = split(["a digit seven, two"])
+    encoder.clip.set_attn_implementation("eager")
+    try:
+        torch.testing.assert_close(split(["a digit seven, two"]), expected)
+    finally:
+        encoder.clip.set_attn_implementation("sdpa")
+
+
 def test_split_phrases_are_truncated_and_stored(encoder: TextEncoder, tmp_path: Path):
     split = TextEncoder(encoder.tokenizer, encoder.clip, 8, split_phrases=True)
     caption = "a digit seven, two one one"  # truncated: start, three words, end, start, one word, end
     assert split.cut([caption]) == [caption]
     assert split.tokenize([caption])[1] == ["one one"]
     assert split.max_length_for([caption], 1.0) == 10
-    assert split.words("seven, two") == [("seven,", [1, 2, 3]), ("two", [4])]
+    assert split.words("seven, two") == [("seven,", [1]), ("two", [4])]
     split.save_pretrained(tmp_path)
     assert TextEncoder.from_pretrained(tmp_path, None).split_phrases
     assert not TextEncoder.from_pretrained(tmp_path, None, split_phrases=False).split_phrases

@@ -66,17 +66,23 @@ def test_card_omits_later_metrics_nonfinite_values_and_a_truncated_line(tmp_path
     lines = ['{"step": 1, "loss": 0.5}', '{"step": 2, "gradient_norm": null}', '{"step": 3, "loss": 0.1}', '{"st']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (checkpoint / "config.yaml").write_text("seed: 0", encoding="utf-8")
-    write_card(tmp_path, "someone/digits", PixelPatchify(1), 8, "epsilon", ["two"], checkpoint)
+    write_card(tmp_path, "someone/digits", PixelPatchify(1), 8, "epsilon", ["two"], checkpoint, split_phrases=False)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "|---|---|\n| step | 2 |\n| loss | 0.5 |\n\n" in card
 
 
-@pytest.mark.parametrize("prediction", ["v_prediction", "score"])
-def test_card_shows_code_for_diffusers_only_where_diffusers_can_sample(tmp_path: Path, prediction: Any):
-    write_card(tmp_path, "someone/digits", PixelPatchify(1), 8, prediction, ["two"], checkpoint=None)
+@pytest.mark.parametrize(
+    ("prediction", "split_phrases", "reason"),
+    [("v_prediction", False, None), ("score", False, "score prediction"), ("sample", True, "text.split_phrases")],
+)
+def test_card_shows_code_for_diffusers_only_where_diffusers_can_sample(
+    tmp_path: Path, prediction: Any, split_phrases: bool, reason: str | None
+):
+    pixels = PixelPatchify(1)
+    write_card(tmp_path, "someone/digits", pixels, 8, prediction, ["two"], None, split_phrases=split_phrases)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert ("from diffusers import" in card) == (prediction != "score")
-    assert ("score prediction" in card) == (prediction == "score")
+    assert ("from diffusers import" in card) == (reason is None)
+    assert [why for why in ("score prediction", "text.split_phrases") if why in card] == [reason] * (reason is not None)
 
 
 @pytest.mark.parametrize(

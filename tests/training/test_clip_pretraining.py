@@ -263,7 +263,7 @@ def test_a_run_pretrains_its_text_encoder_and_resumes_within_it(
     overrides = [f"data.source={disks}", f"data.resolution={SIDE}", "latent.patch_size=2", "text.pretrain_steps=4"]
     overrides += ["unet.channels=[32,32]", "unet.num_groups=8", "train.batch_size=8", "train.max_steps=4"]
     overrides += ["train.warmup_steps=1", "train.checkpoint_every=2", "train.sample_every=4", "train.log_every=1"]
-    overrides += ["sample.steps=2", "sample.num_images=1", f"run_dir={tmp_path / 'run'}"]
+    overrides += ["sample.steps=2", "sample.num_images=1", f"run_dir={tmp_path / 'run'}", "text.split_phrases=true"]
     config = load_config(Config, ROOT / "configs" / "folder.yaml", overrides)
     checkpoint = train(replace(config, run_dir=str(tmp_path / "uninterrupted")))
     resume = replace(config, resume=True)
@@ -293,6 +293,7 @@ def test_a_run_pretrains_its_text_encoder_and_resumes_within_it(
     (tmp_path / "run" / "text_encoder").rename(tmp_path / "moved")
     pipe = TextToImage.from_pretrained(tmp_path / "run")
     assert pipe.text_encoder.unknown_words(["a red bar at the left"]) == []
+    assert pipe.text_encoder.split_phrases
     assert pipe(["a red bar at the left"], steps=2, progress=False)[0].size == (SIDE, SIDE)
     further = train(replace(config, init_from=str(resumed), run_dir=str(tmp_path / "further")))
     first, second = (load_file(folder / "text_encoder" / "model.safetensors") for folder in (resumed, further))

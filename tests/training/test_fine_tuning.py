@@ -58,8 +58,14 @@ def test_split_phrases_go_with_the_checkpoint(bars_overrides: list[str], tmp_pat
     torch.testing.assert_close(TextToImage.from_pretrained(checkpoint).text_encoder(caption), expected)
     completed, _ = apply_init_from(tuning_config(bars_overrides, tmp_path / "b", f"init_from={tmp_path / 'run'}"), None)
     assert completed.text.split_phrases
+    resumed = [*overrides, "train.max_steps=2", "resume=true"]
     with pytest.raises(UserError, match=r"^resume: text\.split_phrases changed from True to False"):
-        train(load_config(Config, overrides=[*overrides, "train.max_steps=2", "resume=true"]))
+        train(load_config(Config, overrides=resumed))
+    train(load_config(Config, overrides=[*resumed, "text.split_phrases=true"]))
+    TextToImage.from_pretrained(checkpoint).save_pretrained(tmp_path / "no config")  # only the encoder knows
+    init_from = f"init_from={tmp_path / 'no config'}"
+    completed, _ = apply_init_from(tuning_config(bars_overrides, tmp_path / "c", init_from), None)
+    assert completed.text.split_phrases
 
 
 def test_fine_tuning_stable_diffusion_keeps_its_settings(bars_overrides: list[str], stable: Path, tmp_path: Path):
