@@ -20,13 +20,13 @@ from PIL import Image
 from psutil import net_if_addrs
 
 from cond_diffusion.cli.main import ArgumentParser
-from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, GenerationSettings, SamplerName, SamplingOptions
+from cond_diffusion.config.sampling import GenerationSettings, SamplerName, SamplingOptions
 from cond_diffusion.config.schema import local_path
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.files import write_json
 from cond_diffusion.images import enlarged, grid, to_pillow
-from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODELS, INDEX_NAME
+from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODELS, INDEX_NAME, open_checkpoint
 from cond_diffusion.pipeline.generate import generate_to_file, read_settings
 from cond_diffusion.pipeline.run_folder import checkpoints
 
@@ -189,6 +189,13 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 
+    def guidance_scale_of(checkpoint: str) -> float:
+        try:
+            return open_checkpoint(checkpoint).guidance_scale
+        except UserError as error:
+            raise gradio.Error(str(error), print_exception=False) from error
+
+    first_scale = guidance_scale_of(FIRST_CHECKPOINT)
     with gradio.Blocks(title="cond_diffusion", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gradio.Markdown("# cond_diffusion\nOne prompt per line; each gives a row of images.")
         with gradio.Row():
@@ -199,7 +206,7 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
                 negative = gradio.Textbox("", label="Negative prompt")
                 button = gradio.Button("Generate", variant="primary")
                 stop = gradio.Button("Stop")
-                scale = gradio.Slider(0, 10, DEFAULT_GUIDANCE_SCALE, step=0.5, label="Guidance scale")
+                scale = gradio.Slider(0, 10, first_scale, step=0.5, label="Guidance scale")
                 sampler = gradio.Dropdown(list(get_args(SamplerName)), value="dpm_solver", label="Sampler")
                 steps = gradio.Slider(1, 1000, 20, step=1, label="Steps")
                 seed = gradio.Number(0, label="Seed", precision=0)
@@ -220,11 +227,11 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
         }
         events: list[Any] = [button.click(generate, inputs, outputs, **options)]
         for text, example in zip(EXAMPLES, examples, strict=True):
-            chosen = example.click(
-                partial(tuple, (text, FIRST_CHECKPOINT)), outputs=[prompt, checkpoint], api_visibility="private"
-            )
+            values, changed = (text, FIRST_CHECKPOINT, first_scale), [prompt, checkpoint, scale]
+            chosen = example.click(partial(tuple, values), outputs=changed, api_visibility="private")
             events.append(chosen.then(generate, inputs, outputs, **options))
         stop.click(lambda: "stopped", outputs=state, cancels=events)
+        checkpoint.input(guidance_scale_of, checkpoint, scale, show_progress="hidden", api_visibility="private")
         blocks.load(lambda: gradio.Dropdown(list_checkpoints(runs)), outputs=checkpoint)
     return blocks
 

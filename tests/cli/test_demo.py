@@ -119,12 +119,15 @@ def test_page_shows_intermediate_steps_and_the_final_images(page: Page, tmp_path
 def test_one_click_on_an_example_generates_it(page: Page):
     page.evaluate(RECORD_IMAGES)
     page.get_by_label("Prompt", exact=True).fill("something else")
+    expect(page.get_by_label("number input for Guidance scale")).to_have_value("3")
     page.get_by_label("Checkpoint").click()
     page.get_by_role("option", name="builtin").click()
+    expect(page.get_by_label("number input for Guidance scale")).to_have_value("1.5")  # the model's default
     page.get_by_role("button", name="a penguin, twemoji style").click()
     expect(page.get_by_label("Progress")).to_have_value("done", timeout=120_000)
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a penguin, twemoji style")
     expect(page.get_by_label("Checkpoint")).to_have_value("emoji")
+    expect(page.get_by_label("number input for Guidance scale")).to_have_value("3")
     addresses = page.evaluate("addresses")
     with Image.open(BytesIO(page.request.get(addresses[-1]).body())) as image:
         assert image.mode == "RGB"  # the built-in digits are grayscale
