@@ -210,7 +210,8 @@ class TextEncoder(nn.Module):
     def _phrase_inputs(self, ids: Int64[Tensor, "b l"]) -> dict[str, Tensor]:
         """Return positions that count from each start token, and a mask that hides other phrases and later tokens."""
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        start = torch.where(ids == self.tokenizer.bos_token_id, position, 0).cummax(1).values
+        is_start = ids.eq(cast(int, self.tokenizer.bos_token_id))
+        start = torch.where(is_start, position, 0).cummax(1).values
         is_visible = (start[:, :, None] == start[:, None, :]).tril()
         mask = torch.zeros(is_visible.shape, device=ids.device).masked_fill(~is_visible, torch.finfo(torch.float32).min)
         return {"position_ids": position - start, "attention_mask": mask[:, None]}
