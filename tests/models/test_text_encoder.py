@@ -49,10 +49,8 @@ def test_phrases_are_encoded_as_if_each_were_a_caption(encoder: TextEncoder, phr
 @pytest.mark.parametrize(
     ("caption", "phrases"),
     [
-        (
-            "an A button (blood type), 3d style",
-            ["an A button (blood type)", "3d style"],
-        ),  # one token: "),"
+        # "),": a token of CLIP's vocabulary
+        ("an A button (blood type), 3d style", ["an A button (blood type)", "3d style"]),
         ("red apple,3d style", ["red apple", "3d style"]),
         ("1,000 apples, 3d style", ["1,000 apples", "3d style"]),
         (", red apple,, 3d style,", ["red apple", "3d style"]),
