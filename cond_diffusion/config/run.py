@@ -79,6 +79,11 @@ class TrainConfig:
         0, "number of times in a run that two averages are stored for `--ema-width`; 0 stores none"
     )
     caption_dropout: Fraction = option(0.1, "probability that a caption is replaced by the empty one")
+    phrase_dropout: Fraction = option(
+        0.0,
+        "probability that a phrase of a caption is left out (commas separate phrases), so that the network learns each "
+        "by itself; captions are then encoded in each step",
+    )
     lora_rank: NonNegativeInt = option(0, "train LoRA matrices of this rank only; 0 trains all weights")
     checkpoint_every: NonNegativeInt = option(1000, "steps between checkpoints; 0 writes the last one only")
     keep_checkpoints: PositiveInt = option(

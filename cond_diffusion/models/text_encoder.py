@@ -184,10 +184,7 @@ class TextEncoder(nn.Module):
 
     def _phrases(self, caption: str) -> list[tuple[int, str]]:
         """Return the parts of a caption that are encoded independently, each with its first character's index."""
-        if not self.split_phrases:
-            return [(0, caption)]
-        found = [(match.start(), match.group()) for match in PHRASE.finditer(caption) if match.group().strip()]
-        return found or [(0, "")]
+        return (find_phrases(caption) if self.split_phrases else [(0, caption)]) or [(0, "")]
 
     def unknown_words(self, captions: Sequence[str]) -> list[str]:
         """Return the words that the vocabulary does not hold: they are split into tokens of one or two letters."""
@@ -234,6 +231,11 @@ class TextEncoder(nn.Module):
             if tokens := [i for i, (start, end) in spans if start < word.end() and end > word.start()]:
                 words.append((word.group(), tokens))
         return words
+
+
+def find_phrases(caption: str) -> list[tuple[int, str]]:
+    """Return the phrases of a caption, which commas separate, each with the index of its first character."""
+    return [(match.start(), match.group()) for match in PHRASE.finditer(caption) if match.group().strip()]
 
 
 def distinct_words(captions: Sequence[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Micro-batches of each training step, as a function of the step number.
 
-All randomness of the sample at position p of the training order (caption, crop, flip, timestep, noise, caption dropout)
-is a function of (seed, p), and consecutive steps read consecutive positions. A resumed run therefore equals an
-uninterrupted one, and dividing a step among micro-batches and processes changes only rounding.
+All randomness of the sample at position p of the training order (caption, crop, flip, timestep, noise, dropout of the
+caption and of its phrases) is a function of (seed, p), and consecutive steps read consecutive positions. A resumed run
+therefore equals an uninterrupted one, and dividing a step among micro-batches and processes changes only rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ from cond_diffusion.data.loader import TrainingData, prefetch
 from cond_diffusion.diffusion.guidance import drop_captions
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.models.latents import LatentSpace, encode_images
+from cond_diffusion.models.text_encoder import find_phrases
 from cond_diffusion.seeding import generator
 
 PREFETCH_DEPTH = 4  # micro-batches
@@ -97,11 +98,15 @@ class Batches:
         if data.flip:
             images = torch.where((flip < 0.5)[:, None, None, None], images.flip(3), images)
         eps = torch.stack([torch.randn(self.shape, generator=each) for each in generators])
+        captions = [
+            drop_phrases(caption, train.phrase_dropout, each)
+            for caption, each in zip(batch.captions, generators, strict=True)
+        ]
         state = self.training_data.state  # position of a stream after these samples
 
         def complete() -> MicroBatch:
             self.training_data.last_consumed_state = state
-            context = self.text_embedder(batch.captions).to(self.device)
+            context = self.text_embedder(captions).to(self.device)
             return MicroBatch(
                 x_0=encode_images(images.to(self.device), self.latent_space),
                 context=drop_captions(context, self.null_context, dropout < train.caption_dropout),
@@ -110,3 +115,12 @@ class Batches:
             )
 
         return complete
+
+
+def drop_phrases(caption: str, rate: float, draw: torch.Generator) -> str:
+    """Leave out each phrase of a caption with probability `rate`; commas separate phrases."""
+    if rate == 0:
+        return caption
+    phrases = [phrase for _, phrase in find_phrases(caption)]
+    is_kept = torch.rand(len(phrases), generator=draw) >= rate
+    return ",".join(phrase for phrase, kept in zip(phrases, is_kept.tolist(), strict=True) if kept).strip()

@@ -77,7 +77,7 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
     prepare_run_dir(lock, config, accelerator, run.resumed_from, start)
     if config.text.encoder == PRETRAIN and run.resumed_from is None:
         run.text_encoder = pretrained_text_encoder(config, accelerator, dataset)
-    text_embedder = build_text_embedder(captions, run.text_encoder, accelerator)
+    text_embedder = build_text_embedder(captions, run.text_encoder, config.train, accelerator)
 
     with torch.device("meta"):  # it holds weights only while it samples
         precision: Any = accelerator.mixed_precision.replace("no", "fp32")
@@ -205,19 +205,19 @@ def pretrained_text_encoder(
 
 
 def build_text_embedder(
-    captions: Sequence[str] | None, text_encoder: TextEncoder, accelerator: Accelerator
+    captions: Sequence[str] | None, text_encoder: TextEncoder, config: TrainConfig, accelerator: Accelerator
 ) -> TextEmbedder:
     """Return a function from captions to text embeddings, and log how many captions are truncated.
 
-    For a data set it is a table of all captions; for a stream, whose captions are not known in advance (None), the
-    encoder.
+    For a data set it is a table of all captions; for a stream, whose captions are not known in advance (None), and for
+    captions that lose phrases at random, the encoder.
     """
     if captions is None:
         return text_encoder
     if truncated := text_encoder.cut(captions):
         message = "text.max_length: %d of %d captions are longer than %d tokens and are truncated, for example %r"
         logger.warning(message, len(truncated), len(captions), text_encoder.max_length, truncated[0])
-    return context_table(text_encoder, captions, accelerator)
+    return text_encoder if config.phrase_dropout else context_table(text_encoder, captions, accelerator)
 
 
 def open_data(run: Run, dataset: datasets.Dataset | Sequence[Any] | None = None) -> TrainingData:

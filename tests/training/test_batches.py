@@ -1,0 +1,61 @@
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.data.loader import open_training_data
+from cond_diffusion.diffusion.objective import Objective
+from cond_diffusion.diffusion.schedule import NoiseSchedule
+from cond_diffusion.models.latents import PixelPatchify
+from cond_diffusion.seeding import generator
+from cond_diffusion.training.batches import Batches, MicroBatch, drop_phrases
+
+
+def test_phrases_are_dropped_independently_with_the_given_probability():
+    count, rate, phrases = 4000, 0.3, ("1,000 apples", "red", "in 3d")
+    drawn = Counter(drop_phrases(", ".join(phrases), rate, generator("phrases", i)) for i in range(count))
+    assert len(drawn) == 8
+    for caption, times in drawn.items():
+        kept = sum(phrase in caption for phrase in phrases)
+        assert caption == ", ".join(phrase for phrase in phrases if phrase in caption)
+        share = (1 - rate) ** kept * rate ** (3 - kept)
+        assert times / count == pytest.approx(share, abs=4 * (share * (1 - share) / count) ** 0.5)
+    assert drop_phrases("as , it stands", 0.0, generator("phrases", 0)) == "as , it stands"
+
+
+def test_dropped_phrases_depend_on_the_sample_alone_and_leave_its_other_draws(tmp_path: Path):
+    for i in range(8):
+        Image.new("L", (8, 8), 30 * i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"{i}, gray, plain", encoding="utf-8")
+    seen: list[str] = []
+
+    def embed(captions: Any) -> Tensor:
+        seen.extend(captions)
+        return torch.tensor([[[len(caption)]] for caption in captions], dtype=torch.float32)
+
+    def read(*changes: str) -> MicroBatch:
+        data = [f"data.source={tmp_path}", "data.resolution=8", "data.held_out=0", "latent.patch_size=1"]
+        config = load_config(Config, overrides=[*data, "train.caption_dropout=0", *changes])
+        objective = Objective(config.objective, NoiseSchedule(config.schedule))
+        training_data, accelerator = open_training_data(config.data, 0), Accelerator(cpu=True)
+        batches = Batches(config, training_data, embed, objective, accelerator, 0, PixelPatchify(1))
+        seen.clear()
+        parts = list(batches.next_step())
+        return MicroBatch(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
+    whole = read("train.batch_size=8")
+    assert all(caption.endswith(", gray, plain") for caption in seen)
+    dropped = read("train.batch_size=8", "train.phrase_dropout=0.5")
+    captions = [*seen]
+    assert len({*captions}) > 4
+    divided = read("train.batch_size=2", "train.gradient_accumulation_steps=4", "train.phrase_dropout=0.5")
+    assert seen == captions
+    for name, value in vars(dropped).items():
+        assert torch.equal(value, getattr(divided, name))
+        assert torch.equal(value, getattr(whole, name)) == (name != "context")
