@@ -191,7 +191,7 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
 
     def guidance_scale_of(checkpoint: str) -> float:
         try:
-            return open_checkpoint(checkpoint).guidance_scale
+            return open_checkpoint(checkpoint).guidance.guidance_scale
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 

@@ -110,6 +110,11 @@ class SampleConfig:
         ge=0,
         le=MAX_GUIDANCE_SCALE,
     )
+    phrase_guidance: Fraction = option(
+        0.0,
+        "share of guidance by each phrase of a prompt by itself, 0 to 1: that of the grids, and the default of "
+        "sampling from the model in pixel space",
+    )
     steps: PositiveInt = option(100, "sampling steps of the grids")
 
 

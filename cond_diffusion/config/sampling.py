@@ -63,6 +63,13 @@ class SamplingOptions:
     guidance_interval: Annotated[tuple[Integer, Integer] | None, BeforeValidator(_split_commas)] = option(
         None, "range of timesteps with guidance (default: all)", group="guidance", metavar="FIRST,LAST"
     )
+    phrase_guidance: Fraction | None = option(
+        None,
+        "share of guidance by each phrase of the prompt, as commas separate them, by itself, 0 to 1; each phrase takes "
+        "one more pass of the network (default: the model's)",
+        group="guidance",
+        metavar="PHI",
+    )
     guidance_rescale: Fraction = option(
         0.0, "reduce the contrast that high scales add, 0 to 1", group="guidance", metavar="PHI"
     )
@@ -84,15 +91,20 @@ class SamplingOptions:
             first, last = self.guidance_interval
             raise UserError(f"guidance_interval: {first},{last} is empty; expected 0 <= FIRST <= LAST")
 
-    def completed(self, num_timesteps: int, guidance_scale: float) -> "SamplingOptions":
-        """Return the options with `steps` and `guidance_scale`, where not given, of a model.
+    def completed(self, num_timesteps: int, guidance_scale: float, phrase_guidance: float) -> "SamplingOptions":
+        """Return the options with `steps`, `guidance_scale` and `phrase_guidance`, where not given, of a model.
 
         Args:
             num_timesteps: The length of the model's schedule.
             guidance_scale: The model's default.
+            phrase_guidance: The model's default.
         """
-        scale = guidance_scale if self.guidance_scale is None else self.guidance_scale
-        return replace(self, steps=self.steps or min(DEFAULT_STEPS, num_timesteps), guidance_scale=scale)
+        defaults = {
+            "steps": min(DEFAULT_STEPS, num_timesteps),
+            "guidance_scale": guidance_scale,
+            "phrase_guidance": phrase_guidance,
+        }
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def per_prompt(self, name: str, count: int) -> list[Any]:
         """Return the values of an option for `count` prompts; a single value is repeated.

@@ -31,44 +31,63 @@ def guided(
     null_context: Float[Tensor, "b l d"],
     guidance_scale: Float[Tensor, " b"],
     *,
+    phrases: Sequence[Sequence[Float[Tensor, "l d"]]] = (),
+    phrase_share: float = 0.0,
     interval: Sequence[int] | None = None,
     rescale: float = 0.0,
     project: Callable[[Tensor], Any] = lambda context: context,
 ) -> Callable[[Tensor, int], Tensor]:
     """Return the function (x_t, t) -> uncond + w (cond - uncond) (Ho and Salimans 2022, eq. 6, whose weight is w - 1).
 
-    All prediction types are linear in x_t and eps, so guiding the output guides eps by the same w. Both passes run as
+    All prediction types are linear in x_t and eps, so guiding the output guides eps by the same w. All passes run as
     one batch, the conditional rows first. Rows with w = 1, and timesteps outside the interval, need no unconditional
     pass.
+
+    For examples with phrases, a share phi of guidance is composed of the phrases, each by itself (Liu et al. 2022,
+    "Compositional Visual Generation with Composable Diffusion Models"):
+
+        uncond + w ((1 - phi) (cond - uncond) + phi sum_i (cond_i - uncond))
 
     Args:
         network: (x_t, t, projected context) -> output.
         context: Text embeddings, one row per example.
         null_context: Embeddings of the empty caption, one row per example.
         guidance_scale: w of each example.
+        phrases: Embeddings of the phrases of each example, possibly none; () for no phrases at all.
+        phrase_share: phi, 0 to 1.
         interval: Lowest and highest timestep with guidance (Kynkäänniemi et al. 2024); None for all timesteps.
         rescale: phi of Lin et al. 2023, section 3.4, 0 to 1; see `rescale_deviation`.
         project: Computes what the network needs from a context; called once, before sampling.
     """
     first, last = (-math.inf, math.inf) if interval is None else interval
-    guided_rows = (guidance_scale != 1).nonzero().squeeze(1).to(context.device)
-    weight = guidance_scale.to(context)[guided_rows]
+    counts = torch.tensor([len(each) for each in phrases] or [0] * len(context))
+    guided_rows = ((guidance_scale != 1) | (counts > 0)).nonzero().squeeze(1)
+    weight, counts = guidance_scale[guided_rows], counts[guided_rows]
+    owners = torch.repeat_interleave(counts)  # of each phrase, the index among the guided rows
+    phrase_weight = phrase_share * weight[owners].to(context)
+    weight = torch.where(counts > 0, (1 - phrase_share) * weight, weight).to(context)
+    guided_rows, owners = guided_rows.to(context.device), owners.to(context.device)
+    flat = [phrase[None] for each in phrases for phrase in each]
     cond_context = project(context)
-    both_contexts = project(torch.cat([context, null_context[guided_rows]])) if len(guided_rows) else cond_context
+    is_guided = len(guided_rows) > 0
+    contexts = project(torch.cat([context, null_context[guided_rows], *flat])) if is_guided else cond_context
 
     def unguided_forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
         return network(x_t, torch.full((len(x_t),), t, device=x_t.device), cond_context)
 
     def guided_forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
-        inputs = torch.cat([x_t, x_t[guided_rows]])
-        outputs = network(inputs, torch.full((len(inputs),), t, device=x_t.device), both_contexts)
-        cond, uncond = outputs.split([len(x_t), len(guided_rows)])
+        inputs = torch.cat([x_t, x_t[guided_rows], x_t[guided_rows[owners]]])
+        outputs = network(inputs, torch.full((len(inputs),), t, device=x_t.device), contexts)
+        cond, uncond, of_phrases = outputs.split([len(x_t), len(guided_rows), len(owners)])
         output = uncond + expand_like(weight, uncond) * (cond[guided_rows] - uncond)
+        if len(owners):
+            differences = of_phrases - uncond[owners]
+            output = output.index_add(0, owners, expand_like(phrase_weight, differences) * differences)
         if rescale:
             output = rescale_deviation(output, cond[guided_rows], rescale)
         return cond.index_copy(0, guided_rows, output)
 
-    return lambda x_t, t: (guided_forward if len(guided_rows) and first <= t <= last else unguided_forward)(x_t, t)
+    return lambda x_t, t: (guided_forward if is_guided and first <= t <= last else unguided_forward)(x_t, t)
 
 
 def rescale_deviation(

@@ -15,7 +15,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from cond_diffusion.config import schedule as schedule_config
 from cond_diffusion.config.run import CONFIG_NAME, Config, LatentConfig, PredictionKind, SampleConfig, load_config
-from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE
 from cond_diffusion.config.schema import from_json, read_json
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
@@ -39,6 +38,7 @@ BUILT_IN_MODEL = ASSETS / "mnist_model"
 # By the names that `--checkpoint` and `init_from` accept.
 BUILT_IN_MODELS = {"builtin": BUILT_IN_MODEL, "emoji": ASSETS / "emoji_model"}
 GRID_NAME = "samples.png"
+GUIDANCE = ("guidance_scale", "phrase_guidance")  # fields of `model_index.json` in pixel space
 LATENT_GUIDANCE_SCALE = 7.5  # the default of diffusers' StableDiffusionPipeline
 Result = TypeVar("Result")
 
@@ -68,12 +68,12 @@ class Checkpoint:
         return VAE.from_pretrained(self.folder)
 
     @cached_property
-    def guidance_scale(self) -> float:
-        """The default guidance scale of sampling; for a model in pixel space, that of the run's sample grids."""
+    def guidance(self) -> SampleConfig:
+        """The default guidance of sampling; for a model in pixel space, that of the run's sample grids."""
         if self.index["_class_name"] == IN_LATENTS:
-            return LATENT_GUIDANCE_SCALE
-        fields = {"guidance_scale": self.index.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)}
-        return from_json(SampleConfig, fields, self.folder / INDEX_NAME).guidance_scale
+            return SampleConfig(guidance_scale=LATENT_GUIDANCE_SCALE)
+        fields = {name: self.index[name] for name in GUIDANCE if name in self.index}
+        return from_json(SampleConfig, fields, self.folder / INDEX_NAME)
 
     @cached_property
     def unet(self) -> UNet:
@@ -157,7 +157,7 @@ def read_checkpoint(source: str | Path, read: Callable[[Checkpoint], Result], **
                 raise
 
 
-def write_index(folder: Path, latent_space: LatentSpace, guidance_scale: float) -> None:
+def write_index(folder: Path, latent_space: LatentSpace, guidance_scale: float, phrase_guidance: float) -> None:
     """Write `model_index.json`, and the weights of the autoencoder if there is one."""
     index: dict[str, Any] = {
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -167,7 +167,7 @@ def write_index(folder: Path, latent_space: LatentSpace, guidance_scale: float) 
     }
     index |= latent_space.save_pretrained(folder)
     if not latent_space.is_latent:
-        index["guidance_scale"] = guidance_scale
+        index |= dict(zip(GUIDANCE, (guidance_scale, phrase_guidance), strict=True))
     write_json(folder / INDEX_NAME, index)
 
 

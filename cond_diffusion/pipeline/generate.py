@@ -123,7 +123,7 @@ def generate_to_folder(settings: GenerationSettings, folder: str, *, batch_size:
     with user_errors(f"--output-dir: {folder} cannot be written", OSError, ValueError):
         check_writable(Path(folder))
     pipe, settings = load_pipeline(settings)
-    batch_size = pipe.max_batch_size() if batch_size is None else batch_size
+    batch_size = pipe.max_batch_size(settings.prompts, settings.sampling) if batch_size is None else batch_size
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size}; expected at least 1")
     hint = "; the same command continues from there"

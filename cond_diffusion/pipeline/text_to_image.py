@@ -28,7 +28,7 @@ from cond_diffusion.images import PILLOW_MODES, ImageGrid, encode, fit, from_pil
 from cond_diffusion.models.ema import weights_of_width
 from cond_diffusion.models.latents import LatentSpace
 from cond_diffusion.models.lora import add_lora_file
-from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.models.text_encoder import TextEncoder, find_phrases
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.checkpoint import (
     BUILT_IN_MODEL,
@@ -84,6 +84,7 @@ class Example:
 
     context: Float[Tensor, "l d"]
     null_context: Float[Tensor, "l d"]
+    phrases: list[Float[Tensor, "l d"]]
     scale: float
     seed: int
 
@@ -95,6 +96,7 @@ class TextToImage:
         dtype: Precision of the UNet: "fp32", "bf16", "fp16", or "auto" for bf16 where the device is faster in it, and
             fp32 elsewhere. It applies to matrix products and convolutions; the weights and all the rest are fp32.
         guidance_scale: Default guidance scale of sampling.
+        phrase_guidance: Default share of guidance by each phrase of a prompt by itself.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class TextToImage:
         latent_space: LatentSpace,
         dtype: Precision = "auto",
         guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+        phrase_guidance: float = 0.0,
     ) -> None:
         if dtype not in get_args(Precision):
             raise UserError(f"dtype: {dtype!r}; expected {', '.join(get_args(Precision))}")
@@ -129,6 +132,7 @@ class TextToImage:
         self.latent_space = latent_space
         self.dtype = dtype
         self.guidance_scale = guidance_scale
+        self.phrase_guidance = phrase_guidance
         self.folder: Path | None = None  # of the checkpoint that the pipeline was loaded from
 
     @classmethod
@@ -178,8 +182,8 @@ class TextToImage:
         if ema_width is not None:
             with user_errors(f"--ema-width: the snapshots do not fit {checkpoint.folder}", RuntimeError):
                 unet = UNet.with_weights(unet.config, weights_of_width(checkpoint.folder, ema_width))
-        scale = checkpoint.guidance_scale
-        pipe = cls(unet, checkpoint.text_encoder, checkpoint.prediction, latent_space, dtype, scale)
+        guidance = (checkpoint.guidance.guidance_scale, checkpoint.guidance.phrase_guidance)
+        pipe = cls(unet, checkpoint.text_encoder, checkpoint.prediction, latent_space, dtype, *guidance)
         pipe.folder = checkpoint.folder
         return pipe
 
@@ -189,7 +193,7 @@ class TextToImage:
             self.unet.save_pretrained(unfinished / "unet")
             self.text_encoder.save_pretrained(unfinished)
             write_prediction(unfinished, self.prediction)
-            write_index(unfinished, self.latent_space, self.guidance_scale)
+            write_index(unfinished, self.latent_space, self.guidance_scale, self.phrase_guidance)
 
     def push_to_hub(
         self, repo_id: str, *, prompts: str | Sequence[str] = (), private: bool = False, token: str | None = None
@@ -260,9 +264,10 @@ class TextToImage:
             f"{self.device}; from {self.folder or 'code'}"
         )
 
-    def max_batch_size(self) -> int:
+    def max_batch_size(self, prompts: Sequence[str], options: SamplingOptions) -> int:
         """Return the largest batch size that fits into half of the free memory, at most `MAX_BATCH_SIZE`."""
-        per_image = FEATURE_MAPS_PER_IMAGE * self._feature_map_bytes
+        phrases = max(len(separate_phrases(prompt, options)) for prompt in prompts)
+        per_image = FEATURE_MAPS_PER_IMAGE * (1 + phrases / 2) * self._feature_map_bytes
         return max(1, min(MAX_BATCH_SIZE, int(free_memory(self.device) / 2 // per_image)))
 
     def check_memory(self, count: int, key: str = "num_images") -> None:
@@ -291,8 +296,8 @@ class TextToImage:
         return (lambda x_0_hat: x_0_hat.clamp(-1, 1)) if self.schedule.config.clip_x_0 else (lambda x_0_hat: x_0_hat)
 
     def completed(self, options: SamplingOptions) -> SamplingOptions:
-        """Return the options with the model's `steps` and `guidance_scale` where these are not given."""
-        return options.completed(self.schedule.num_timesteps, self.guidance_scale)
+        """Return the options with the model's `steps`, `guidance_scale` and `phrase_guidance` where not given."""
+        return options.completed(self.schedule.num_timesteps, self.guidance_scale, self.phrase_guidance)
 
     @torch.inference_mode()
     def __call__(
@@ -372,7 +377,7 @@ class TextToImage:
         negative_prompts = options.per_prompt("negative_prompt", len(prompts))
         for prompt in [*prompts, *negative_prompts]:
             check_text(prompt, "prompts")
-        count, batch_size = len(prompts) * options.num_images, batch_size or self.max_batch_size()
+        count, batch_size = len(prompts) * options.num_images, batch_size or self.max_batch_size(prompts, options)
         self.check_memory(count)
         size, maps = min(count, batch_size), MIN_FEATURE_MAPS * self._feature_map_bytes
         check_memory(f"batch_size: {size} images of {self.image_size} x {self.image_size}", size * maps, self.device)
@@ -431,11 +436,12 @@ class TextToImage:
             rows = slice(start, start + PROMPT_BATCH_SIZE)
             prompts, negatives = job.prompts[rows], job.negative_prompts[rows]
             contexts, null_contexts = self._embed(prompts), self._embed(list(dict.fromkeys(negatives)))
+            phrases = self._embed_phrases(prompts, job.options)
             for prompt, negative, scale, seed in zip(
                 prompts, negatives, job.scales[rows], job.seeds[rows], strict=True
             ):
                 for i in range(job.options.num_images):
-                    yield Example(contexts[prompt], null_contexts[negative], scale, seed + i)
+                    yield Example(contexts[prompt], null_contexts[negative], phrases[prompt], scale, seed + i)
 
     def _embed(self, prompts: list[str]) -> dict[str, Float[Tensor, "l d"]]:
         """Return the text embedding of each prompt; log a warning for truncated prompts."""
@@ -450,6 +456,13 @@ class TextToImage:
             )
         return dict(zip(prompts, self.text_encoder.embed(ids), strict=True))
 
+    def _embed_phrases(self, prompts: list[str], options: SamplingOptions) -> dict[str, list[Float[Tensor, "l d"]]]:
+        """Return the text embeddings of the phrases of each prompt that guidance uses by themselves."""
+        phrases = {prompt: separate_phrases(prompt, options) for prompt in prompts}
+        unique = list(dict.fromkeys(phrase for each in phrases.values() for phrase in each))
+        contexts = dict(zip(unique, self.text_encoder(unique), strict=True)) if unique else {}
+        return {prompt: [contexts[phrase] for phrase in each] for prompt, each in phrases.items()}
+
     def _denoise(self, job: Job, batch: list[Example], x: Float[Tensor, "b c h w"], noise: Noise) -> Iterator[Step]:
         """Yield the sampling steps of a batch, starting from x."""
         network = guided(
@@ -457,6 +470,8 @@ class TextToImage:
             torch.stack([example.context for example in batch]),
             torch.stack([example.null_context for example in batch]),
             torch.tensor([example.scale for example in batch]),
+            phrases=[example.phrases for example in batch],
+            phrase_share=job.options.phrase_guidance or 0.0,
             interval=job.options.guidance_interval,
             rescale=job.options.guidance_rescale,
             project=self.unet.project_context,
@@ -476,6 +491,12 @@ class TextToImage:
         # Always on the CPU, so that a seed gives the same image on every device.
         generators = [generator("sample", seed) for seed in seeds]
         return lambda: torch.stack([torch.randn(self.shape, generator=g) for g in generators]).to(self.device)
+
+
+def separate_phrases(prompt: str, options: SamplingOptions) -> list[str]:
+    """Return the phrases of a prompt that guidance uses by themselves: none of a prompt with a single one."""
+    phrases = [phrase.strip() for _, phrase in find_phrases(prompt)] if options.phrase_guidance else []
+    return phrases if len(phrases) > 1 else []
 
 
 def _signature() -> inspect.Signature:

@@ -81,8 +81,8 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
 
     with torch.device("meta"):  # it holds weights only while it samples
         precision: Any = accelerator.mixed_precision.replace("no", "fp32")
-        unet, prediction, scale = UNet(run.unet.config), run.objective.prediction, config.sample.guidance_scale
-        pipe = TextToImage(unet, run.text_encoder, prediction, run.latent_space, precision, scale)
+        unet, guidance = UNet(run.unet.config), (config.sample.guidance_scale, config.sample.phrase_guidance)
+        pipe = TextToImage(unet, run.text_encoder, run.objective.prediction, run.latent_space, precision, *guidance)
     validator = Validator(config, training_data, text_embedder, run.objective, run.latent_space)
     batches = Batches(config, training_data, text_embedder, run.objective, accelerator, start, run.latent_space)
     reporter = Reporter(config, run.run_dir, start, run.samples_per_step, accelerator)

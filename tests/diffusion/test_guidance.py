@@ -40,6 +40,19 @@ def test_both_passes_are_one_batch_and_rows_of_scale_1_are_evaluated_once():
         assert network.batches == [expected]
 
 
+def test_phrases_are_added_by_themselves_to_their_example():
+    def contexts(*means: float) -> list[Tensor]:
+        return [torch.full((2, 5), float(mean)) for mean in means]
+
+    phrases, w, share = [contexts(3, 11), [], contexts(5, 5, 1)], torch.tensor([3.0, 3.0, 1.0]), 0.25
+    network = Network()
+    output = guided(network, CONTEXT, NULL_CONTEXT, w, phrases=phrases, phrase_share=share)(X_T, 9)
+    # of cond 7 and uncond 2: the differences are 5, and those of the phrases 1 and 9; 3, 3 and -1
+    change = torch.tensor([3 * (0.75 * 5 + 0.25 * (1 + 9)), 3 * 5, 0.75 * 5 + 0.25 * (3 + 3 - 1)])
+    torch.testing.assert_close(output, X_T + 2 + change.reshape(-1, 1, 1, 1))
+    assert network.batches == [3 + 3 + 5]
+
+
 def test_outside_the_interval_the_unconditional_pass_is_not_run():
     network = Network()
     denoise = guided(network, CONTEXT, NULL_CONTEXT, torch.full((3,), 3.0), interval=(5, 8))

@@ -159,6 +159,7 @@ SAMPLING = SamplingOptions(
     steps=3,
     eta=0.5,
     guidance_scale=(2.0, 4.0),
+    phrase_guidance=0.25,
     guidance_interval=(100, 900),
     negative_prompt="two",
 )
@@ -245,22 +246,37 @@ def test_defaults_of_the_model_are_stored_as_numbers(tmp_path: Path, monkeypatch
     generate(["seven"], tmp_path / "x.png", num_images=1, steps=None, guidance_scale=None)
     stored = read_settings(str(tmp_path / "x.png"), "--from-image")
     assert (stored["steps"], stored["guidance_scale"]) == (100, 1.5)
-    assert SamplingOptions().completed(20, 3.0) == SamplingOptions(steps=20, guidance_scale=3.0)
-    given = SamplingOptions(steps=1000, guidance_scale=0)
-    assert given.completed(1000, 3.0) == given
+    assert SamplingOptions().completed(20, 3.0, 0.5) == SamplingOptions(steps=20, guidance_scale=3.0, phrase_guidance=0.5)
+    given = SamplingOptions(steps=1000, guidance_scale=0, phrase_guidance=0)
+    assert given.completed(1000, 3.0, 0.5) == given
 
 
-def test_the_default_guidance_scale_is_that_of_the_model(tmp_path: Path, pipe: TextToImage):
+def test_default_guidance_is_that_of_the_model(tmp_path: Path, pipe: TextToImage):
     options = {"steps": 2, "progress": False, "output_type": "pt"}
     assert torch.equal(pipe("seven", **options), pipe("seven", guidance_scale=1.5, **options))
     pipe.save_pretrained(tmp_path / "other")
     index = tmp_path / "other" / "model_index.json"
     fields = json.loads(index.read_text())
     assert fields.pop("guidance_scale") == 1.5
-    for stored, expected in (({"guidance_scale": 5.0}, 5.0), ({}, DEFAULT_GUIDANCE_SCALE)):
+    assert fields.pop("phrase_guidance") == 0
+    for stored in ({"guidance_scale": 5.0, "phrase_guidance": 0.5}, {}):
         index.write_text(json.dumps(fields | stored))
         other = TextToImage.from_pretrained(tmp_path / "other")
-        assert torch.equal(other("seven", **options), pipe("seven", guidance_scale=expected, **options))
+        expected = {"guidance_scale": DEFAULT_GUIDANCE_SCALE, "phrase_guidance": 0} | stored
+        assert torch.equal(other("two, seven", **options), pipe("two, seven", **expected, **options))
+
+
+def test_guidance_by_phrases_alone_does_not_depend_on_their_order(pipe: TextToImage):
+    def sample(*prompts: str, phrase_guidance: float) -> Any:
+        return pipe(prompts, phrase_guidance=phrase_guidance, steps=3, seed=1, progress=False, output_type="pt")
+
+    one, other = "a digit seven, two", "two, a digit seven"
+    by_phrases = sample(one, other, "two", "1,2", phrase_guidance=1)
+    torch.testing.assert_close(by_phrases[0], by_phrases[1], atol=2e-3, rtol=0)
+    whole = sample(one, other, "two", "1,2", phrase_guidance=0)
+    assert (whole[0] - whole[1]).abs().max() > 0.1
+    assert (whole[0] - by_phrases[0]).abs().max() > 0.1
+    torch.testing.assert_close(by_phrases[2:], whole[2:], atol=2e-3, rtol=0)  # prompts of one phrase
 
 
 def test_settings_of_another_version_log_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
