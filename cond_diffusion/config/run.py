@@ -34,7 +34,7 @@ CONFIG_NAME = "config.yaml"  # in a run folder and in each of its checkpoints
 PRETRAIN = "pretrain"
 
 PredictionKind = Literal["epsilon", "sample", "score", "v_prediction"]
-Loss = Literal["epsilon", "sample", "v_prediction", "min_snr", "variational_bound"]
+Loss = Literal["epsilon", "sample", "v_prediction", "min_snr", "clamped_snr", "variational_bound"]
 TimestepDensity = Literal["uniform", "logit_normal", "loss_weight"]
 
 
@@ -164,10 +164,10 @@ class ObjectiveConfig:
     )
     loss: Loss | None = option(
         None,
-        "loss weighting: `epsilon`, `sample`, `v_prediction`, `min_snr`, `variational_bound`; default: that of the "
-        "prediction, and for `score` that of `epsilon`",
+        "loss weighting: `epsilon`, `sample`, `v_prediction`, `min_snr`, `clamped_snr`, `variational_bound`; default: "
+        "that of the prediction, and for `score` that of `epsilon`",
     )
-    min_snr_gamma: float = option(5.0, "gamma of `min_snr`", gt=0, allow_inf_nan=False)
+    min_snr_gamma: float = option(5.0, "gamma of `min_snr` and `clamped_snr`", gt=0, allow_inf_nan=False)
     timesteps: TimestepDensity = option(
         "uniform",
         "distribution of t; the loss is divided by its density: `uniform`, `logit_normal` (Esser et al. 2024, eq. 19), "

@@ -18,6 +18,7 @@ of the timestep's signal-to-noise ratio. By default, it is the squared error of 
     sample             1                            squared error of the image
     v_prediction       snr + 1                      Salimans and Ho 2022, section 4
     min_snr            min(snr, min_snr_gamma)      Hang et al. 2023, section 3.4
+    clamped_snr        max(min_snr, 1)              the same, but at least 1 (Salimans and Ho 2022, section 4)
     variational_bound  (snr_{t-1} - snr_t) / 2      Kingma et al. 2021, eq. 14
 """
 
@@ -161,7 +162,7 @@ class Objective:
         if weight[-1] == 0:
             raise UserError(
                 f"objective.loss: {config.weighting} has weight 0 at the last timestep, where alpha_bar is 0 "
-                "(schedule.zero_terminal_snr, or a last beta of 1); expected v_prediction or sample"
+                "(schedule.zero_terminal_snr, or a last beta of 1); expected v_prediction, sample or clamped_snr"
             )
         # A common factor changes only the meaning of `train.max_grad_norm`; mean 1 keeps all objectives comparable.
         self.weight = weight / weight.mean()
@@ -213,6 +214,8 @@ def _weight(config: ObjectiveConfig, schedule: NoiseSchedule) -> Float[Tensor, "
             return snr + 1
         case "min_snr":
             return snr.clamp(max=config.min_snr_gamma)
+        case "clamped_snr":
+            return snr.clamp(max=config.min_snr_gamma).clamp(min=1)
         case "variational_bound":
             # The term at t = 0 is the decoder's, a Gaussian around x_0_hat (`NoiseSchedule.decoder_variance`).
             decoder = torch.tensor([1 / schedule.decoder_variance], dtype=snr.dtype)

@@ -46,6 +46,7 @@ def squared_errors(eps_hat: Tensor) -> dict[Loss, Tensor]:
         "sample": (X_0 - x_0_hat).square().mean((1, 2)),
         "v_prediction": (v - v_hat).square().mean((1, 2)),
         "min_snr": in_eps * torch.minimum(snr, torch.tensor(5.0)) / snr,  # Hang et al. 2023, section 3.4
+        "clamped_snr": in_eps * torch.where(snr < 1, 1, torch.where(snr > 5, 5, snr)) / snr,
         "variational_bound": bound,  # without t = 0, the decoder term
     }
 

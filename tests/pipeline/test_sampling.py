@@ -246,7 +246,8 @@ def test_defaults_of_the_model_are_stored_as_numbers(tmp_path: Path, monkeypatch
     generate(["seven"], tmp_path / "x.png", num_images=1, steps=None, guidance_scale=None)
     stored = read_settings(str(tmp_path / "x.png"), "--from-image")
     assert (stored["steps"], stored["guidance_scale"]) == (100, 1.5)
-    assert SamplingOptions().completed(20, 3.0, 0.5) == SamplingOptions(steps=20, guidance_scale=3.0, phrase_guidance=0.5)
+    defaults = SamplingOptions(steps=20, guidance_scale=3.0, phrase_guidance=0.5)
+    assert SamplingOptions().completed(20, 3.0, 0.5) == defaults
     given = SamplingOptions(steps=1000, guidance_scale=0, phrase_guidance=0)
     assert given.completed(1000, 3.0, 0.5) == given
 
