@@ -65,10 +65,10 @@ class SamplingOptions:
     )
     phrase_guidance: Fraction | None = option(
         None,
-        "share of guidance by each phrase of the prompt, as commas separate them, by itself, 0 to 1; each phrase takes "
-        "one more pass of the network (default: the model's)",
+        "share of guidance by each phrase of the prompt by itself, 0 to 1; commas separate phrases, and each takes one "
+        "more pass of the network (default: the model's)",
         group="guidance",
-        metavar="PHI",
+        metavar="SHARE",
     )
     guidance_rescale: Fraction = option(
         0.0, "reduce the contrast that high scales add, 0 to 1", group="guidance", metavar="PHI"

@@ -46,7 +46,7 @@ def guided(
     For examples with phrases, a share phi of guidance is composed of the phrases, each by itself (Liu et al. 2022,
     "Compositional Visual Generation with Composable Diffusion Models"):
 
-        uncond + w ((1 - phi) (cond - uncond) + phi sum_i (cond_i - uncond))
+        uncond + w ((1 - phi) (cond - uncond) + phi mean_i (cond_i - uncond))
 
     Args:
         network: (x_t, t, projected context) -> output.
@@ -64,7 +64,7 @@ def guided(
     guided_rows = ((guidance_scale != 1) | (counts > 0)).nonzero().squeeze(1)
     weight, counts = guidance_scale[guided_rows], counts[guided_rows]
     owners = torch.repeat_interleave(counts)  # of each phrase, the index among the guided rows
-    phrase_weight = phrase_share * weight[owners].to(context)
+    phrase_weight = (phrase_share * weight / counts)[owners].to(context)
     weight = torch.where(counts > 0, (1 - phrase_share) * weight, weight).to(context)
     guided_rows, owners = guided_rows.to(context.device), owners.to(context.device)
     flat = [phrase[None] for each in phrases for phrase in each]

@@ -4,10 +4,15 @@ Noise is added to real images up to a timestep, and the network predicts the ima
 prompt without the style ("a red apple"), without a prompt, and with the embeddings of the tokens up to the comma, or of
 those after it, taken from another prompt, with the same style and another concept whose name has as many tokens. Where
 captions are encoded as a whole, the embeddings after the comma depend on the concept.
+
+A second table shows at which noise levels concept and style get lost: noise is added to the real images up to a share
+of the timesteps, and they are sampled to the end with their prompts.
 """
 
 import argparse
 from collections import defaultdict
+from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,12 +20,13 @@ from measuring import hardware
 from torch import Tensor
 
 from cond_diffusion.device import autocast
-from cond_diffusion.evaluation.emoji import SUBSETS, Emoji, EmojiImages
-from cond_diffusion.images import to_model
+from cond_diffusion.evaluation.emoji import SUBSETS, Emoji, EmojiImages, EmojiJudge, recognized
+from cond_diffusion.images import to_bytes, to_model, to_pillow
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
 TIMESTEPS = (999, 950, 900, 800, 700)
+STRENGTHS = (0.25, 0.5, 0.7, 0.8, 0.9)
 COLUMNS = ("prompt", "without the style", "no prompt", "other tokens up to the comma", "other tokens after it")
 
 
@@ -81,6 +87,15 @@ def errors(pipe: TextToImage, emoji: Emoji, real: EmojiImages) -> dict[int, list
     return found
 
 
+def resampled(pipe: TextToImage, real: EmojiImages, strength: float) -> EmojiImages:
+    """Return what image-to-image generation makes of the images with their prompts."""
+    options: dict[str, Any] = {"sampler": "dpm_solver", "steps": 20, "strength": strength}
+    options |= {"output_type": "pt", "progress": False}
+    pairs = zip(real.prompts, to_pillow(to_model(real.images)), strict=True)
+    images = [pipe(prompt, image=image, seed=seed, **options) for seed, (prompt, image) in enumerate(pairs)]
+    return replace(real, images=to_bytes(torch.cat(images)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", default="emoji")
@@ -92,6 +107,13 @@ def main() -> None:
     for name in SUBSETS:
         for timestep, row in errors(pipe, emoji, emoji.subset(name, arguments.samples)).items():
             print(f"| {name} | {timestep} | {' | '.join(f'{value:.4f}' for value in row)} |", flush=True)
+    judge, what = EmojiJudge.load(), ("concept, top 1", "concept, top 5", "family of styles")
+    print(f"\nSampled from real images with noise.\n\n| images | strength | {' | '.join(what)} |\n|{'---|' * 5}")
+    for name in SUBSETS:
+        real = emoji.subset(name, arguments.samples)
+        for strength in STRENGTHS:
+            share = recognized(judge, emoji, resampled(pipe, real, strength))
+            print(f"| {name} | {strength} | {' | '.join(f'{share[key]:.1%}' for key in what)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -40,15 +40,15 @@ def test_both_passes_are_one_batch_and_rows_of_scale_1_are_evaluated_once():
         assert network.batches == [expected]
 
 
-def test_phrases_are_added_by_themselves_to_their_example():
+def test_a_share_of_guidance_is_the_mean_of_the_phrases_of_each_example():
     def contexts(*means: float) -> list[Tensor]:
         return [torch.full((2, 5), float(mean)) for mean in means]
 
     phrases, w, share = [contexts(3, 11), [], contexts(5, 5, 1)], torch.tensor([3.0, 3.0, 1.0]), 0.25
     network = Network()
     output = guided(network, CONTEXT, NULL_CONTEXT, w, phrases=phrases, phrase_share=share)(X_T, 9)
-    # of cond 7 and uncond 2: the differences are 5, and those of the phrases 1 and 9; 3, 3 and -1
-    change = torch.tensor([3 * (0.75 * 5 + 0.25 * (1 + 9)), 3 * 5, 0.75 * 5 + 0.25 * (3 + 3 - 1)])
+    # The difference of the captions is 7 - 2, those of the phrases are 1 and 9; 3, 3 and -1.
+    change = torch.tensor([3 * (0.75 * 5 + 0.25 * (1 + 9) / 2), 3 * 5, 0.75 * 5 + 0.25 * (3 + 3 - 1) / 3])
     torch.testing.assert_close(output, X_T + 2 + change.reshape(-1, 1, 1, 1))
     assert network.batches == [3 + 3 + 5]
 
