@@ -154,6 +154,7 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
         prompt: str,
         negative: str,
         scale: float,
+        of_phrases: float,
         sampler: str,
         steps: int,
         seed: int | None,
@@ -179,6 +180,7 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
                     sampler=sampler,  # type: ignore[arg-type]  # checked by SamplingOptions
                     steps=steps,
                     guidance_scale=scale,
+                    phrase_guidance=of_phrases,
                     negative_prompt=negative,
                 )
                 settings = GenerationSettings(prompts=tuple(prompts), sampling=sampling, checkpoint=checkpoint)
@@ -189,13 +191,14 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 
-    def guidance_scale_of(checkpoint: str) -> float:
+    def guidance_of(checkpoint: str) -> tuple[float, float]:
         try:
-            return open_checkpoint(checkpoint).guidance.guidance_scale
+            guidance = open_checkpoint(checkpoint).guidance
+            return guidance.guidance_scale, guidance.phrase_guidance
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 
-    first_scale = guidance_scale_of(FIRST_CHECKPOINT)
+    first_guidance = guidance_of(FIRST_CHECKPOINT)
     with gradio.Blocks(title="cond_diffusion", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gradio.Markdown("# cond_diffusion\nOne prompt per line; each gives a row of images.")
         with gradio.Row():
@@ -206,7 +209,8 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
                 negative = gradio.Textbox("", label="Negative prompt")
                 button = gradio.Button("Generate", variant="primary")
                 stop = gradio.Button("Stop")
-                scale = gradio.Slider(0, 10, first_scale, step=0.5, label="Guidance scale")
+                scale = gradio.Slider(0, 10, first_guidance[0], step=0.5, label="Guidance scale")
+                of_phrases = gradio.Slider(0, 1, first_guidance[1], step=0.1, label="Guidance by separate phrases")
                 sampler = gradio.Dropdown(list(get_args(SamplerName)), value="dpm_solver", label="Sampler")
                 steps = gradio.Slider(1, 1000, 20, step=1, label="Steps")
                 seed = gradio.Number(0, label="Seed", precision=0)
@@ -217,7 +221,8 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
                 image = gradio.Image(show_label=False, format="png", interactive=False, buttons=buttons)
                 state = gradio.Textbox("", label="Progress", interactive=False)
                 files = gradio.Files(label="Images, animation, attention maps and settings", interactive=False)
-        inputs = [checkpoint, prompt, negative, scale, sampler, steps, seed, count]
+        guidance = [scale, of_phrases]
+        inputs = [checkpoint, prompt, negative, *guidance, sampler, steps, seed, count]
         outputs = [image, state, files]
         options: Any = {
             "concurrency_limit": 1,
@@ -227,11 +232,11 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
         }
         events: list[Any] = [button.click(generate, inputs, outputs, **options)]
         for text, example in zip(EXAMPLES, examples, strict=True):
-            values, changed = (text, FIRST_CHECKPOINT, first_scale), [prompt, checkpoint, scale]
+            values, changed = (text, FIRST_CHECKPOINT, *first_guidance), [prompt, checkpoint, *guidance]
             chosen = example.click(partial(tuple, values), outputs=changed, api_visibility="private")
             events.append(chosen.then(generate, inputs, outputs, **options))
         stop.click(lambda: "stopped", outputs=state, cancels=events)
-        checkpoint.input(guidance_scale_of, checkpoint, scale, show_progress="hidden", api_visibility="private")
+        checkpoint.input(guidance_of, checkpoint, guidance, show_progress="hidden", api_visibility="private")
         blocks.load(lambda: gradio.Dropdown(list_checkpoints(runs)), outputs=checkpoint)
     return blocks
 

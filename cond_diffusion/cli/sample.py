@@ -36,7 +36,9 @@ def sample_parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--film", type=expand_home, metavar="FILE", help="animation of x_t and x_0_hat during sampling, .gif or .webp"
     )
-    files.add_argument("--attention-maps", type=expand_home, metavar="PNG", help="cross-attention maps of each word")
+    files.add_argument(
+        "--attention-maps", type=expand_home, metavar="PNG", help="cross-attention to words of the whole prompt"
+    )
     return parser
 
 

@@ -81,8 +81,8 @@ class TrainConfig:
     caption_dropout: Fraction = option(0.1, "probability that a caption is replaced by the empty one")
     phrase_dropout: Fraction = option(
         0.0,
-        "probability that a phrase of a caption is left out (commas separate phrases), so that the network learns each "
-        "by itself; captions are then encoded in each step",
+        "probability that a phrase of a caption of several is left out (commas separate phrases), so that the network "
+        "learns each by itself; captions are then encoded in each step",
     )
     lora_rank: NonNegativeInt = option(0, "train LoRA matrices of this rank only; 0 trains all weights")
     checkpoint_every: NonNegativeInt = option(1000, "steps between checkpoints; 0 writes the last one only")
@@ -112,8 +112,8 @@ class SampleConfig:
     )
     phrase_guidance: Fraction = option(
         0.0,
-        "share of guidance by each phrase of a prompt by itself, 0 to 1: that of the grids, and the default of "
-        "sampling from the model in pixel space",
+        "fraction of the guidance of the grids that comes from the phrases of a prompt, each by itself; also the "
+        "default of sampling from the model in pixel space",
     )
     steps: PositiveInt = option(100, "sampling steps of the grids")
 
@@ -173,6 +173,12 @@ class ObjectiveConfig:
         "distribution of t; the loss is divided by its density: `uniform`, `logit_normal` (Esser et al. 2024, eq. 19), "
         "`loss_weight`",
     )
+
+    def __post_init__(self) -> None:
+        if self.loss == "clamped_snr" and self.min_snr_gamma <= 1:
+            raise UserError(
+                f"objective.min_snr_gamma: {self.min_snr_gamma}; expected more than 1, the lowest weight of clamped_snr"
+            )
 
     @property
     def weighting(self) -> Loss:

@@ -65,10 +65,10 @@ class SamplingOptions:
     )
     phrase_guidance: Fraction | None = option(
         None,
-        "share of guidance by each phrase of the prompt by itself, 0 to 1; commas separate phrases, and each takes one "
-        "more pass of the network (default: the model's)",
+        "fraction of the guidance that comes from the phrases of the prompt, each by itself; commas separate phrases, "
+        "and each takes one more pass of the network (default: the model's)",
         group="guidance",
-        metavar="SHARE",
+        metavar="FRACTION",
     )
     guidance_rescale: Fraction = option(
         0.0, "reduce the contrast that high scales add, 0 to 1", group="guidance", metavar="PHI"

@@ -32,7 +32,7 @@ def guided(
     guidance_scale: Float[Tensor, " b"],
     *,
     phrases: Sequence[Sequence[Float[Tensor, "l d"]]] = (),
-    phrase_share: float = 0.0,
+    phrase_guidance: float = 0.0,
     interval: Sequence[int] | None = None,
     rescale: float = 0.0,
     project: Callable[[Tensor], Any] = lambda context: context,
@@ -40,13 +40,14 @@ def guided(
     """Return the function (x_t, t) -> uncond + w (cond - uncond) (Ho and Salimans 2022, eq. 6, whose weight is w - 1).
 
     All prediction types are linear in x_t and eps, so guiding the output guides eps by the same w. All passes run as
-    one batch, the conditional rows first. Rows with w = 1, and timesteps outside the interval, need no unconditional
-    pass.
+    one batch, the conditional rows first. Rows with w = 1, and timesteps outside the interval, need no other pass.
 
-    For examples with phrases, a share phi of guidance is composed of the phrases, each by itself (Liu et al. 2022,
-    "Compositional Visual Generation with Composable Diffusion Models"):
+    For examples with phrases, a fraction r of the guidance comes from the phrases, each by itself:
 
-        uncond + w ((1 - phi) (cond - uncond) + phi mean_i (cond_i - uncond))
+        uncond + w ((1 - r) (cond - uncond) + r mean_i (cond_i - uncond))
+
+    This is a conjunction of captions in composable diffusion (Liu et al. 2022, "Compositional Visual Generation with
+    Composable Diffusion Models") with the weights w (1 - r) of the whole and w r / n of each of n phrases.
 
     Args:
         network: (x_t, t, projected context) -> output.
@@ -54,40 +55,49 @@ def guided(
         null_context: Embeddings of the empty caption, one row per example.
         guidance_scale: w of each example.
         phrases: Embeddings of the phrases of each example, possibly none; () for no phrases at all.
-        phrase_share: phi, 0 to 1.
+        phrase_guidance: r, 0 to 1.
         interval: Lowest and highest timestep with guidance (Kynkäänniemi et al. 2024); None for all timesteps.
         rescale: phi of Lin et al. 2023, section 3.4, 0 to 1; see `rescale_deviation`.
         project: Computes what the network needs from a context; called once, before sampling.
+
+    Raises:
+        ValueError: If there are phrases, but not for each example.
     """
     first, last = (-math.inf, math.inf) if interval is None else interval
-    counts = torch.tensor([len(each) for each in phrases] or [0] * len(context))
-    guided_rows = ((guidance_scale != 1) | (counts > 0)).nonzero().squeeze(1)
-    weight, counts = guidance_scale[guided_rows], counts[guided_rows]
-    owners = torch.repeat_interleave(counts)  # of each phrase, the index among the guided rows
-    phrase_weight = (phrase_share * weight / counts)[owners].to(context)
-    weight = torch.where(counts > 0, (1 - phrase_share) * weight, weight).to(context)
-    guided_rows, owners = guided_rows.to(context.device), owners.to(context.device)
-    flat = [phrase[None] for each in phrases for phrase in each]
-    cond_context = project(context)
-    is_guided = len(guided_rows) > 0
-    contexts = project(torch.cat([context, null_context[guided_rows], *flat])) if is_guided else cond_context
+    scales = guidance_scale.tolist()
+    if phrases and len(phrases) != len(scales):
+        raise ValueError(f"phrases: {len(phrases)} lists; expected {len(scales)}, one per example")
+    guided_rows = [row for row, w in enumerate(scales) if w != 1]
+    parts = [[*phrases[row]] if phrases and scales[row] else [] for row in guided_rows]
+    part_rows = [row for row, part in zip(guided_rows, parts, strict=True) for _ in part]
+    fraction = torch.tensor([phrase_guidance if part else 0.0 for part in parts]).to(context)
+    weight = guidance_scale.to(context)[guided_rows]
+    phrase_weight, weight = fraction * weight, (1 - fraction) * weight
+    cond_context = all_contexts = project(context)
+    if guided_rows:
+        in_parts = [phrase[None] for part in parts for phrase in part]
+        all_contexts = project(torch.cat([context, null_context[guided_rows], *in_parts]))
+    sizes = [len(scales), len(guided_rows), len(part_rows)]
+    all_rows = torch.tensor([*range(len(scales)), *guided_rows, *part_rows], device=context.device)
+    _, guided_indices, _ = all_rows.split(sizes)
 
     def unguided_forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
         return network(x_t, torch.full((len(x_t),), t, device=x_t.device), cond_context)
 
     def guided_forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
-        inputs = torch.cat([x_t, x_t[guided_rows], x_t[guided_rows[owners]]])
-        outputs = network(inputs, torch.full((len(inputs),), t, device=x_t.device), contexts)
-        cond, uncond, of_phrases = outputs.split([len(x_t), len(guided_rows), len(owners)])
-        output = uncond + expand_like(weight, uncond) * (cond[guided_rows] - uncond)
-        if len(owners):
-            differences = of_phrases - uncond[owners]
-            output = output.index_add(0, owners, expand_like(phrase_weight, differences) * differences)
+        outputs = network(x_t[all_rows], torch.full((len(all_rows),), t, device=x_t.device), all_contexts)
+        all_cond, uncond, of_parts = outputs.split(sizes)
+        cond = all_cond[guided_indices]
+        output = uncond + expand_like(weight, uncond) * (cond - uncond)
+        if part_rows:
+            split = of_parts.split([len(part) for part in parts])
+            means = torch.stack([part.mean(0) if len(part) else u for part, u in zip(split, uncond, strict=True)])
+            output = output + expand_like(phrase_weight, uncond) * (means - uncond)
         if rescale:
-            output = rescale_deviation(output, cond[guided_rows], rescale)
-        return cond.index_copy(0, guided_rows, output)
+            output = rescale_deviation(output, cond, rescale)
+        return all_cond.index_copy(0, guided_indices, output)
 
-    return lambda x_t, t: (guided_forward if is_guided and first <= t <= last else unguided_forward)(x_t, t)
+    return lambda x_t, t: (guided_forward if guided_rows and first <= t <= last else unguided_forward)(x_t, t)
 
 
 def rescale_deviation(

@@ -215,7 +215,7 @@ def _weight(config: ObjectiveConfig, schedule: NoiseSchedule) -> Float[Tensor, "
         case "min_snr":
             return snr.clamp(max=config.min_snr_gamma)
         case "clamped_snr":
-            return snr.clamp(max=config.min_snr_gamma).clamp(min=1)
+            return snr.clamp(1, config.min_snr_gamma)
         case "variational_bound":
             # The term at t = 0 is the decoder's, a Gaussian around x_0_hat (`NoiseSchedule.decoder_variance`).
             decoder = torch.tensor([1 / schedule.decoder_variance], dtype=snr.dtype)

@@ -192,6 +192,7 @@ def read_settings(path: str, option: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, text in ours.items():
         found |= parse_json(f"{{{json.dumps(name)}: {text}}}", f"{option}: {path}: {name}")
+    found.setdefault("phrase_guidance", 0.0)  # of images that were generated before there was a choice
     version = found.pop("version", None)
     if version != __version__:
         logger.warning(

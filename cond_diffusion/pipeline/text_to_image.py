@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, Precision, SamplingOptions
+from cond_diffusion.data.cache import embed
 from cond_diffusion.device import autocast, check_memory, choose_precision, free_memory, keep_memory
 from cond_diffusion.diffusion.guidance import Edit, guided, threshold_dynamically
 from cond_diffusion.diffusion.objective import Prediction, denoiser
@@ -47,7 +48,7 @@ MAX_BATCH_SIZE = 64
 # Memory per guided image, in feature maps of the first level's resolution and width; measured: 54 to 118.
 FEATURE_MAPS_PER_IMAGE, MIN_FEATURE_MAPS = 120, 20
 BYTES_PER_EXAMPLE = 1000  # of a generated image's Python objects
-PROMPT_BATCH_SIZE = 256  # prompts whose embeddings are in memory at once
+PROMPT_BATCH_SIZE = 256  # prompts whose embeddings, and those of their phrases, are in memory at once
 
 StepCallback = Callable[[Step, int, int], None]
 """(step, index of the step from 0, number of steps); the step's `x` and `x_0_hat` are decoded to pixels."""
@@ -96,7 +97,7 @@ class TextToImage:
         dtype: Precision of the UNet: "fp32", "bf16", "fp16", or "auto" for bf16 where the device is faster in it, and
             fp32 elsewhere. It applies to matrix products and convolutions; the weights and all the rest are fp32.
         guidance_scale: Default guidance scale of sampling.
-        phrase_guidance: Default share of guidance by each phrase of a prompt by itself.
+        phrase_guidance: Default fraction of the guidance that comes from the phrases of a prompt.
     """
 
     def __init__(
@@ -182,8 +183,15 @@ class TextToImage:
         if ema_width is not None:
             with user_errors(f"--ema-width: the snapshots do not fit {checkpoint.folder}", RuntimeError):
                 unet = UNet.with_weights(unet.config, weights_of_width(checkpoint.folder, ema_width))
-        guidance = (checkpoint.guidance.guidance_scale, checkpoint.guidance.phrase_guidance)
-        pipe = cls(unet, checkpoint.text_encoder, checkpoint.prediction, latent_space, dtype, *guidance)
+        pipe = cls(
+            unet,
+            checkpoint.text_encoder,
+            checkpoint.prediction,
+            latent_space,
+            dtype,
+            guidance_scale=checkpoint.guidance.guidance_scale,
+            phrase_guidance=checkpoint.guidance.phrase_guidance,
+        )
         pipe.folder = checkpoint.folder
         return pipe
 
@@ -266,7 +274,7 @@ class TextToImage:
 
     def max_batch_size(self, prompts: Sequence[str], options: SamplingOptions) -> int:
         """Return the largest batch size that fits into half of the free memory, at most `MAX_BATCH_SIZE`."""
-        phrases = max(len(separate_phrases(prompt, options)) for prompt in prompts)
+        phrases = max((len(separate_phrases(prompt, options)) for prompt in prompts), default=0)
         per_image = FEATURE_MAPS_PER_IMAGE * (1 + phrases / 2) * self._feature_map_bytes
         return max(1, min(MAX_BATCH_SIZE, int(free_memory(self.device) / 2 // per_image)))
 
@@ -460,7 +468,7 @@ class TextToImage:
         """Return the text embeddings of the phrases of each prompt that guidance uses by themselves."""
         phrases = {prompt: separate_phrases(prompt, options) for prompt in prompts}
         unique = list(dict.fromkeys(phrase for each in phrases.values() for phrase in each))
-        contexts = dict(zip(unique, self.text_encoder(unique), strict=True)) if unique else {}
+        contexts = dict(zip(unique, embed(self.text_encoder, unique), strict=True)) if unique else {}
         return {prompt: [contexts[phrase] for phrase in each] for prompt, each in phrases.items()}
 
     def _denoise(self, job: Job, batch: list[Example], x: Float[Tensor, "b c h w"], noise: Noise) -> Iterator[Step]:
@@ -471,7 +479,7 @@ class TextToImage:
             torch.stack([example.null_context for example in batch]),
             torch.tensor([example.scale for example in batch]),
             phrases=[example.phrases for example in batch],
-            phrase_share=job.options.phrase_guidance or 0.0,
+            phrase_guidance=job.options.phrase_guidance or 0.0,
             interval=job.options.guidance_interval,
             rescale=job.options.guidance_rescale,
             project=self.unet.project_context,

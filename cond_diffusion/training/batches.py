@@ -118,9 +118,9 @@ class Batches:
 
 
 def drop_phrases(caption: str, rate: float, draw: torch.Generator) -> str:
-    """Leave out each phrase of a caption with probability `rate`; commas separate phrases."""
-    if rate == 0:
+    """Leave out each phrase with probability `rate`; a caption of a single phrase keeps it."""
+    phrases = [phrase.strip() for _, phrase in find_phrases(caption)]
+    if rate == 0 or len(phrases) < 2:
         return caption
-    phrases = [phrase for _, phrase in find_phrases(caption)]
     is_kept = torch.rand(len(phrases), generator=draw) >= rate
-    return ",".join(phrase for phrase, kept in zip(phrases, is_kept.tolist(), strict=True) if kept).strip()
+    return ", ".join(phrase for phrase, kept in zip(phrases, is_kept.tolist(), strict=True) if kept)

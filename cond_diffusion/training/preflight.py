@@ -78,6 +78,9 @@ def check(config: Config) -> Iterator[str]:
     gigabytes = activation_bytes(run.unet, loss) / 1e9
     yield f"memory: another {gigabytes:.2f} GB for the activations of a batch of {config.train.batch_size}"
     seconds = min(repeat(step, number=1, repeat=3))  # the first step includes warm-up
+    if config.data.streaming or config.train.phrase_dropout:  # the text encoder runs in each step
+        empty = [""] * config.train.batch_size  # padded, so that they take as long as others
+        seconds += min(repeat(lambda: run.text_encoder(empty).sum().item(), number=1, repeat=3))
     per_step = seconds * config.train.gradient_accumulation_steps
     hours = per_step * config.train.max_steps / 3600
     yield f"time: {per_step:.2f} s per step, {hours:.1f} h for {config.train.max_steps} steps"

@@ -81,8 +81,15 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
 
     with torch.device("meta"):  # it holds weights only while it samples
         precision: Any = accelerator.mixed_precision.replace("no", "fp32")
-        unet, guidance = UNet(run.unet.config), (config.sample.guidance_scale, config.sample.phrase_guidance)
-        pipe = TextToImage(unet, run.text_encoder, run.objective.prediction, run.latent_space, precision, *guidance)
+        pipe = TextToImage(
+            UNet(run.unet.config),
+            run.text_encoder,
+            run.objective.prediction,
+            run.latent_space,
+            precision,
+            guidance_scale=config.sample.guidance_scale,
+            phrase_guidance=config.sample.phrase_guidance,
+        )
     validator = Validator(config, training_data, text_embedder, run.objective, run.latent_space)
     batches = Batches(config, training_data, text_embedder, run.objective, accelerator, start, run.latent_space)
     reporter = Reporter(config, run.run_dir, start, run.samples_per_step, accelerator)
@@ -209,8 +216,8 @@ def build_text_embedder(
 ) -> TextEmbedder:
     """Return a function from captions to text embeddings, and log how many captions are truncated.
 
-    For a data set it is a table of all captions; for a stream, whose captions are not known in advance (None), and for
-    captions that lose phrases at random, the encoder.
+    For a data set it is a table of all captions; for a stream, whose captions are not known in advance (None), and with
+    phrase dropout, the encoder.
     """
     if captions is None:
         return text_encoder

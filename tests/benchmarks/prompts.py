@@ -26,7 +26,7 @@ from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
 TIMESTEPS = (999, 950, 900, 800, 700)
-STRENGTHS = (0.25, 0.5, 0.7, 0.8, 0.9)
+STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = ("prompt", "without the style", "no prompt", "other tokens up to the comma", "other tokens after it")
 
 
@@ -87,10 +87,10 @@ def errors(pipe: TextToImage, emoji: Emoji, real: EmojiImages) -> dict[int, list
     return found
 
 
-def resampled(pipe: TextToImage, real: EmojiImages, strength: float) -> EmojiImages:
-    """Return what image-to-image generation makes of the images with their prompts."""
-    options: dict[str, Any] = {"sampler": "dpm_solver", "steps": 20, "strength": strength}
-    options |= {"output_type": "pt", "progress": False}
+def image_to_image(pipe: TextToImage, real: EmojiImages, strength: float) -> EmojiImages:
+    """Generate an image from each real image with noise, and its prompt."""
+    options: dict[str, Any] = {"sampler": "dpm_solver", "steps": 20, "guidance_scale": 3.0, "phrase_guidance": 0.0}
+    options |= {"strength": strength, "output_type": "pt", "progress": False}
     pairs = zip(real.prompts, to_pillow(to_model(real.images)), strict=True)
     images = [pipe(prompt, image=image, seed=seed, **options) for seed, (prompt, image) in enumerate(pairs)]
     return replace(real, images=to_bytes(torch.cat(images)))
@@ -112,7 +112,7 @@ def main() -> None:
     for name in SUBSETS:
         real = emoji.subset(name, arguments.samples)
         for strength in STRENGTHS:
-            share = recognized(judge, emoji, resampled(pipe, real, strength))
+            share = recognized(judge, emoji, image_to_image(pipe, real, strength))
             print(f"| {name} | {strength} | {' | '.join(f'{share[key]:.1%}' for key in what)} |", flush=True)
 
 

@@ -173,11 +173,12 @@ def test_every_option_changes_the_image(run_script, tmp_path: Path):
         *["--sampler heun", "--sampler dpm_solver", "--sampler dpm_solver --order 1 --eta 0.5", "--sampler unipc"],
         *["--sampler unipc --order 1", "--variance beta", "--image old.png", "--image old.png --strength 0.4"],
         *["--image old.png --mask mask.png", "--image old.png --mask mask.png --resamplings 2"],
+        "--phrase-guidance 0.5",
     ]
     assert run_script("sample", "seven", "--steps", "3", "--output", "old.png")[0] == 0
     Image.linear_gradient("L").resize((28, 28)).save(tmp_path / "mask.png")
     for option in options:
-        assert run_script("sample", "two", "--steps", "3", "--output", "x.png", *option.split())[0] == 0
+        assert run_script("sample", "two, bold", "--steps", "3", "--output", "x.png", *option.split())[0] == 0
         with Image.open(tmp_path / "x.png") as image:
             option_of[image.tobytes()] = option
         (tmp_path / "x.png").unlink()

@@ -40,17 +40,25 @@ def test_both_passes_are_one_batch_and_rows_of_scale_1_are_evaluated_once():
         assert network.batches == [expected]
 
 
-def test_a_share_of_guidance_is_the_mean_of_the_phrases_of_each_example():
+def test_a_fraction_of_the_guidance_is_the_mean_of_the_phrases_of_each_example():
     def contexts(*means: float) -> list[Tensor]:
         return [torch.full((2, 5), float(mean)) for mean in means]
 
-    phrases, w, share = [contexts(3, 11), [], contexts(5, 5, 1)], torch.tensor([3.0, 3.0, 1.0]), 0.25
-    network = Network()
-    output = guided(network, CONTEXT, NULL_CONTEXT, w, phrases=phrases, phrase_share=share)(X_T, 9)
-    # The difference of the captions is 7 - 2, those of the phrases are 1 and 9; 3, 3 and -1.
-    change = torch.tensor([3 * (0.75 * 5 + 0.25 * (1 + 9) / 2), 3 * 5, 0.75 * 5 + 0.25 * (3 + 3 - 1) / 3])
-    torch.testing.assert_close(output, X_T + 2 + change.reshape(-1, 1, 1, 1))
-    assert network.batches == [3 + 3 + 5]
+    phrases, fraction = [contexts(3, 11), [], contexts(5, 5, 1)], 0.25
+    # The difference of the captions is 7 - 2, the means of the phrases' differences are 5 and 5 / 3.
+    for scales, expected, passes in (
+        ([4.0, 3.0, 2.0], [4 * (0.75 * 5 + 0.25 * 5), 3 * 5, 2 * (0.75 * 5 + 0.25 * 5 / 3)], 3 + 3 + 5),
+        ([1.0, 3.0, 4.0], [5, 3 * 5, 4 * (0.75 * 5 + 0.25 * 5 / 3)], 3 + 2 + 3),  # a scale of 1 is unguided
+        ([4.0, 1.0, 0.0], [4 * (0.75 * 5 + 0.25 * 5), 5, 0], 3 + 2 + 2),  # and one of 0 unconditional
+    ):
+        network = Network()
+        denoise = guided(
+            network, CONTEXT, NULL_CONTEXT, torch.tensor(scales), phrases=phrases, phrase_guidance=fraction
+        )
+        torch.testing.assert_close(denoise(X_T, 9), X_T + 2 + torch.tensor(expected).reshape(-1, 1, 1, 1))
+        assert network.batches == [passes]
+    with pytest.raises(ValueError, match="phrases: 1 lists; expected 3"):
+        guided(Network(), CONTEXT, NULL_CONTEXT, torch.ones(3), phrases=[contexts(3)], phrase_guidance=fraction)
 
 
 def test_outside_the_interval_the_unconditional_pass_is_not_run():

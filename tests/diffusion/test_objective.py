@@ -131,6 +131,8 @@ def test_gradients_reach_the_network():
     )
 
 
-def test_min_snr_gamma_0_is_a_user_error():
+def test_min_snr_gamma_below_the_lowest_weight_is_a_user_error():
     with pytest.raises(UserError, match=r"objective\.min_snr_gamma: 0.0"):
         ObjectiveConfig(min_snr_gamma=0.0)
+    with pytest.raises(UserError, match=r"objective\.min_snr_gamma: 1.0; expected more than 1"):
+        ObjectiveConfig(loss="clamped_snr", min_snr_gamma=1.0)

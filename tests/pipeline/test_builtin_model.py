@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cond_diffusion import TextToImage
 from cond_diffusion.config.run import Config, PredictionKind, load_config
-from cond_diffusion.config.sampling import Precision
+from cond_diffusion.config.sampling import Precision, SamplingOptions
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.samplers import Step
@@ -258,17 +258,19 @@ def test_notebook_shows_a_summary_of_the_pipeline_and_a_grid_of_images(pipe: Tex
 
 
 def test_max_batch_size_uses_half_of_the_free_memory(pipe: TextToImage, monkeypatch: Any):
-    def batch_size_for(gigabytes: float) -> int:
+    def batch_size_for(gigabytes: float, prompt: str = "two, three, four", phrase_guidance: float = 0.0) -> int:
         free = SimpleNamespace(available=int(gigabytes * 1e9))
         monkeypatch.setattr("cond_diffusion.device.psutil.virtual_memory", lambda: free)
-        return pipe.max_batch_size()
+        return pipe.max_batch_size([prompt], SamplingOptions(phrase_guidance=phrase_guidance))
 
     image_gb = 120 * 4 * 32 * 14 * 14 / 1e9
     assert [
         batch_size_for(0),
         batch_size_for(2 * 5.5 * image_gb),
         batch_size_for(100),
-    ] == [1, 5, 64]
+        batch_size_for(2 * 5.5 * image_gb, "two", 0.5),
+        batch_size_for(2 * 5.5 * image_gb, "two, three, four", 0.5),  # five passes per image instead of two
+    ] == [1, 5, 64, 5, 2]
 
 
 @pytest.mark.slow

@@ -195,8 +195,14 @@ def test_png_with_invalid_settings_raises_user_error(tmp_path: Path, chunks: dic
     assert message in str(error.value)
 
 
+def test_a_png_from_before_guidance_by_phrases_was_generated_without_it(tmp_path: Path):
+    assert read_settings(png_with_chunks(tmp_path), "--from-image")["phrase_guidance"] == 0
+    assert read_settings(png_with_chunks(tmp_path, phrase_guidance="0.5"), "--from-image")["phrase_guidance"] == 0.5
+
+
 def test_options_of_a_replaced_sampler_or_image_are_dropped(tmp_path: Path):
     everything = {"prompts": ["a"], "sampler": "ddim", "eta": 0.5, "image": "a.png", "strength": 0.3, "seed": 4}
+    everything["phrase_guidance"] = 0.25
     path = png_with_chunks(tmp_path, **{name: json.dumps(value) for name, value in everything.items()})
 
     def recorded(**typed: str) -> set[str]:

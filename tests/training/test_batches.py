@@ -26,7 +26,11 @@ def test_phrases_are_dropped_independently_with_the_given_probability():
         assert caption == ", ".join(phrase for phrase in phrases if phrase in caption)
         share = (1 - rate) ** kept * rate ** (3 - kept)
         assert times / count == pytest.approx(share, abs=4 * (share * (1 - share) / count) ** 0.5)
+    for caption in ("a single phrase", "1,000 apples", ""):
+        assert drop_phrases(caption, 0.9, generator("phrases", 0)) == caption
     assert drop_phrases("as , it stands", 0.0, generator("phrases", 0)) == "as , it stands"
+    drawn = Counter(drop_phrases("room 1,solo,2 girls", rate, generator("phrases", i)) for i in range(100))
+    assert "room 1, 2 girls" in drawn  # without the space, this would be the number 1,2
 
 
 def test_dropped_phrases_depend_on_the_sample_alone_and_leave_its_other_draws(tmp_path: Path):

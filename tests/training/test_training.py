@@ -62,6 +62,22 @@ def test_resumed_run_equals_uninterrupted_run(bars_config: Config, tmp_path: Pat
     assert [line["step"] for line in lines[0]] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_phrase_dropout_changes_training_and_resumes(bars_config: Config, tmp_path: Path, streaming: bool):
+    data = replace(bars_config.data, caption_templates=("a bar, {label}",), streaming=streaming)
+    sample = replace(bars_config.sample, prompts=("a bar, level",), num_images=1, steps=2, phrase_guidance=0.5)
+    config = with_train(bars_config, phrase_dropout=0.5, sample_every=2, learning_rate_schedule="constant")
+    config = replace(config, data=data, sample=sample)
+    checkpoint = train(config)
+    stopped, other = (replace(config, run_dir=str(tmp_path / name)) for name in ("stopped", "other"))
+    train(with_train(stopped, max_steps=2))
+    resumed, without = train(replace(stopped, resume=True)), train(with_train(other, phrase_dropout=0.0))
+    expected, actual, unlike = weights(checkpoint), weights(resumed), weights(without)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert not all(torch.equal(expected[name], unlike[name]) for name in expected)
+    assert TextToImage.from_pretrained(checkpoint).phrase_guidance == 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("prediction", "timesteps", "optimizer", "loss_ratio"),
