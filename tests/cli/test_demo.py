@@ -119,15 +119,21 @@ def test_page_shows_intermediate_steps_and_the_final_images(page: Page, tmp_path
 def test_one_click_on_an_example_generates_it(page: Page):
     page.evaluate(RECORD_IMAGES)
     page.get_by_label("Prompt", exact=True).fill("something else")
-    expect(page.get_by_label("number input for Guidance scale")).to_have_value("3")
+    scale, of_phrases = (
+        page.get_by_label(f"number input for Guidance {what}") for what in ("scale", "by separate phrases")
+    )
+    expect(scale).to_have_value("4")
+    expect(of_phrases).to_have_value("0.5")
     page.get_by_label("Checkpoint").click()
     page.get_by_role("option", name="builtin").click()
-    expect(page.get_by_label("number input for Guidance scale")).to_have_value("1.5")  # the model's default
+    expect(scale).to_have_value("1.5")  # the model's defaults
+    expect(of_phrases).to_have_value("0")
     page.get_by_role("button", name="a penguin, twemoji style").click()
     expect(page.get_by_label("Progress")).to_have_value("done", timeout=120_000)
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a penguin, twemoji style")
     expect(page.get_by_label("Checkpoint")).to_have_value("emoji")
-    expect(page.get_by_label("number input for Guidance scale")).to_have_value("3")
+    expect(scale).to_have_value("4")
+    expect(of_phrases).to_have_value("0.5")
     addresses = page.evaluate("addresses")
     with Image.open(BytesIO(page.request.get(addresses[-1]).body())) as image:
         assert image.mode == "RGB"  # the built-in digits are grayscale
@@ -186,7 +192,7 @@ def endless(folder: Path, settings: GenerationSettings) -> Iterator[demo.Update]
 
 
 def join(connection: HTTPConnection, session: str, **headers: str) -> HTTPResponse:
-    data = ["builtin", "seven", "", 3.0, "ddim", 20, 0, 1]
+    data = ["builtin", "seven", "", 3.0, 0.0, "ddim", 20, 0, 1]
     body = json.dumps({"data": data, "fn_index": 0, "session_hash": session})
     connection.request("POST", "/gradio_api/queue/join", body, {"Content-Type": "application/json", **headers})
     response = connection.getresponse()

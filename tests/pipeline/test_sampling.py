@@ -218,7 +218,9 @@ def test_options_of_a_replaced_sampler_or_image_are_dropped(tmp_path: Path):
 def test_settings_of_older_versions_stored_as_text_are_read(tmp_path: Path):
     chunks = {"guidance_scale": "2.0,4.0", "guidance_interval": "100,900", "steps": "3", "seed": "5"}
     path = png_with_chunks(tmp_path, prompts='["a", "b"]', **{key: json.dumps(value) for key, value in chunks.items()})
-    wanted = SamplingOptions(guidance_scale=(2.0, 4.0), guidance_interval=(100, 900), steps=3, seed=5)
+    wanted = SamplingOptions(
+        guidance_scale=(2.0, 4.0), phrase_guidance=0.0, guidance_interval=(100, 900), steps=3, seed=5
+    )
     assert from_flat(recorded_settings(path, {})).sampling == wanted
 
 
@@ -292,7 +294,7 @@ def test_settings_of_another_version_log_a_warning(tmp_path: Path, caplog: pytes
         chunks.add_itxt(f"cond_diffusion:{name}", json.dumps(value))
     Image.new("L", (2, 2)).save(tmp_path / "old.png", pnginfo=chunks)
     assert from_flat(read_settings(str(tmp_path / "old.png"), "")) == GenerationSettings(
-        prompts=("a",), sampling=SamplingOptions(seed=5)
+        prompts=("a",), sampling=SamplingOptions(seed=5, phrase_guidance=0.0)
     )
     assert re.search(r"old\.png .*version 0\.0\.1", caplog.text)
 
