@@ -27,12 +27,11 @@ from tqdm.auto import tqdm
 
 from cond_diffusion.data.dataset import Candidates, CaptionedBatch, CaptionedFiles, RandomDraws
 from cond_diffusion.data.sources import CaptionGroup, pick_captions
-from cond_diffusion.device import is_main_process
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.files import cache_folder, hash_weights, save_tensors
 from cond_diffusion.images import to_model
 from cond_diffusion.models.latents import LatentSpace
-from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.models.text_encoder import TextEncoder, embed
 
 TIMEOUT = timedelta(days=7)  # until the slowest process has finished its shards
 
@@ -89,7 +88,6 @@ def _is_complete(file: Path) -> bool:
 
 
 CAPTIONS_PER_SHARD = 1024  # 0.25 GB for a CLIP of width 768 and 77 tokens
-CAPTION_BATCH_SIZE = 256
 
 TextEmbedder = Callable[[Sequence[str]], Tensor]
 """Maps captions to text embeddings of shape (batch, length, dim): a `ContextTable` or a `TextEncoder`."""
@@ -113,17 +111,6 @@ class ContextTable:
         if len(self.shards) == 1:
             return self.shards[0][rows]
         return torch.stack([self.shards[row // CAPTIONS_PER_SHARD][row % CAPTIONS_PER_SHARD] for row in rows])
-
-
-def embed(text_encoder: TextEncoder, captions: Sequence[str]) -> Float[Tensor, "n l d"]:
-    """Compute the embeddings of captions in batches."""
-    starts = tqdm(
-        range(0, len(captions), CAPTION_BATCH_SIZE),
-        desc="embedding captions",
-        disable=len(captions) <= CAPTION_BATCH_SIZE or not is_main_process(),
-        leave=False,
-    )
-    return torch.cat([text_encoder(captions[start : start + CAPTION_BATCH_SIZE]) for start in starts])
 
 
 def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerator: Accelerator) -> ContextTable:

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.schedule import Variance
-from cond_diffusion.data.cache import embed
 from cond_diffusion.data.dataset import load_captioned_images
 from cond_diffusion.device import autocast
 from cond_diffusion.diffusion.guidance import guided
@@ -31,6 +30,7 @@ from cond_diffusion.diffusion.samplers import Noise
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import to_model
+from cond_diffusion.models.text_encoder import embed
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.seeding import generator
 

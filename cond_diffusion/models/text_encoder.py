@@ -21,11 +21,12 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cond_diffusion.config.schema import Depth, PositiveFloat, Width, from_json, read_json
-from cond_diffusion.device import autocast
+from cond_diffusion.device import autocast, is_main_process
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.files import check_finite
 from cond_diffusion.hub import WEIGHTS, download, is_hub_id, variant_of
@@ -41,6 +42,8 @@ CLIP_FILES = [
 ]
 
 PHRASE = re.compile(r"(?:[^,]|(?<=\d),(?=\d))+")  # text without a comma, except between digits
+
+CAPTION_BATCH_SIZE = 256
 
 Clip = TypeVar("Clip", CLIPTextModel, CLIPModel)
 
@@ -231,6 +234,17 @@ class TextEncoder(nn.Module):
             if tokens := [i for i, (start, end) in spans if start < word.end() and end > word.start()]:
                 words.append((word.group(), tokens))
         return words
+
+
+def embed(text_encoder: TextEncoder, captions: Sequence[str]) -> Float[Tensor, "n l d"]:
+    """Compute the embeddings of captions in batches."""
+    starts = tqdm(
+        range(0, len(captions), CAPTION_BATCH_SIZE),
+        desc="embedding captions",
+        disable=len(captions) <= CAPTION_BATCH_SIZE or not is_main_process(),
+        leave=False,
+    )
+    return torch.cat([text_encoder(captions[start : start + CAPTION_BATCH_SIZE]) for start in starts])
 
 
 def find_phrases(caption: str) -> list[tuple[int, str]]:

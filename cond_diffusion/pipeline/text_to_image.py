@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, Precision, SamplingOptions
-from cond_diffusion.data.cache import embed
 from cond_diffusion.device import autocast, check_memory, choose_precision, free_memory, keep_memory
 from cond_diffusion.diffusion.guidance import Edit, guided, threshold_dynamically
 from cond_diffusion.diffusion.objective import Prediction, denoiser
@@ -29,7 +28,7 @@ from cond_diffusion.images import PILLOW_MODES, ImageGrid, encode, fit, from_pil
 from cond_diffusion.models.ema import weights_of_width
 from cond_diffusion.models.latents import LatentSpace
 from cond_diffusion.models.lora import add_lora_file
-from cond_diffusion.models.text_encoder import TextEncoder, find_phrases
+from cond_diffusion.models.text_encoder import TextEncoder, embed, find_phrases
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.checkpoint import (
     BUILT_IN_MODEL,

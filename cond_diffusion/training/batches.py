@@ -119,8 +119,10 @@ class Batches:
 
 def drop_phrases(caption: str, rate: float, draw: torch.Generator) -> str:
     """Leave out each phrase with probability `rate`; a caption of a single phrase keeps it."""
+    if rate == 0:
+        return caption
     phrases = [phrase.strip() for _, phrase in find_phrases(caption)]
-    if rate == 0 or len(phrases) < 2:
+    if len(phrases) < 2:
         return caption
     is_kept = torch.rand(len(phrases), generator=draw) >= rate
     return ", ".join(phrase for phrase, kept in zip(phrases, is_kept.tolist(), strict=True) if kept)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -273,6 +275,12 @@ def test_default_guidance_is_that_of_the_model(tmp_path: Path, pipe: TextToImage
         other = TextToImage.from_pretrained(tmp_path / "other")
         expected = {"guidance_scale": DEFAULT_GUIDANCE_SCALE, "phrase_guidance": 0} | stored
         assert torch.equal(other("two, seven", **options), pipe("two, seven", **expected, **options))
+
+
+def test_sampling_does_not_import_the_libraries_of_data_sets():
+    """They lengthen the start of `sample.py`."""
+    code = "import sys, cond_diffusion.pipeline.generate; sys.exit('datasets' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_guidance_by_phrases_alone_does_not_depend_on_their_order(pipe: TextToImage):
