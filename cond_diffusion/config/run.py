@@ -35,7 +35,7 @@ PRETRAIN = "pretrain"
 
 PredictionKind = Literal["epsilon", "sample", "score", "v_prediction"]
 Loss = Literal["epsilon", "sample", "v_prediction", "min_snr", "clamped_snr", "variational_bound"]
-TimestepDensity = Literal["uniform", "logit_normal", "loss_weight"]
+TimestepDensity = Literal["uniform", "logit_normal", "loss_weight", "later"]
 
 
 @section("train")
@@ -77,6 +77,9 @@ class TrainConfig:
     )
     snapshots: NonNegativeInt = option(
         0, "number of times in a run that two averages are stored for `--ema-width`; 0 stores none"
+    )
+    first_caption: Fraction = option(
+        0.0, "probability to train on the first of an image's captions; otherwise it is any of them, at random"
     )
     caption_dropout: Fraction = option(0.1, "probability that a caption is replaced by the empty one")
     phrase_dropout: Fraction = option(
@@ -171,7 +174,7 @@ class ObjectiveConfig:
     timesteps: TimestepDensity = option(
         "uniform",
         "distribution of t; the loss is divided by its density: `uniform`, `logit_normal` (Esser et al. 2024, eq. 19), "
-        "`loss_weight`",
+        "`loss_weight`, `later` (the noisiest quarter five times as often)",
     )
 
     def __post_init__(self) -> None:

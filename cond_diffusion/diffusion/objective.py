@@ -232,5 +232,8 @@ def _density(kind: TimestepDensity, weight: Float[Tensor, " T"]) -> Float[Tensor
             density = torch.exp(-(time.logit() ** 2) / 2) / (time * (1 - time))
         case "loss_weight":
             density = weight
+        case "later":
+            density = torch.zeros_like(weight)
+            density[len(weight) * 3 // 4 :] = 1
     uniform = torch.full_like(weight, 1 / len(weight))
     return (density / density.sum() + uniform) / 2

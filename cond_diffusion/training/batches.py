@@ -93,6 +93,8 @@ class Batches:
         generators = [generator("sample", self.config.seed, first + i) for i in range(train.batch_size)]
         uniform = torch.stack([torch.rand(5, generator=each, dtype=torch.float64) for each in generators])
         caption, crop, flip, t_uniform, dropout = uniform.T.contiguous()
+        is_first = caption < train.first_caption
+        caption = torch.where(is_first, 0, (caption - train.first_caption) / (1 - train.first_caption))
         batch = self.training_data.read(first, RandomDraws(caption, crop))
         images = batch.images
         if data.flip:
