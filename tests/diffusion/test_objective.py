@@ -91,7 +91,7 @@ def test_the_default_loss_is_the_squared_error_of_the_output_and_for_score_that_
         torch.testing.assert_close(found, expected[kind])
 
 
-@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "loss_weight"])
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "loss_weight", "later"])
 @pytest.mark.parametrize("loss", ["epsilon", "variational_bound"])
 def test_the_timestep_density_does_not_change_the_expected_loss(timesteps, loss: Loss):
     uniform = Objective(ObjectiveConfig(loss=loss), SCHEDULE)
@@ -102,7 +102,7 @@ def test_the_timestep_density_does_not_change_the_expected_loss(timesteps, loss:
     assert torch.equal(objective.weight, uniform.weight)
 
 
-@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "loss_weight"])
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "loss_weight", "later"])
 def test_timesteps_are_distributed_by_the_density(timesteps):
     objective = Objective(ObjectiveConfig(loss="variational_bound", timesteps=timesteps), SCHEDULE)
     count = 200_000
@@ -119,6 +119,11 @@ def test_the_logit_normal_density_equals_that_of_torch():
     normal = torch.distributions.LogisticNormal(torch.tensor([0.0]).double(), torch.tensor([1.0]).double())
     reference = normal.log_prob(torch.stack([time, 1 - time], dim=-1)).exp()
     torch.testing.assert_close(density, (reference / reference.sum() + 1 / 200) / 2)
+
+
+def test_the_density_later_has_the_noisiest_quarter_five_times_as_often():
+    density = Objective(ObjectiveConfig(timesteps="later"), SCHEDULE).density
+    torch.testing.assert_close(density / density[0], torch.tensor([1.0] * 150 + [5.0] * 50, dtype=torch.float64))
 
 
 def test_gradients_reach_the_network():

@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,33 +34,48 @@ def test_phrases_are_dropped_independently_with_the_given_probability():
     assert "room 1, 2 girls" in drawn  # without the space, this would be the number 1,2
 
 
-def test_dropped_phrases_depend_on_the_sample_alone_and_leave_its_other_draws(tmp_path: Path):
-    for i in range(8):
-        Image.new("L", (8, 8), 30 * i).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(f"{i}, gray, plain", encoding="utf-8")
+def first_step(folder: Path, *changes: str) -> tuple[MicroBatch, list[str]]:
+    """Return the batch of the first step of a run on a folder of images, and its captions; embeddings are lengths."""
     seen: list[str] = []
 
     def embed(captions: Any) -> Tensor:
         seen.extend(captions)
         return torch.tensor([[[len(caption)]] for caption in captions], dtype=torch.float32)
 
-    def read(*changes: str) -> MicroBatch:
-        data = [f"data.source={tmp_path}", "data.resolution=8", "data.held_out=0", "latent.patch_size=1"]
-        config = load_config(Config, overrides=[*data, "train.caption_dropout=0", *changes])
-        objective = Objective(config.objective, NoiseSchedule(config.schedule))
-        training_data, accelerator = open_training_data(config.data, 0), Accelerator(cpu=True)
-        batches = Batches(config, training_data, embed, objective, accelerator, 0, PixelPatchify(1))
-        seen.clear()
-        parts = list(batches.next_step())
-        return MicroBatch(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+    data = [f"data.source={folder}", "data.resolution=8", "data.held_out=0", "latent.patch_size=1"]
+    config = load_config(Config, overrides=[*data, "train.caption_dropout=0", *changes])
+    objective = Objective(config.objective, NoiseSchedule(config.schedule))
+    training_data, accelerator = open_training_data(config.data, 0), Accelerator(cpu=True)
+    batches = Batches(config, training_data, embed, objective, accelerator, 0, PixelPatchify(1))
+    seen.clear()
+    parts = list(batches.next_step())
+    return MicroBatch(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]))), seen
 
-    whole = read("train.batch_size=8")
-    assert all(caption.endswith(", gray, plain") for caption in seen)
-    dropped = read("train.batch_size=8", "train.phrase_dropout=0.5")
-    captions = [*seen]
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_the_first_caption_has_its_own_probability_and_the_captions_share_the_rest(tmp_path: Path, share: float):
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    names = ["first", "second", "third"]
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "image.png", "text": names}), encoding="utf-8")
+    count = 4000
+    _, seen = first_step(tmp_path, f"train.first_caption={share}", f"train.batch_size={count}")
+    for name, own in zip(names, (share, 0.0, 0.0), strict=True):
+        probability = own + (1 - share) / 3
+        deviation = (probability * (1 - probability) / count) ** 0.5
+        assert seen.count(name) / count == pytest.approx(probability, abs=4 * deviation)
+
+
+def test_dropped_phrases_depend_on_the_sample_alone_and_leave_its_other_draws(tmp_path: Path):
+    for i in range(8):
+        Image.new("L", (8, 8), 30 * i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"{i}, gray, plain", encoding="utf-8")
+    whole, captions = first_step(tmp_path, "train.batch_size=8")
+    assert all(caption.endswith(", gray, plain") for caption in captions)
+    dropped, captions = first_step(tmp_path, "train.batch_size=8", "train.phrase_dropout=0.5")
     assert len({*captions}) > 4
-    divided = read("train.batch_size=2", "train.gradient_accumulation_steps=4", "train.phrase_dropout=0.5")
-    assert seen == captions
+    in_parts = ("train.batch_size=2", "train.gradient_accumulation_steps=4")
+    divided, captions_in_parts = first_step(tmp_path, *in_parts, "train.phrase_dropout=0.5")
+    assert captions_in_parts == captions
     for name, value in vars(dropped).items():
         assert torch.equal(value, getattr(divided, name))
         assert torch.equal(value, getattr(whole, name)) == (name != "context")
