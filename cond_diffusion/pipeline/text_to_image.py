@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, Precision, SamplingOptions
 from cond_diffusion.device import autocast, check_memory, choose_precision, free_memory, keep_memory
-from cond_diffusion.diffusion.guidance import Edit, guided, threshold_dynamically
+from cond_diffusion.diffusion.guidance import MAX_SNR_OF_FIRST_PHRASE, Edit, guided, threshold_dynamically
 from cond_diffusion.diffusion.objective import Prediction, denoiser
 from cond_diffusion.diffusion.samplers import Noise, Sampler, Step, build_sampler, sampling_timesteps
 from cond_diffusion.errors import Interrupted, UserError, check_text, user_errors
@@ -479,6 +479,7 @@ class TextToImage:
             torch.tensor([example.scale for example in batch]),
             phrases=[example.phrases for example in batch],
             phrase_guidance=job.options.phrase_guidance or 0.0,
+            first_phrase_from=int((self.schedule.snr > MAX_SNR_OF_FIRST_PHRASE).sum()),
             interval=job.options.guidance_interval,
             rescale=job.options.guidance_rescale,
             project=self.unet.project_context,
