@@ -194,7 +194,7 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
     def guidance_of(checkpoint: str) -> tuple[float, float]:
         try:
             guidance = open_checkpoint(checkpoint).guidance
-            return guidance.guidance_scale, guidance.phrase_guidance
+            return guidance["guidance_scale"], guidance["phrase_guidance"]
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cond_diffusion.config.data import DataConfig
-from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, Precision
+from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, GUIDANCE_OF_MODEL, MAX_GUIDANCE_SCALE, Precision
 from cond_diffusion.config.schedule import SPACINGS_WITH_OFFSET, ScheduleConfig
 from cond_diffusion.config.schema import (
     Fraction,
@@ -79,7 +79,7 @@ class TrainConfig:
         0, "number of times in a run that two averages are stored for `--ema-width`; 0 stores none"
     )
     first_caption: Fraction = option(
-        0.0, "probability to train on the first of an image's captions; otherwise it is any of them, at random"
+        0.0, "probability of using the first of an image's captions instead of a random one"
     )
     caption_dropout: Fraction = option(0.1, "probability that a caption is replaced by the empty one")
     phrase_dropout: Fraction = option(
@@ -118,7 +118,17 @@ class SampleConfig:
         "fraction of the guidance of the grids that comes from the phrases of a prompt, each by itself; also the "
         "default of sampling from the model in pixel space",
     )
+    first_phrase_from: NonNegativeInt = option(
+        0,
+        "lowest timestep with guidance by the first of several phrases, which names the thing; for the grids, and the "
+        "default of sampling from the model in pixel space",
+    )
     steps: PositiveInt = option(100, "sampling steps of the grids")
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """The options that are also defaults of the model."""
+        return {name: getattr(self, name) for name in GUIDANCE_OF_MODEL}
 
 
 @section("text")
@@ -174,7 +184,7 @@ class ObjectiveConfig:
     timesteps: TimestepDensity = option(
         "uniform",
         "distribution of t; the loss is divided by its density: `uniform`, `logit_normal` (Esser et al. 2024, eq. 19), "
-        "`loss_weight`, `later` (the noisiest quarter five times as often)",
+        "`loss_weight`, `later` (each timestep of the noisiest quarter five times as often as each other)",
     )
 
     def __post_init__(self) -> None:

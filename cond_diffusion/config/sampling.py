@@ -1,5 +1,6 @@
 """Sampling options, shared by the command line, PNG metadata, `TextToImage`, evaluation and the demo."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -7,13 +8,23 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from cond_diffusion.config.schedule import Variance
-from cond_diffusion.config.schema import Fraction, Integer, LocalPath, PositiveInt, Seed, option, section
+from cond_diffusion.config.schema import (
+    Fraction,
+    Integer,
+    LocalPath,
+    NonNegativeInt,
+    PositiveInt,
+    Seed,
+    option,
+    section,
+)
 from cond_diffusion.errors import UserError
 
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DEFAULT_STEPS = 100  # chosen by measurement: tests/benchmarks/README.md
 DEFAULT_GUIDANCE_SCALE = 3.0  # of a model that has no other
+GUIDANCE_OF_MODEL = ("guidance_scale", "phrase_guidance", "first_phrase_from")  # each model has defaults of its own
 MAX_GUIDANCE_SCALE = 10_000  # far above useful values, and far below fp32 overflow
 
 # Options that apply only to some samplers, and options that require an input image.
@@ -70,6 +81,13 @@ class SamplingOptions:
         group="guidance",
         metavar="FRACTION",
     )
+    first_phrase_from: NonNegativeInt | None = option(
+        None,
+        "lowest timestep with guidance by the first of several phrases, which names the thing; lower timesteps have "
+        "guidance by the others, such as the style (default: the model's)",
+        group="guidance",
+        metavar="TIMESTEP",
+    )
     guidance_rescale: Fraction = option(
         0.0, "reduce the contrast that high scales add, 0 to 1", group="guidance", metavar="PHI"
     )
@@ -91,19 +109,14 @@ class SamplingOptions:
             first, last = self.guidance_interval
             raise UserError(f"guidance_interval: {first},{last} is empty; expected 0 <= FIRST <= LAST")
 
-    def completed(self, num_timesteps: int, guidance_scale: float, phrase_guidance: float) -> "SamplingOptions":
-        """Return the options with `steps`, `guidance_scale` and `phrase_guidance`, where not given, of a model.
+    def completed(self, num_timesteps: int, guidance: Mapping[str, Any]) -> "SamplingOptions":
+        """Return the options with defaults of a model where none are given.
 
         Args:
             num_timesteps: The length of the model's schedule.
-            guidance_scale: The model's default.
-            phrase_guidance: The model's default.
+            guidance: The model's defaults of `GUIDANCE_OF_MODEL`.
         """
-        defaults = {
-            "steps": min(DEFAULT_STEPS, num_timesteps),
-            "guidance_scale": guidance_scale,
-            "phrase_guidance": phrase_guidance,
-        }
+        defaults = {"steps": min(DEFAULT_STEPS, num_timesteps), **guidance}
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def per_prompt(self, name: str, count: int) -> list[Any]:

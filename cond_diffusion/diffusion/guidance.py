@@ -17,9 +17,6 @@ from cond_diffusion.diffusion.objective import Denoiser
 from cond_diffusion.diffusion.samplers import Noise, Sampler, Step
 from cond_diffusion.diffusion.schedule import NoiseSchedule, expand_like
 
-# Above this signal-to-noise ratio, guidance by phrases leaves out the first of several; chosen by measurement.
-MAX_SNR_OF_FIRST_PHRASE = 0.5
-
 
 def drop_captions(
     context: Float[Tensor, "b l d"], null_context: Float[Tensor, "l d"], dropped: Bool[Tensor, " b"]
@@ -52,7 +49,7 @@ def guided(
 
     This is a conjunction of captions in composable diffusion (Liu et al. 2022, "Compositional Visual Generation with
     Composable Diffusion Models") with the weights w (1 - r) of the whole and w r / n of each of n phrases. The first of
-    several phrases can be left out below a timestep: it names the thing, and the noisy timesteps decide what that is.
+    several phrases, which names the thing, can be left out below a timestep: noisier timesteps determine the thing.
 
     Args:
         network: (x_t, t, projected context) -> output.
@@ -64,7 +61,7 @@ def guided(
         first_phrase_from: Lowest timestep with the first of several phrases; lower ones have guidance by the others.
         interval: Lowest and highest timestep with guidance (Kynkäänniemi et al. 2024); None for all timesteps.
         rescale: phi of Lin et al. 2023, section 3.4, 0 to 1; see `rescale_deviation`.
-        project: Computes what the network needs from a context; called before sampling.
+        project: Computes what the network needs from a context; called once, before sampling.
 
     Raises:
         ValueError: If there are phrases, but not for each example.
@@ -74,49 +71,38 @@ def guided(
     if phrases and len(phrases) != len(scales):
         raise ValueError(f"phrases: {len(phrases)} lists; expected {len(scales)}, one per example")
     guided_rows = [row for row, w in enumerate(scales) if w != 1]
-    all_phrases = [[*phrases[row]] if phrases and scales[row] else [] for row in guided_rows]
+    parts = [[*phrases[row]] if phrases and scales[row] else [] for row in guided_rows]
+    part_rows = [row for row, part in zip(guided_rows, parts, strict=True) for _ in part]
+    fraction = torch.tensor([phrase_guidance if part else 0.0 for part in parts]).to(context)
     weight = guidance_scale.to(context)[guided_rows]
-    cond_context = project(context)
+    phrase_weight, weight = fraction * weight, (1 - fraction) * weight
+    cond_context = all_contexts = project(context)
+    if guided_rows:
+        in_parts = [phrase[None] for part in parts for phrase in part]
+        all_contexts = project(torch.cat([context, null_context[guided_rows], *in_parts]))
+    sizes = [len(scales), len(guided_rows), len(part_rows)]
+    all_rows = torch.tensor([*range(len(scales)), *guided_rows, *part_rows], device=context.device)
+    _, guided_indices, _ = all_rows.split(sizes)
 
     def unguided_forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
         return network(x_t, torch.full((len(x_t),), t, device=x_t.device), cond_context)
 
-    def forward_with(parts: list[list[Tensor]]) -> Callable[[Tensor, int], Tensor]:
-        """Return the forward pass with guidance by these phrases of each guided row."""
-        part_rows = [row for row, part in zip(guided_rows, parts, strict=True) for _ in part]
-        contexts = project(torch.cat([context, null_context[guided_rows], *(each[None] for p in parts for each in p)]))
-        fraction = torch.tensor([phrase_guidance if part else 0.0 for part in parts]).to(context)
-        sizes = [len(scales), len(guided_rows), len(part_rows)]
-        all_rows = torch.tensor([*range(len(scales)), *guided_rows, *part_rows], device=context.device)
-        _, guided_indices, _ = all_rows.split(sizes)
+    def guided_forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
+        outputs = network(x_t[all_rows], torch.full((len(all_rows),), t, device=x_t.device), all_contexts)
+        all_cond, uncond, of_parts = outputs.split(sizes)
+        cond = all_cond[guided_indices]
+        output = uncond + expand_like(weight, uncond) * (cond - uncond)
+        if part_rows:
+            split = of_parts.split([len(part) for part in parts])
+            if t < first_phrase_from:
+                split = [part[1:] if len(part) > 1 else part for part in split]
+            means = torch.stack([part.mean(0) if len(part) else u for part, u in zip(split, uncond, strict=True)])
+            output = output + expand_like(phrase_weight, uncond) * (means - uncond)
+        if rescale:
+            output = rescale_deviation(output, cond, rescale)
+        return all_cond.index_copy(0, guided_indices, output)
 
-        def forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
-            outputs = network(x_t[all_rows], torch.full((len(all_rows),), t, device=x_t.device), contexts)
-            all_cond, uncond, of_parts = outputs.split(sizes)
-            cond = all_cond[guided_indices]
-            output = uncond + expand_like((1 - fraction) * weight, uncond) * (cond - uncond)
-            if part_rows:
-                split = of_parts.split([len(part) for part in parts])
-                means = torch.stack([part.mean(0) if len(part) else u for part, u in zip(split, uncond, strict=True)])
-                output = output + expand_like(fraction * weight, uncond) * (means - uncond)
-            if rescale:
-                output = rescale_deviation(output, cond, rescale)
-            return all_cond.index_copy(0, guided_indices, output)
-
-        return forward
-
-    if not guided_rows:
-        return unguided_forward
-    noisy_forward = clean_forward = forward_with(all_phrases)
-    if first_phrase_from > 0 and any(len(each) > 1 for each in all_phrases):
-        clean_forward = forward_with([each[1:] or each for each in all_phrases])
-
-    def forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
-        if not first <= t <= last:
-            return unguided_forward(x_t, t)
-        return (noisy_forward if t >= first_phrase_from else clean_forward)(x_t, t)
-
-    return forward
+    return lambda x_t, t: (guided_forward if guided_rows and first <= t <= last else unguided_forward)(x_t, t)
 
 
 def rescale_deviation(

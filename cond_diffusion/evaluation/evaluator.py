@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 # Default options of an evaluation, and those that the report contains. `seed` is that of the first image of the first
 # prompt; every sample has its own.
 DEFAULT_SAMPLING = SamplingOptions(sampler="dpm_solver", steps=20)
-REPORTED_OPTIONS = ("sampler", "steps", "guidance_scale", "phrase_guidance", "seed")
+REPORTED_OPTIONS = ("sampler", "steps", "guidance_scale", "phrase_guidance", "first_phrase_from", "seed")
 
 
 def reported(sampling: SamplingOptions) -> dict[str, Any]:

@@ -6,7 +6,7 @@ has no pipeline for pixel space; such a pipeline is stored with the class name `
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from cond_diffusion.config import schedule as schedule_config
 from cond_diffusion.config.run import CONFIG_NAME, Config, LatentConfig, PredictionKind, SampleConfig, load_config
+from cond_diffusion.config.sampling import GUIDANCE_OF_MODEL
 from cond_diffusion.config.schema import from_json, read_json
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
@@ -38,7 +39,6 @@ BUILT_IN_MODEL = ASSETS / "mnist_model"
 # By the names that `--checkpoint` and `init_from` accept.
 BUILT_IN_MODELS = {"builtin": BUILT_IN_MODEL, "emoji": ASSETS / "emoji_model"}
 GRID_NAME = "samples.png"
-GUIDANCE = ("guidance_scale", "phrase_guidance")  # fields of `model_index.json` in pixel space
 LATENT_GUIDANCE_SCALE = 7.5  # the default of diffusers' StableDiffusionPipeline
 Result = TypeVar("Result")
 
@@ -68,12 +68,12 @@ class Checkpoint:
         return VAE.from_pretrained(self.folder)
 
     @cached_property
-    def guidance(self) -> SampleConfig:
+    def guidance(self) -> dict[str, Any]:
         """The default guidance of sampling; for a model in pixel space, that of the run's sample grids."""
         if self.index["_class_name"] == IN_LATENTS:
-            return SampleConfig(guidance_scale=LATENT_GUIDANCE_SCALE)
-        fields = {name: self.index[name] for name in GUIDANCE if name in self.index}
-        return from_json(SampleConfig, fields, self.folder / INDEX_NAME)
+            return SampleConfig(guidance_scale=LATENT_GUIDANCE_SCALE).guidance
+        fields = {name: self.index[name] for name in GUIDANCE_OF_MODEL if name in self.index}
+        return from_json(SampleConfig, fields, self.folder / INDEX_NAME).guidance
 
     @cached_property
     def unet(self) -> UNet:
@@ -157,8 +157,8 @@ def read_checkpoint(source: str | Path, read: Callable[[Checkpoint], Result], **
                 raise
 
 
-def write_index(folder: Path, latent_space: LatentSpace, guidance_scale: float, phrase_guidance: float) -> None:
-    """Write `model_index.json`, and the weights of the autoencoder if there is one."""
+def write_index(folder: Path, latent_space: LatentSpace, guidance: Mapping[str, Any]) -> None:
+    """Write `model_index.json`, in pixel space with the default guidance, and the weights of an autoencoder."""
     index: dict[str, Any] = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "scheduler": ["diffusers", "DDPMScheduler"],
@@ -167,7 +167,7 @@ def write_index(folder: Path, latent_space: LatentSpace, guidance_scale: float, 
     }
     index |= latent_space.save_pretrained(folder)
     if not latent_space.is_latent:
-        index |= dict(zip(GUIDANCE, (guidance_scale, phrase_guidance), strict=True))
+        index |= guidance
     write_json(folder / INDEX_NAME, index)
 
 

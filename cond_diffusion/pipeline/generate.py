@@ -189,10 +189,9 @@ def read_settings(path: str, option: str) -> dict[str, Any]:
     ours = {name.removeprefix(CHUNK_PREFIX): text for name, text in chunks.items() if name.startswith(CHUNK_PREFIX)}
     if not ours:
         raise UserError(f"{option}: {path} has no generation settings; expected a PNG written by cond_diffusion")
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"phrase_guidance": 0.0, "first_phrase_from": 0}  # of images from before these options
     for name, text in ours.items():
         found |= parse_json(f"{{{json.dumps(name)}: {text}}}", f"{option}: {path}: {name}")
-    found.setdefault("phrase_guidance", 0.0)  # of images that were generated before there was a choice
     version = found.pop("version", None)
     if version != __version__:
         logger.warning(

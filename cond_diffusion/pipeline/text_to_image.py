@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, Precision, SamplingOptions
+from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, GUIDANCE_OF_MODEL, Precision, SamplingOptions
 from cond_diffusion.device import autocast, check_memory, choose_precision, free_memory, keep_memory
-from cond_diffusion.diffusion.guidance import MAX_SNR_OF_FIRST_PHRASE, Edit, guided, threshold_dynamically
+from cond_diffusion.diffusion.guidance import Edit, guided, threshold_dynamically
 from cond_diffusion.diffusion.objective import Prediction, denoiser
 from cond_diffusion.diffusion.samplers import Noise, Sampler, Step, build_sampler, sampling_timesteps
 from cond_diffusion.errors import Interrupted, UserError, check_text, user_errors
@@ -97,6 +97,7 @@ class TextToImage:
             fp32 elsewhere. It applies to matrix products and convolutions; the weights and all the rest are fp32.
         guidance_scale: Default guidance scale of sampling.
         phrase_guidance: Default fraction of the guidance that comes from the phrases of a prompt.
+        first_phrase_from: Default of the lowest timestep with guidance by the first of several phrases.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class TextToImage:
         dtype: Precision = "auto",
         guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
         phrase_guidance: float = 0.0,
+        first_phrase_from: int = 0,
     ) -> None:
         if dtype not in get_args(Precision):
             raise UserError(f"dtype: {dtype!r}; expected {', '.join(get_args(Precision))}")
@@ -131,8 +133,8 @@ class TextToImage:
         self.schedule = prediction.schedule
         self.latent_space = latent_space
         self.dtype = dtype
-        self.guidance_scale = guidance_scale
-        self.phrase_guidance = phrase_guidance
+        guidance = (guidance_scale, phrase_guidance, first_phrase_from)
+        self.guidance: dict[str, Any] = dict(zip(GUIDANCE_OF_MODEL, guidance, strict=True))
         self.folder: Path | None = None  # of the checkpoint that the pipeline was loaded from
 
     @classmethod
@@ -188,8 +190,7 @@ class TextToImage:
             checkpoint.prediction,
             latent_space,
             dtype,
-            guidance_scale=checkpoint.guidance.guidance_scale,
-            phrase_guidance=checkpoint.guidance.phrase_guidance,
+            **checkpoint.guidance,
         )
         pipe.folder = checkpoint.folder
         return pipe
@@ -200,7 +201,7 @@ class TextToImage:
             self.unet.save_pretrained(unfinished / "unet")
             self.text_encoder.save_pretrained(unfinished)
             write_prediction(unfinished, self.prediction)
-            write_index(unfinished, self.latent_space, self.guidance_scale, self.phrase_guidance)
+            write_index(unfinished, self.latent_space, self.guidance)
 
     def push_to_hub(
         self, repo_id: str, *, prompts: str | Sequence[str] = (), private: bool = False, token: str | None = None
@@ -303,8 +304,8 @@ class TextToImage:
         return (lambda x_0_hat: x_0_hat.clamp(-1, 1)) if self.schedule.config.clip_x_0 else (lambda x_0_hat: x_0_hat)
 
     def completed(self, options: SamplingOptions) -> SamplingOptions:
-        """Return the options with the model's `steps`, `guidance_scale` and `phrase_guidance` where not given."""
-        return options.completed(self.schedule.num_timesteps, self.guidance_scale, self.phrase_guidance)
+        """Return the options with the model's number of steps and guidance where not given."""
+        return options.completed(self.schedule.num_timesteps, self.guidance)
 
     @torch.inference_mode()
     def __call__(
@@ -479,7 +480,7 @@ class TextToImage:
             torch.tensor([example.scale for example in batch]),
             phrases=[example.phrases for example in batch],
             phrase_guidance=job.options.phrase_guidance or 0.0,
-            first_phrase_from=int((self.schedule.snr > MAX_SNR_OF_FIRST_PHRASE).sum()),
+            first_phrase_from=job.options.first_phrase_from or 0,
             interval=job.options.guidance_interval,
             rescale=job.options.guidance_rescale,
             project=self.unet.project_context,

@@ -87,8 +87,7 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
             run.objective.prediction,
             run.latent_space,
             precision,
-            guidance_scale=config.sample.guidance_scale,
-            phrase_guidance=config.sample.phrase_guidance,
+            **config.sample.guidance,
         )
     validator = Validator(config, training_data, text_embedder, run.objective, run.latent_space)
     batches = Batches(config, training_data, text_embedder, run.objective, accelerator, start, run.latent_space)

@@ -126,6 +126,14 @@ def test_the_density_later_has_the_noisiest_quarter_five_times_as_often():
     torch.testing.assert_close(density / density[0], torch.tensor([1.0] * 150 + [5.0] * 50, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("num_timesteps", [1, 2, 3, 5])
+def test_the_density_later_is_highest_at_the_last_timestep_of_a_short_schedule(num_timesteps: int):
+    schedule = NoiseSchedule(ScheduleConfig(num_timesteps=num_timesteps, beta_end=0.5))
+    density = Objective(ObjectiveConfig(timesteps="later"), schedule).density
+    torch.testing.assert_close(density.sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert density[-1] == density.max()
+
+
 def test_gradients_reach_the_network():
     weight = torch.ones(2, 3, requires_grad=True)
     objective = Objective(ObjectiveConfig("v_prediction", "min_snr", 1.0), SCHEDULE)

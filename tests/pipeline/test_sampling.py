@@ -162,6 +162,7 @@ SAMPLING = SamplingOptions(
     eta=0.5,
     guidance_scale=(2.0, 4.0),
     phrase_guidance=0.25,
+    first_phrase_from=300,
     guidance_interval=(100, 900),
     negative_prompt="two",
 )
@@ -197,14 +198,15 @@ def test_png_with_invalid_settings_raises_user_error(tmp_path: Path, chunks: dic
     assert message in str(error.value)
 
 
-def test_a_png_from_before_guidance_by_phrases_was_generated_without_it(tmp_path: Path):
-    assert read_settings(png_with_chunks(tmp_path), "--from-image")["phrase_guidance"] == 0
-    assert read_settings(png_with_chunks(tmp_path, phrase_guidance="0.5"), "--from-image")["phrase_guidance"] == 0.5
+@pytest.mark.parametrize(("option", "value"), [("phrase_guidance", 0.5), ("first_phrase_from", 600)])
+def test_a_png_from_before_an_option_was_generated_without_it(tmp_path: Path, option: str, value: float):
+    assert read_settings(png_with_chunks(tmp_path), "--from-image")[option] == 0
+    assert read_settings(png_with_chunks(tmp_path, **{option: str(value)}), "--from-image")[option] == value
 
 
 def test_options_of_a_replaced_sampler_or_image_are_dropped(tmp_path: Path):
     everything = {"prompts": ["a"], "sampler": "ddim", "eta": 0.5, "image": "a.png", "strength": 0.3, "seed": 4}
-    everything["phrase_guidance"] = 0.25
+    everything |= {"phrase_guidance": 0.25, "first_phrase_from": 300}
     path = png_with_chunks(tmp_path, **{name: json.dumps(value) for name, value in everything.items()})
 
     def recorded(**typed: str) -> set[str]:
@@ -221,7 +223,12 @@ def test_settings_of_older_versions_stored_as_text_are_read(tmp_path: Path):
     chunks = {"guidance_scale": "2.0,4.0", "guidance_interval": "100,900", "steps": "3", "seed": "5"}
     path = png_with_chunks(tmp_path, prompts='["a", "b"]', **{key: json.dumps(value) for key, value in chunks.items()})
     wanted = SamplingOptions(
-        guidance_scale=(2.0, 4.0), phrase_guidance=0.0, guidance_interval=(100, 900), steps=3, seed=5
+        guidance_scale=(2.0, 4.0),
+        phrase_guidance=0.0,
+        first_phrase_from=0,
+        guidance_interval=(100, 900),
+        steps=3,
+        seed=5,
     )
     assert from_flat(recorded_settings(path, {})).sampling == wanted
 
@@ -256,10 +263,10 @@ def test_defaults_of_the_model_are_stored_as_numbers(tmp_path: Path, monkeypatch
     generate(["seven"], tmp_path / "x.png", num_images=1, steps=None, guidance_scale=None)
     stored = read_settings(str(tmp_path / "x.png"), "--from-image")
     assert (stored["steps"], stored["guidance_scale"]) == (100, 1.5)
-    defaults = SamplingOptions(steps=20, guidance_scale=3.0, phrase_guidance=0.5)
-    assert SamplingOptions().completed(20, 3.0, 0.5) == defaults
-    given = SamplingOptions(steps=1000, guidance_scale=0, phrase_guidance=0)
-    assert given.completed(1000, 3.0, 0.5) == given
+    guidance = {"guidance_scale": 3.0, "phrase_guidance": 0.5, "first_phrase_from": 600}
+    assert SamplingOptions().completed(20, guidance) == SamplingOptions(steps=20, **guidance)
+    given = SamplingOptions(steps=1000, guidance_scale=0, phrase_guidance=0, first_phrase_from=0)
+    assert given.completed(1000, guidance) == given
 
 
 def test_default_guidance_is_that_of_the_model(tmp_path: Path, pipe: TextToImage):
@@ -269,11 +276,11 @@ def test_default_guidance_is_that_of_the_model(tmp_path: Path, pipe: TextToImage
     index = tmp_path / "other" / "model_index.json"
     fields = json.loads(index.read_text())
     assert fields.pop("guidance_scale") == 1.5
-    assert fields.pop("phrase_guidance") == 0
-    for stored in ({"guidance_scale": 5.0, "phrase_guidance": 0.5}, {}):
+    assert (fields.pop("phrase_guidance"), fields.pop("first_phrase_from")) == (0, 0)
+    for stored in ({"guidance_scale": 5.0, "phrase_guidance": 0.5, "first_phrase_from": 900}, {}):
         index.write_text(json.dumps(fields | stored))
         other = TextToImage.from_pretrained(tmp_path / "other")
-        expected = {"guidance_scale": DEFAULT_GUIDANCE_SCALE, "phrase_guidance": 0} | stored
+        expected = {"guidance_scale": DEFAULT_GUIDANCE_SCALE, "phrase_guidance": 0, "first_phrase_from": 0} | stored
         assert torch.equal(other("two, seven", **options), pipe("two, seven", **expected, **options))
 
 
@@ -283,17 +290,21 @@ def test_sampling_does_not_import_the_libraries_of_data_sets():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_guidance_by_phrases_alone_depends_on_which_is_the_first_and_on_no_other_order(pipe: TextToImage):
-    def sample(*prompts: str, phrase_guidance: float) -> Any:
-        return pipe(prompts, phrase_guidance=phrase_guidance, steps=8, seed=1, progress=False, output_type="pt")
+def test_guidance_by_phrases_alone_does_not_depend_on_their_order_unless_the_first_is_special(pipe: TextToImage):
+    def sample(*prompts: str, **guidance: float) -> Any:
+        return pipe(prompts, **guidance, steps=8, seed=1, progress=False, output_type="pt")
 
     prompts = ("two, a digit seven, 4", "two, 4, a digit seven", "4, a digit seven, two", "two", "1,2")
     by_phrases, whole = (sample(*prompts, phrase_guidance=fraction) for fraction in (1, 0))
-    torch.testing.assert_close(by_phrases[0], by_phrases[1], atol=2e-3, rtol=0)
-    assert (by_phrases[0] - by_phrases[2]).abs().max() > 0.1
+    torch.testing.assert_close(by_phrases[1:3], by_phrases[:1].expand(2, -1, -1, -1), atol=2e-3, rtol=0)
     assert (whole[0] - whole[1]).abs().max() > 0.1
     assert (whole[0] - by_phrases[0]).abs().max() > 0.1
     torch.testing.assert_close(by_phrases[3:], whole[3:], atol=2e-3, rtol=0)  # prompts of one phrase
+    first_is_special = sample(*prompts, phrase_guidance=1, first_phrase_from=500)
+    torch.testing.assert_close(first_is_special[0], first_is_special[1], atol=2e-3, rtol=0)
+    assert (first_is_special[0] - first_is_special[2]).abs().max() > 0.1
+    assert (first_is_special[0] - by_phrases[0]).abs().max() > 0.1
+    torch.testing.assert_close(first_is_special[3:], whole[3:], atol=2e-3, rtol=0)
 
 
 def test_settings_of_another_version_log_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -302,7 +313,7 @@ def test_settings_of_another_version_log_a_warning(tmp_path: Path, caplog: pytes
         chunks.add_itxt(f"cond_diffusion:{name}", json.dumps(value))
     Image.new("L", (2, 2)).save(tmp_path / "old.png", pnginfo=chunks)
     assert from_flat(read_settings(str(tmp_path / "old.png"), "")) == GenerationSettings(
-        prompts=("a",), sampling=SamplingOptions(seed=5, phrase_guidance=0.0)
+        prompts=("a",), sampling=SamplingOptions(seed=5, phrase_guidance=0.0, first_phrase_from=0)
     )
     assert re.search(r"old\.png .*version 0\.0\.1", caplog.text)
 

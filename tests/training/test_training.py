@@ -75,7 +75,7 @@ def test_phrase_dropout_changes_training_and_resumes(bars_config: Config, tmp_pa
     expected, actual, unlike = weights(checkpoint), weights(resumed), weights(without)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert not all(torch.equal(expected[name], unlike[name]) for name in expected)
-    assert TextToImage.from_pretrained(checkpoint).phrase_guidance == 0.5
+    assert TextToImage.from_pretrained(checkpoint).guidance["phrase_guidance"] == 0.5
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_overfitted_model_samples_images_that_match_the_prompt(
     assert np.mean(losses[-5:]) < loss_ratio * losses[0]
     assert [result.text_is_used for result in results] == [True]
     pipe = TextToImage.from_pretrained(config.run_dir)
-    assert (pipe.prediction.kind, pipe.guidance_scale) == (prediction, 2.0)
+    assert (pipe.prediction.kind, pipe.guidance["guidance_scale"]) == (prediction, 2.0)
     images = pipe(["a bar that is upright", "level"], num_images=16, progress=False)
     all_bars = [torch.stack([bar(label, place) for place in range(SIDE)]).float() for label in (0, 1)]
     correct = 0
