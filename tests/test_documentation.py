@@ -251,7 +251,7 @@ def test_every_python_block_runs(clone: Path):
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for block in blocks(README, "python"):
-        exec(block.replace("steps=100", "steps=5"), names)
+        exec(block.replace("steps=50", "steps=5"), names)
     assert len(names["images"]) == 8
     assert names["checkpoint"].startswith("runs/mnist")
     assert (clone / "runs" / "two_colors" / "checkpoints" / "step-00000002" / "model_index.json").exists()

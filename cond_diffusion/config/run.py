@@ -9,7 +9,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cond_diffusion.config.data import DataConfig
-from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, GUIDANCE_OF_MODEL, MAX_GUIDANCE_SCALE, Precision
+from cond_diffusion.config.sampling import (
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_STEPS,
+    GUIDANCE_OF_MODEL,
+    MAX_GUIDANCE_SCALE,
+    Precision,
+)
 from cond_diffusion.config.schedule import SPACINGS_WITH_OFFSET, ScheduleConfig
 from cond_diffusion.config.schema import (
     Fraction,
@@ -123,7 +129,7 @@ class SampleConfig:
         "lowest timestep with guidance by the first of several phrases, which names the thing; for the grids, and the "
         "default of sampling from the model in pixel space",
     )
-    steps: PositiveInt = option(100, "sampling steps of the grids")
+    steps: PositiveInt = option(DEFAULT_STEPS, "sampling steps of the grids")
 
     @property
     def guidance(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from cond_diffusion.errors import UserError
 
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-DEFAULT_STEPS = 100  # chosen by measurement: tests/benchmarks/README.md
+DEFAULT_STEPS = 50  # chosen by measurement: tests/benchmarks/README.md
 DEFAULT_GUIDANCE_SCALE = 3.0  # of a model that has no other
 GUIDANCE_OF_MODEL = ("guidance_scale", "phrase_guidance", "first_phrase_from")  # each model has defaults of its own
 MAX_GUIDANCE_SCALE = 10_000  # far above useful values, and far below fp32 overflow

@@ -262,7 +262,7 @@ def test_defaults_of_the_model_are_stored_as_numbers(tmp_path: Path, monkeypatch
     monkeypatch.setattr(TextToImage, "__call__", lambda *_, **__: to_pillow(torch.zeros(1, 1, 28, 28)))
     generate(["seven"], tmp_path / "x.png", num_images=1, steps=None, guidance_scale=None)
     stored = read_settings(str(tmp_path / "x.png"), "--from-image")
-    assert (stored["steps"], stored["guidance_scale"]) == (100, 1.5)
+    assert (stored["steps"], stored["guidance_scale"]) == (50, 1.5)
     guidance = {"guidance_scale": 3.0, "phrase_guidance": 0.5, "first_phrase_from": 600}
     assert SamplingOptions().completed(20, guidance) == SamplingOptions(steps=20, **guidance)
     given = SamplingOptions(steps=1000, guidance_scale=0, phrase_guidance=0, first_phrase_from=0)
