@@ -63,7 +63,9 @@ class HeldOutEmoji:
     """Of half of the held-out pairs of concept and style, the concept is among the judge's first five."""
 
     judge_name = "emoji judge a2e2c03da96a05e7"
-    sampling = SamplingOptions(sampler="dpm_solver", steps=20, guidance_scale=4.0, phrase_guidance=0.5)
+    sampling = SamplingOptions(
+        sampler="dpm_solver", steps=20, guidance_scale=5.0, phrase_guidance=0.6, first_phrase_from=800
+    )
     min_top_5 = 0.5
 
     def __init__(self, samples: int) -> None:
