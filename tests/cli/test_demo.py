@@ -122,8 +122,8 @@ def test_one_click_on_an_example_generates_it(page: Page):
     scale, of_phrases = (
         page.get_by_label(f"number input for Guidance {what}") for what in ("scale", "by separate phrases")
     )
-    expect(scale).to_have_value("4")
-    expect(of_phrases).to_have_value("0.5")
+    expect(scale).to_have_value("5")
+    expect(of_phrases).to_have_value("0.6")
     page.get_by_label("Checkpoint").click()
     page.get_by_role("option", name="builtin").click()
     expect(scale).to_have_value("1.5")  # the model's defaults
@@ -132,8 +132,8 @@ def test_one_click_on_an_example_generates_it(page: Page):
     expect(page.get_by_label("Progress")).to_have_value("done", timeout=120_000)
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a penguin, twemoji style")
     expect(page.get_by_label("Checkpoint")).to_have_value("emoji")
-    expect(scale).to_have_value("4")
-    expect(of_phrases).to_have_value("0.5")
+    expect(scale).to_have_value("5")
+    expect(of_phrases).to_have_value("0.6")
     addresses = page.evaluate("addresses")
     with Image.open(BytesIO(page.request.get(addresses[-1]).body())) as image:
         assert image.mode == "RGB"  # the built-in digits are grayscale
