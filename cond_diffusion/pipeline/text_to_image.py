@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, GUIDANCE_OF_MODEL, Precision, SamplingOptions
+from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, Precision, SamplingOptions
 from cond_diffusion.device import autocast, check_memory, choose_precision, free_memory, keep_memory
 from cond_diffusion.diffusion.guidance import Edit, guided, threshold_dynamically
 from cond_diffusion.diffusion.objective import Prediction, denoiser
@@ -133,8 +133,11 @@ class TextToImage:
         self.schedule = prediction.schedule
         self.latent_space = latent_space
         self.dtype = dtype
-        guidance = (guidance_scale, phrase_guidance, first_phrase_from)
-        self.guidance: dict[str, Any] = dict(zip(GUIDANCE_OF_MODEL, guidance, strict=True))
+        self.guidance: dict[str, Any] = {
+            "guidance_scale": guidance_scale,
+            "phrase_guidance": phrase_guidance,
+            "first_phrase_from": first_phrase_from,
+        }
         self.folder: Path | None = None  # of the checkpoint that the pipeline was loaded from
 
     @classmethod
