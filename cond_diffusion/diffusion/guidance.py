@@ -61,7 +61,7 @@ def guided(
         first_phrase_from: Lowest timestep with the first of several phrases; lower ones have guidance by the others.
         interval: Lowest and highest timestep with guidance (Kynkäänniemi et al. 2024); None for all timesteps.
         rescale: phi of Lin et al. 2023, section 3.4, 0 to 1; see `rescale_deviation`.
-        project: Computes what the network needs from a context; called once, before sampling.
+        project: Computes what the network needs from a context; called before sampling only.
 
     Raises:
         ValueError: If there are phrases, but not for each example.
@@ -72,37 +72,50 @@ def guided(
         raise ValueError(f"phrases: {len(phrases)} lists; expected {len(scales)}, one per example")
     guided_rows = [row for row, w in enumerate(scales) if w != 1]
     parts = [[*phrases[row]] if phrases and scales[row] else [] for row in guided_rows]
-    part_rows = [row for row, part in zip(guided_rows, parts, strict=True) for _ in part]
     fraction = torch.tensor([phrase_guidance if part else 0.0 for part in parts]).to(context)
     weight = guidance_scale.to(context)[guided_rows]
     phrase_weight, weight = fraction * weight, (1 - fraction) * weight
-    cond_context = all_contexts = project(context)
-    if guided_rows:
-        in_parts = [phrase[None] for part in parts for phrase in part]
-        all_contexts = project(torch.cat([context, null_context[guided_rows], *in_parts]))
-    sizes = [len(scales), len(guided_rows), len(part_rows)]
-    all_rows = torch.tensor([*range(len(scales)), *guided_rows, *part_rows], device=context.device)
-    _, guided_indices, _ = all_rows.split(sizes)
 
-    def unguided_forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
-        return network(x_t, torch.full((len(x_t),), t, device=x_t.device), cond_context)
+    unguided_contexts = project(context)
+
+    def unguided(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
+        return network(x_t, torch.full((len(x_t),), t, device=x_t.device), unguided_contexts)
+
+    def with_guidance(parts: list[list[Tensor]]) -> Callable[[Tensor, int], Tensor]:
+        part_rows = [row for row, part in zip(guided_rows, parts, strict=True) for _ in part]
+        in_parts = [phrase[None] for part in parts for phrase in part]
+        contexts = project(torch.cat([context, null_context[guided_rows], *in_parts]))
+        sizes = [len(scales), len(guided_rows), len(part_rows)]
+        rows = torch.tensor([*range(len(scales)), *guided_rows, *part_rows], device=context.device)
+        _, guided_indices, _ = rows.split(sizes)
+
+        def forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
+            outputs = network(x_t[rows], torch.full((len(rows),), t, device=x_t.device), contexts)
+            all_cond, uncond, of_parts = outputs.split(sizes)
+            cond = all_cond[guided_indices]
+            output = uncond + expand_like(weight, uncond) * (cond - uncond)
+            if part_rows:
+                split = zip(of_parts.split([len(part) for part in parts]), uncond, strict=True)
+                means = torch.stack([part.mean(0) if len(part) else u for part, u in split])
+                output = output + expand_like(phrase_weight, uncond) * (means - uncond)
+            if rescale:
+                output = rescale_deviation(output, cond, rescale)
+            return all_cond.index_copy(0, guided_indices, output)
+
+        return forward
+
+    if not guided_rows:
+        return unguided
+    with_first = without_first = with_guidance(parts)
+    if first_phrase_from and any(len(part) > 1 for part in parts):
+        without_first = with_guidance([part[1:] or part for part in parts])
 
     def guided_forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
-        outputs = network(x_t[all_rows], torch.full((len(all_rows),), t, device=x_t.device), all_contexts)
-        all_cond, uncond, of_parts = outputs.split(sizes)
-        cond = all_cond[guided_indices]
-        output = uncond + expand_like(weight, uncond) * (cond - uncond)
-        if part_rows:
-            split = of_parts.split([len(part) for part in parts])
-            if t < first_phrase_from:
-                split = [part[1:] if len(part) > 1 else part for part in split]
-            means = torch.stack([part.mean(0) if len(part) else u for part, u in zip(split, uncond, strict=True)])
-            output = output + expand_like(phrase_weight, uncond) * (means - uncond)
-        if rescale:
-            output = rescale_deviation(output, cond, rescale)
-        return all_cond.index_copy(0, guided_indices, output)
+        if not first <= t <= last:
+            return unguided(x_t, t)
+        return without_first(x_t, t) if t < first_phrase_from else with_first(x_t, t)
 
-    return lambda x_t, t: (guided_forward if guided_rows and first <= t <= last else unguided_forward)(x_t, t)
+    return guided_forward
 
 
 def rescale_deviation(
@@ -202,15 +215,9 @@ def repaint(
         t_end = remaining[jump] if len(remaining) > jump else None
         for repetition in range(times):
             if repetition > 0:
-                x = _renoise(schedule, x, t_end, remaining[0], noise)
+                # Sample from q(x_{t_later} | x_t) (Ho et al. 2020, eq. 2, over several steps); t_end = None means x_0.
+                alpha_ratio = schedule.level(remaining[0]).alpha / schedule.level(t_end).alpha
+                x = alpha_ratio * x + (1 - alpha_ratio**2) ** 0.5 * noise()
             for step in islice(sampler(denoiser, schedule, x, remaining, noise), jump):
                 x = step.x
                 yield step
-
-
-def _renoise(
-    schedule: NoiseSchedule, x: Float[Tensor, "b *chw"], t: int | None, t_later: int, noise: Noise
-) -> Float[Tensor, "b *chw"]:
-    """Sample from q(x_{t_later} | x_t) (Ho et al. 2020, eq. 2, over several steps); t = None stands for x_0."""
-    alpha_ratio = schedule.level(t_later).alpha / schedule.level(t).alpha
-    return alpha_ratio * x + (1 - alpha_ratio**2) ** 0.5 * noise()

@@ -68,11 +68,13 @@ def test_below_a_timestep_guidance_leaves_out_the_first_of_several_phrases():
     phrases = [contexts, contexts[:1], []]
     scales = torch.tensor([4.0, 4.0, 4.0])
     options: dict[str, Any] = {"phrases": phrases, "phrase_guidance": 0.25, "first_phrase_from": 5}
-    denoise = guided(Network(), CONTEXT, NULL_CONTEXT, scales, **options)
+    network = Network()
+    denoise = guided(network, CONTEXT, NULL_CONTEXT, scales, **options)
     # The difference of the captions is 7 - 2; those of the phrases are 1, 9 and 3. A single phrase stays.
     for t, mean in ((9, (1 + 9 + 3) / 3), (5, (1 + 9 + 3) / 3), (4, (9 + 3) / 2), (0, (9 + 3) / 2)):
         expected = torch.tensor([4 * (0.75 * 5 + 0.25 * mean), 4 * (0.75 * 5 + 0.25 * 1), 4 * 5])
         torch.testing.assert_close(denoise(X_T, t), X_T + 2 + expected.reshape(-1, 1, 1, 1))
+    assert network.batches == [3 + 3 + 4, 3 + 3 + 4, 3 + 3 + 3, 3 + 3 + 3]
     mixed = guided(Network(), CONTEXT, NULL_CONTEXT, torch.tensor([1.0, 4.0, 0.0]), **options)(X_T, 4)
     expected = torch.tensor([5, 4 * (0.75 * 5 + 0.25 * 1), 0])
     torch.testing.assert_close(mixed, X_T + 2 + expected.reshape(-1, 1, 1, 1))
