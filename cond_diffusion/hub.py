@@ -99,7 +99,8 @@ def in_half(name: str) -> str:
 
 def variant_of(folder: Path, name: str) -> str | None:
     """Return the `variant` argument of diffusers and transformers: "fp16" if there are only half-precision weights."""
-    return "fp16" if _has_weights(folder, name) and not (folder / name).exists() else None
+    whole = any((folder / file).exists() for file in (name, f"{name}.index.json"))
+    return "fp16" if (folder / in_half(name)).exists() and not whole else None
 
 
 def _has_weights(folder: Path, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +25,10 @@ from cond_diffusion.evaluation.evaluator import (
 from cond_diffusion.evaluation.likelihood import bits_per_dimension, format_bits
 from cond_diffusion.evaluation.metrics import load_clip_judge
 from cond_diffusion.evaluation.report import Results, evaluate, format_table, sweep
-from cond_diffusion.pipeline.checkpoint import read_checkpoint
+from cond_diffusion.pipeline.checkpoint import lasting_name, read_checkpoint
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
-MODEL_OPTIONS = ("dtype", "compile")
+MODEL_OPTIONS = ("checkpoint", "dtype", "compile")
 
 
 def evaluate_command(arguments: list[str] | None = None) -> None:
@@ -45,19 +46,14 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     _check_minimum("samples", options.samples, 10)
-    for package in ("torchmetrics", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f'evaluate: requires {package}; install it with: pip install "cond_diffusion[eval]"')
     given = {name: value for name, value in vars(options).items() if name in REPORTED_OPTIONS}
-    sampling = SamplingOptions(**{**reported(DEFAULT_SAMPLING), **given})
-    pipe, config = _load(options)
+    sampling = replace(DEFAULT_SAMPLING, **given)
+    pipe, config, checkpoint = _load(options)
     sampling = pipe.completed(sampling)
     sampling_timesteps(sampling.sampler, pipe.schedule, sampling.steps)
-    for name in ("guidance_scale", "seed"):
-        sampling.per_prompt(name, 1)
+    sampling.per_prompt("guidance_scale", 1)
     settings = {
-        # A run folder refers to its newest checkpoint, which changes during training.
-        "checkpoint": str(pipe.folder) if Path(options.checkpoint).is_dir() else options.checkpoint,
+        "checkpoint": checkpoint,
         **{name: getattr(options, name) for name in ("samples", "paraphrases", "features")},
         "dtype": pipe.precision,
         **reported(sampling),
@@ -66,6 +62,9 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
     for name in ("paraphrases", "features", "sweep"):
         if is_emoji and getattr(options, name):
             raise UserError(f"--{name}: does not support the emoji data, which have a judge of their own; remove it")
+    for package in () if is_emoji else ("torchmetrics", "matplotlib") if options.sweep else ("torchmetrics",):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'evaluate: requires {package}; install it with: pip install "cond_diffusion[eval]"')
     features = load_clip_judge(options.features, config.data) if options.features else None
     results = Results(options.output, settings)
     if is_emoji:
@@ -94,7 +93,7 @@ def likelihood_command(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     _check_minimum("samples", options.samples, 1)
     _check_minimum("batch-size", options.batch_size, 1)
-    pipe, config = _load(options)
+    pipe, config, _ = _load(options)
     size, seed = options.batch_size, options.seed
     bits = bits_per_dimension(pipe, config.data, options.split, count=options.samples, batch_size=size, seed=seed)
     print(format_bits(*bits))
@@ -102,8 +101,6 @@ def likelihood_command(arguments: list[str] | None = None) -> None:
 
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = ArgumentParser(description=description)
-    checkpoint_help = "a built-in model, a run folder, a checkpoint folder or a Hub id (default: %(default)s)"
-    parser.add_argument("--checkpoint", type=expand_home, default="builtin", help=checkpoint_help)
     add_options(parser, GenerationSettings, only=MODEL_OPTIONS)
     return parser
 
@@ -113,12 +110,13 @@ def _check_minimum(option: str, value: int | None, minimum: int) -> None:
         raise UserError(f"--{option}: {value}; expected at least {minimum}")
 
 
-def _load(options: argparse.Namespace) -> tuple[TextToImage, Config]:
-    given = {name: value for name, value in vars(options).items() if name in MODEL_OPTIONS}
-    settings = GenerationSettings(checkpoint=options.checkpoint, **given)
+def _load(options: argparse.Namespace) -> tuple[TextToImage, Config, str]:
+    """Return the pipeline, the config of its training, and the name to record of the checkpoint."""
+    settings = GenerationSettings(**{name: value for name, value in vars(options).items() if name in MODEL_OPTIONS})
     pipe, config = read_checkpoint(
         settings.checkpoint,
         lambda found: (TextToImage.from_checkpoint(found, dtype=settings.dtype), found.run_config),
     )
     pipe.to_accelerator()
-    return pipe.compile() if settings.compile else pipe, config
+    name = lasting_name(settings.checkpoint, pipe.folder)
+    return pipe.compile() if settings.compile else pipe, config, name

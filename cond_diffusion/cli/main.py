@@ -4,13 +4,13 @@ The module of a command is imported when the command runs, so that `--help` is f
 """
 
 import argparse
-import dataclasses
-import importlib
+import errno
 import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 from signal import SIGINT
 from typing import Any, NoReturn
 
@@ -44,12 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(name: str, arguments: list[str] | None = None) -> int:
     """Run a command by name, by default with the arguments of the process, and return its exit code."""
-    module, function = COMMANDS[name][0].split(":")
 
     def command() -> None:
         for argument in sys.argv[1:] if arguments is None else arguments:
             check_text(argument, "arguments")
-        getattr(importlib.import_module(f"cond_diffusion.cli.{module}"), function)(arguments)
+        resolve_name(f"cond_diffusion.cli.{COMMANDS[name][0]}")(arguments)
 
     return command_line(command)
 
@@ -57,8 +56,8 @@ def run(name: str, arguments: list[str] | None = None) -> int:
 def command_line(command: Callable[[], None]) -> int:
     """Set up logging, run a command, and return its exit code.
 
-    A UserError is printed as one line and gives exit code 2; a signal gives 128 plus its number. Only the process of
-    rank 0 logs.
+    A UserError, or a path that the system refuses, is printed as one line and gives exit code 2; a signal gives 128
+    plus its number. Only the process of rank 0 logs.
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -78,6 +77,11 @@ def command_line(command: Callable[[], None]) -> int:
         # An error that all processes share is printed once.
         if error.of_this_process or is_main:
             print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            raise
+        print(f"error: {printable(str(error.filename)):.200}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         if is_main:
@@ -152,23 +156,22 @@ def add_options(
     parser: argparse.ArgumentParser,
     schema: Any,
     *,
-    without: Collection[str] = (),
     only: Collection[str] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add an argument for each field of a config dataclass. Values remain text, which the dataclass parses.
+    """Add an argument for each field of a config dataclass that `option` declares.
 
-    Arguments that are not given are absent from the parsed namespace, so that the defaults of the dataclass apply.
+    Values remain text, which the dataclass parses. Arguments that are not given are absent from the parsed namespace,
+    so that the defaults of the dataclass apply.
 
     Args:
-        without, only: Fields to exclude, or the only fields to include.
+        only: The only fields to include; None for all.
         defaults: Defaults shown in the help instead of those of the dataclass.
     """
     groups: dict[Any, Any] = {group.title: group for group in parser._action_groups}
-    for name in (field.name for field in dataclasses.fields(schema)):
-        if name in without or (only is not None and name not in only):
+    for name, field in schema.__pydantic_fields__.items():
+        if field.json_schema_extra is None or (only is not None and name not in only):
             continue
-        field = schema.__pydantic_fields__[name]
         default = (defaults or {}).get(name, field.default)
         is_flag = field.annotation is bool
         suffix = "" if is_flag or default in (None, "") else f" (default: {default})"

@@ -21,7 +21,7 @@ def sample_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompts-file", type=expand_home, metavar="FILE", help="more prompts, one per line; - is standard input"
     )
-    add_options(parser, GenerationSettings, without=("prompts", "sampling"))
+    add_options(parser, GenerationSettings)
     add_options(parser, SamplingOptions)
     parser.add_argument("--batch-size", type=int, help="images per batch (default: as many as fit, at most 64)")
     from_image_help = "PNG to regenerate from its embedded settings; other options override them"

@@ -2,6 +2,7 @@
 
 import math
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +27,6 @@ from cond_diffusion.config.schema import (
     Seed,
     from_override,
     from_yaml,
-    merge,
     option,
     read_text,
     section,
@@ -324,9 +324,13 @@ def load_config(schema: type[Schema], file: Path | None = None, overrides: list[
             has it.
     """
     from_file: dict[str, Any] = {} if file is None else from_yaml(schema, read_text(file, "--config"), str(file))
-    fields = from_file
+    fields = deepcopy(from_file)
     for override in overrides or []:
-        fields = merge(fields, from_override(schema, override), schema)
+        (*sections, name), value = from_override(schema, override)
+        target = fields
+        for section_name in sections:
+            target = target.setdefault(section_name, {})
+        target[name] = value
     try:
         return schema(**fields)
     except UserError as error:

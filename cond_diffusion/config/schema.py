@@ -10,11 +10,11 @@ import operator
 import os
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import pydantic_core
 import yaml
@@ -93,9 +93,12 @@ def section(name: str) -> Callable[[type[Schema]], type[Schema]]:
 
     def decorate(cls: type[Schema]) -> type[Schema]:
         construct: Any = cls.__init__
+        known = {field.name for field in dataclasses.fields(cast(Any, cls))}
 
         @wraps(construct)
         def __init__(self: Any, *arguments: Any, **fields: Any) -> None:
+            if unknown := fields.keys() - known:  # pydantic ignores them
+                raise TypeError(f"{cls.__name__} has no field {min(unknown)!r}")
             try:
                 construct(self, *arguments, **fields)
             except ValidationError as error:
@@ -123,12 +126,11 @@ def _user_error(error: ValidationError, name: str, schema: Any) -> UserError:
             key = f"{key}[{part}]"
         elif get_origin(kind) is dict:
             key, kind = f"{key}.{part}", get_args(kind)[1]
-    if problem["type"] == "unexpected_keyword_argument":
-        raise TypeError(f"{schema.__name__} has no field {problem['loc'][-1]!r}") from error
     expected = "one more value" if problem["type"] == "missing" else problem["msg"].replace("Input should be ", "")
     choices = re.findall("'([^']*)'", expected) if problem["type"] == "literal_error" else []
     value = problem["input"]
-    return UserError(f"{key}: {value!r:.80}{did_you_mean(str(value), choices)}; expected {expected}")
+    prefix = f"{key}: " if key else ""
+    return UserError(f"{prefix}{value!r:.80}{did_you_mean(str(value), choices)}; expected {expected}")
 
 
 def from_json(schema: Any, fields: Any, where: str | Path) -> Any:
@@ -189,8 +191,8 @@ def from_yaml(schema: type, text: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: {error}") from error
 
 
-def from_override(schema: type, override: str) -> dict[str, Any]:
-    """Parse `key=value`, with the full key, into keyword arguments of `schema`.
+def from_override(schema: type, override: str) -> tuple[list[str], Any]:
+    """Parse `key=value`, with the full key, into the parts of the key and the input of its field.
 
     Raises:
         UserError: As in `from_yaml`.
@@ -215,18 +217,7 @@ def from_override(schema: type, override: str) -> dict[str, Any]:
         except (yaml.YAMLError, RecursionError) as error:
             raise UserError(f"{override!r:.80} cannot be parsed as key=value: {_one_line(error)}") from error
         parsed = _convert(kind | None if allows_none else kind, node, value, key, schema)
-    for name in reversed(key.split(".")):
-        parsed = {name: parsed}
-    return parsed
-
-
-def merge(first: Mapping[str, Any], second: Mapping[str, Any], schema: Any) -> dict[str, Any]:
-    """Return the fields of both; the second takes precedence. Sections are merged recursively."""
-    merged = dict(first)
-    for name, value in second.items():
-        kind = get_type_hints(schema)[name]
-        merged[name] = merge(first.get(name, {}), value, kind) if dataclasses.is_dataclass(kind) else value
-    return merged
+    return key.split("."), parsed
 
 
 def to_yaml(config: Any) -> str:

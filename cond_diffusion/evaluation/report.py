@@ -42,14 +42,14 @@ class Results:
         self.file = folder / "evaluation.json"
         self.parts: dict[str, Any] = {"settings": settings}
         with user_errors(f"output: {folder} cannot be written", OSError, ValueError):
-            is_file = self.file.is_file()
-        if is_file:
-            self.parts = read_json(self.file)
-            if self.parts.get("settings") != settings:
-                raise UserError(f"output: {folder} contains an evaluation with other settings; choose another path")
-        elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"output: {folder} exists and is not an evaluation folder; choose another path")
-        with user_errors(f"output: {folder} cannot be written", OSError):
+            if self.file.is_file():
+                stored = read_json(self.file)
+                if stored.get("settings") == settings:
+                    self.parts = stored
+                elif stored.keys() != {"settings"}:  # without results there is nothing to lose
+                    raise UserError(f"output: {folder} contains an evaluation with other settings; choose another path")
+            elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+                raise UserError(f"output: {folder} exists and is not an evaluation folder; choose another path")
             folder.mkdir(parents=True, exist_ok=True)
         self._write()  # reports before the first image that the folder cannot be written
 

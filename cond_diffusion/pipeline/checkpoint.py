@@ -15,7 +15,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from cond_diffusion.config import schedule as schedule_config
 from cond_diffusion.config.run import CONFIG_NAME, Config, LatentConfig, PredictionKind, SampleConfig, load_config
-from cond_diffusion.config.sampling import GUIDANCE_OF_MODEL
 from cond_diffusion.config.schema import from_json, read_json
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
@@ -63,8 +62,7 @@ class Checkpoint:
         for part, weights in WEIGHTS.items():
             refuse_pickles(self.folder / part, weights)
         if self.index["_class_name"] == IN_PIXELS:
-            fields = {"patch_size": self.index.get("patch_size", 1)}
-            return PixelPatchify(from_json(LatentConfig, fields, self.folder / INDEX_NAME).patch_size)
+            return PixelPatchify(from_json(LatentConfig, self.index, self.folder / INDEX_NAME).patch_size)
         return VAE.from_pretrained(self.folder)
 
     @cached_property
@@ -72,8 +70,7 @@ class Checkpoint:
         """The default guidance of sampling; for a model in pixel space, that of the run's sample grids."""
         if self.index["_class_name"] == IN_LATENTS:
             return SampleConfig(guidance_scale=LATENT_GUIDANCE_SCALE).guidance
-        fields = {name: self.index[name] for name in GUIDANCE_OF_MODEL if name in self.index}
-        return from_json(SampleConfig, fields, self.folder / INDEX_NAME).guidance
+        return from_json(SampleConfig, self.index, self.folder / INDEX_NAME).guidance
 
     @cached_property
     def unet(self) -> UNet:
@@ -155,6 +152,11 @@ def read_checkpoint(source: str | Path, read: Callable[[Checkpoint], Result], **
         except (UserError, OSError):
             if checkpoint.folder.exists():
                 raise
+
+
+def lasting_name(source: str, folder: Path | None) -> str:
+    """Return the name to record of a checkpoint: that of `folder` if `source` is a run, which training changes."""
+    return str(folder) if source not in BUILT_IN_MODELS and Path(source).is_dir() else source
 
 
 def write_index(folder: Path, latent_space: LatentSpace, guidance: Mapping[str, Any]) -> None:
@@ -254,8 +256,8 @@ def _last_metrics(checkpoint: Path | None) -> dict[str, float | int]:
     if not (progress.is_file() and metrics.is_file()):
         return {}
     step = read_progress(checkpoint)["step"]
-    last: dict[str, Any] = {}
+    last: dict[str, float | int] = {}
     for values in read_metrics(metrics):
         if values["step"] <= step:
-            last |= values
-    return {name: value for name, value in last.items() if isinstance(value, int | float)}
+            last |= {name: value for name, value in values.items() if isinstance(value, int | float)}
+    return last

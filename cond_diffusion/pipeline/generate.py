@@ -26,6 +26,7 @@ from cond_diffusion.config.schema import parse_json
 from cond_diffusion.errors import Interrupted, UserError, user_errors
 from cond_diffusion.files import check_writable, write_file
 from cond_diffusion.images import encode, grid, open_image, opened_image
+from cond_diffusion.pipeline.checkpoint import lasting_name
 from cond_diffusion.pipeline.text_to_image import SamplingInterrupted, StepCallback, TextToImage
 from cond_diffusion.pipeline.visualize import AttentionMaps, Film, maps_per_word, render_maps
 
@@ -162,7 +163,7 @@ def load_pipeline(settings: GenerationSettings) -> tuple[TextToImage, Generation
     ).to_accelerator()
     if settings.compile:
         pipe.compile()
-    checkpoint = str(pipe.folder) if Path(settings.checkpoint).is_dir() else settings.checkpoint
+    checkpoint = lasting_name(settings.checkpoint, pipe.folder)
     return pipe, replace(settings, sampling=pipe.completed(settings.sampling), checkpoint=checkpoint)
 
 

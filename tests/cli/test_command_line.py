@@ -185,6 +185,12 @@ def test_every_option_changes_the_image(run_script, tmp_path: Path):
     assert len(option_of) == len(options)
 
 
+def test_a_folder_with_the_name_of_a_built_in_model_is_not_recorded(run_script, tmp_path: Path):
+    (tmp_path / "builtin").mkdir()
+    assert run_script("sample", "seven", "--checkpoint", "builtin", "--steps", "1", "--output", "x.png")[0] == 0
+    assert read_settings(str(tmp_path / "x.png"), "--from-image")["checkpoint"] == "builtin"
+
+
 def test_png_is_reproduced_from_its_settings_and_options_override_them(run_script, tmp_path: Path):
     arguments = ["a digit two", "seven", "--num-images", "2", "--steps", "4", "--sampler", "dpm_solver", "--eta", "0.5"]
     more = ["--guidance-scale", "2,4", "--guidance-interval", "0,900", "--seed=-3", "--negative-prompt=-one"]
@@ -259,6 +265,7 @@ def test_warning_contains_the_truncated_part_of_a_long_prompt(run_script, caplog
         ("seven --sampler dpm", "sampler: 'dpm' (did you mean 'ddpm'?)"),
         ("seven --checkpoint no/such/run", "no/such/run"),
         ("seven --checkpoint runs", " runs"),
+        ("seven --checkpoint " + "a/" * 3000, ": File name too long"),
         ("seven --output no-such-folder/x.png", "--output: no-such-folder/x.png "),
         ("seven --output taken.png", "--output: taken.png "),
         ("seven --output x.jpg", "--output: x.jpg "),

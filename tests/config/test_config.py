@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.run import ClipPretrainingConfig, Config, SampleConfig, TrainConfig, load_config, save_config
 from cond_diffusion.config.sampling import SamplingOptions
+from cond_diffusion.config.schedule import ScheduleConfig
 from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.errors import UserError
 
@@ -159,6 +160,12 @@ def test_every_value_of_every_field_is_accepted_or_a_one_line_error(schema: type
 def test_every_value_of_every_sampling_option_is_accepted_or_a_one_line_error(value: str):
     for field in fields(SamplingOptions):
         assert_valid(outcome(lambda name=field.name: SamplingOptions(**{name: value})), field.name, value)
+
+
+@pytest.mark.parametrize("schema", [SamplingOptions, ScheduleConfig, Config])
+def test_an_unknown_field_is_a_type_error(schema: type):
+    with pytest.raises(TypeError, match=f"{schema.__name__} has no field 'stepz'"):
+        schema(stepz=5)
 
 
 def test_empty_file_gives_the_defaults(tmp_path: Path):

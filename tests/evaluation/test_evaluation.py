@@ -347,6 +347,14 @@ def test_an_interrupted_evaluation_is_resumed_and_overwrites_nothing(
     assert by_clip["Fréchet distance"]["samples"] < 2  # features are unit vectors
 
 
+def test_an_evaluation_without_results_is_replaced_and_another_one_is_not(tmp_path: Path):
+    Results(tmp_path, {"features": None})
+    Results(tmp_path, {"features": "clip"}).part("samples", lambda: 1)
+    with pytest.raises(UserError, match=r"^output: .*other settings"):
+        Results(tmp_path, {"features": None})
+    assert Results(tmp_path, {"features": "clip"}).parts == {"settings": {"features": "clip"}, "samples": 1}
+
+
 def test_a_damaged_evaluation_file_is_a_user_error(tmp_path: Path):
     (tmp_path / "evaluation.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}/evaluation.json: "):

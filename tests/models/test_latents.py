@@ -115,6 +115,19 @@ def test_half_precision_weights_are_loaded_if_there_are_no_others(tmp_path: Path
             torch.testing.assert_close(found[name], weight.half().float(), rtol=0, atol=0)
 
 
+def test_sharded_weights_are_loaded(tmp_path: Path):
+    whole = TextToImage.from_pretrained(stable_diffusion(tmp_path / "whole", "epsilon"))
+    StableDiffusionPipeline.from_pretrained(tmp_path / "whole").save_pretrained(
+        tmp_path / "shards", max_shard_size="20KB"
+    )
+    parts = {file.parent.name for file in (tmp_path / "shards").glob("*/*-of-*.safetensors")}
+    assert parts == {"unet", "text_encoder", "vae"}
+    found = TextToImage.from_pretrained(tmp_path / "shards")
+    for part in ("unet", "text_encoder.clip", "latent_space.autoencoder"):
+        weights, expected = (operator.attrgetter(part)(pipe).state_dict() for pipe in (found, whole))
+        assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+
+
 @pytest.fixture(scope="module")
 def latent_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Config overrides for a tiny run in the latents of a random autoencoder."""
@@ -165,8 +178,9 @@ def test_unreadable_images_have_no_cached_latents(tmp_path: Path, monkeypatch: p
     for i in range(5):
         Image.new("RGB", (24, 24), (40 * i, 0, 255)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(f"image {i}", encoding="utf-8")
-    for i in (2, 4):  # 4 is the only image of its shard
-        (tmp_path / f"{i}.png").write_bytes(b"not an image")
+    (tmp_path / "2.png").write_bytes(b"not an image")
+    (tmp_path / "4.png").unlink()  # the only image of its shard
+    (tmp_path / "4.png").symlink_to(tmp_path / "nowhere")
     monkeypatch.setattr("cond_diffusion.data.cache.IMAGES_PER_SHARD", 2)
     (tmp_path / "cache").mkdir()
     overrides = [f"data.source={tmp_path}", "data.resolution=24", "data.channels=3", "data.max_bad_fraction=0.5"]
