@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from cond_diffusion.errors import UserError, first_line
+from cond_diffusion.errors import UserError, user_errors
 
 logger = logging.getLogger(__name__)
 
@@ -148,8 +148,7 @@ def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 def enlarged(image: Image.Image, width: int) -> Image.Image:
     """Enlarge an image by the smallest integer factor that makes it at least `width` pixels wide."""
-    factor = max(1, -(-width // image.width))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return ImageOps.scale(image, max(1, -(-width // image.width)), Image.Resampling.NEAREST)
 
 
 def open_image(path: str, option: str) -> Image.Image:
@@ -168,13 +167,9 @@ def open_image(path: str, option: str) -> Image.Image:
 @contextmanager
 def opened_image(path: str, option: str) -> Iterator[Image.Image]:
     """Open an image file as PIL does and load its pixels; raises the errors of `open_image`."""
-    try:
+    with user_errors(f"{option}: {path} is not a readable image", *PILLOW_ERRORS):
         if not Path(path).is_file():  # a pipe or a device can be endless
             raise UserError(f"{option}: there is no file {path}")
         with Image.open(path) as image:
             image.load()
             yield image
-    except UserError:
-        raise
-    except PILLOW_ERRORS as error:
-        raise UserError(f"{option}: {path} is not a readable image ({first_line(error)})") from error

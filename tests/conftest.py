@@ -11,9 +11,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 # A cache of the tests' own, removed at the end: nothing depends on what an earlier run or a user left in ~/.cache.
@@ -35,7 +33,7 @@ import datasets
 import huggingface_hub.constants
 import pytest
 import torch
-from hub import ModelHub
+from hub import ModelHub, serve
 from huggingface_hub.utils import close_session
 from pyarrow.parquet import ParquetWriter, read_table, write_table
 from safetensors.torch import load
@@ -205,16 +203,13 @@ def short_evaluation(small_mnist: None, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture
 def model_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[ModelHub]]:
     ModelHub.repositories, ModelHub.asked = {}, []
-    with ThreadingHTTPServer(("127.0.0.1", 0), ModelHub) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_address[1]}"
+    with serve(ModelHub) as address:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         close_session()
         yield ModelHub
-        server.shutdown()
     close_session()
 
 

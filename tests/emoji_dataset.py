@@ -23,6 +23,8 @@ import datasets
 import resvg_py
 from PIL import Image
 
+from cond_diffusion.images import encode
+
 RESOLUTION = 64
 FAMILIES = {"noto": "noto", "blob": "blob", "twemoji": "twemoji", "3d": "fluent", "glossy": "fluent", "flat": "fluent"}
 SVG_PACKAGES = {
@@ -140,12 +142,6 @@ def captions_of(name: str, keywords: list[str], style: str) -> list[str]:
     ]
 
 
-def encode(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=True, method=6)
-    return buffer.getvalue()
-
-
 def build(node_modules: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of the splits `train` and `test`."""
     styles = {style: svg_style(node_modules / "@iconify-json", name) for style, name in SVG_PACKAGES.items()}
@@ -159,9 +155,10 @@ def build(node_modules: Path) -> dict[str, list[dict[str, Any]]]:
         for style, family in FAMILIES.items():
             if concept["code"] in styles[style]:
                 held_out = name in HELD_OUT_COLORS or name in held_out_pairs.get(family, ())
+                webp = encode(styles[style][concept["code"]](), "WEBP", lossless=True, method=6)
                 splits["test" if held_out else "train"].append(
                     {
-                        "image": {"bytes": encode(styles[style][concept["code"]]()), "path": None},
+                        "image": {"bytes": webp, "path": None},
                         "captions": captions_of(name, concept["keywords"], style),
                         "concept": name,
                         "style": style,

@@ -5,17 +5,18 @@ trained on the training split alone, and recognizes the concepts of held-out pai
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from cond_diffusion.evaluation.emoji import SUBSETS, Emoji, EmojiImages, EmojiJudge, recognized
 from cond_diffusion.evaluation.metrics import digest
-from cond_diffusion.images import to_model
+from cond_diffusion.images import to_bytes, to_model
 from cond_diffusion.seeding import sample_indices
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 25, 128, 3e-3
@@ -62,23 +63,15 @@ def main() -> None:
         [*emoji.train.prompts, *emoji.test.prompts],
     )
     judge = train_judge(emoji, emoji.train if check else everything)
-    half = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in judge.state_dict().items()
-    }
-    save_file(half, file)
+    save_model(judge.half(), str(file))
     judge = EmojiJudge.load(file)
     print(f"{digest(judge)}, {file.stat().st_size} bytes")
     for name in SUBSETS:
         images = emoji.subset(name, len(emoji.train))
         print(name, recognized(judge, emoji, images))
         torch.manual_seed(1)
-        noisy = (distorted(to_model(images.images)) + 1).mul(127.5).round().to(torch.uint8)
-        print(
-            name,
-            "distorted",
-            recognized(judge, emoji, EmojiImages(noisy, images.concept, images.style, images.prompts)),
-        )
+        noisy = to_bytes(distorted(to_model(images.images)))
+        print(name, "distorted", recognized(judge, emoji, replace(images, images=noisy)))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -128,9 +127,9 @@ def _hash(file: Path) -> str:
 
 
 @contextmanager
-def hub(folder: Path) -> Iterator[str]:
-    """Serve the files of `folder` as the data set someone/pictures; yield the URL for HF_ENDPOINT."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(DatasetHub, folder)) as server:
+def serve(handler: Callable[..., HubHandler]) -> Iterator[str]:
+    """Serve requests on this machine; yield the URL, for example for HF_ENDPOINT."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()

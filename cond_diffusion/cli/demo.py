@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from queue import Empty, Queue
+from queue import Queue
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from time import sleep
@@ -81,7 +81,7 @@ closing = Event()  # set when the server ends: it would wait for the threads
 
 def generate_in_thread(folder: Path, settings: GenerationSettings) -> Iterator[Update]:
     """Generate images in a thread, write the files into `folder`, and yield updates of the page until it ends."""
-    updates: Queue[Update | Exception] = Queue()
+    updates: Queue[Update | Exception | None] = Queue()
     stopped = Event()
 
     def callback_on_step_end(step: Step, number: int, total: int) -> None:
@@ -114,15 +114,12 @@ def generate_in_thread(folder: Path, settings: GenerationSettings) -> Iterator[U
             pass
         except Exception as error:  # raised again below, in the thread of the caller
             updates.put(error)
+        finally:
+            updates.put(None)
 
-    thread = Thread(target=generate, name="generate")
-    thread.start()
+    Thread(target=generate, name="generate").start()
     try:
-        while thread.is_alive() or not updates.empty():
-            try:
-                update = updates.get(timeout=POLL_SECONDS)
-            except Empty:
-                continue
+        for update in iter(updates.get, None):
             if isinstance(update, Exception):
                 raise update
             yield update

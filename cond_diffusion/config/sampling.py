@@ -1,7 +1,5 @@
 """Sampling options, shared by the command line, PNG metadata, `TextToImage`, evaluation and the demo."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -108,16 +106,6 @@ class SamplingOptions:
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] <= self.guidance_interval[1]:
             first, last = self.guidance_interval
             raise UserError(f"guidance_interval: {first},{last} is empty; expected 0 <= FIRST <= LAST")
-
-    def completed(self, num_timesteps: int, guidance: Mapping[str, Any]) -> "SamplingOptions":
-        """Return the options with defaults of a model where none are given.
-
-        Args:
-            num_timesteps: The length of the model's schedule.
-            guidance: The model's defaults of `GUIDANCE_OF_MODEL`.
-        """
-        defaults = {"steps": min(DEFAULT_STEPS, num_timesteps), **guidance}
-        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def per_prompt(self, name: str, count: int) -> list[Any]:
         """Return the values of an option for `count` prompts; a single value is repeated.

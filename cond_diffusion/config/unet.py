@@ -143,19 +143,17 @@ def from_diffusers(fields: dict[str, Any], where: str | Path = "UNet config") ->
     for key, expected in (("up_block_types", mirrored), ("out_channels", theirs.in_channels)):
         if (value := getattr(theirs, key)) != expected:
             raise UserError(f"{where}: {key}: {value!r:.200} is not supported; expected {expected!r}")
-    try:
-        return UNetConfig(
-            channels=theirs.block_out_channels,
-            attention=attention,
-            num_heads=theirs.attention_head_dim,
-            blocks_per_level=theirs.layers_per_block,
-            num_groups=theirs.norm_num_groups,
-            norm_eps=theirs.norm_eps,
-            linear_projection=theirs.use_linear_projection,
-            middle_block=theirs.mid_block_type is not None,
-            in_channels=theirs.in_channels,
-            sample_size=theirs.sample_size,
-            context_dim=theirs.cross_attention_dim,
-        )
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+    ours = {
+        "channels": theirs.block_out_channels,
+        "attention": attention,
+        "num_heads": theirs.attention_head_dim,
+        "blocks_per_level": theirs.layers_per_block,
+        "num_groups": theirs.norm_num_groups,
+        "norm_eps": theirs.norm_eps,
+        "linear_projection": theirs.use_linear_projection,
+        "middle_block": theirs.mid_block_type is not None,
+        "in_channels": theirs.in_channels,
+        "sample_size": theirs.sample_size,
+        "context_dim": theirs.cross_attention_dim,
+    }
+    return from_json(UNetConfig, ours, where)

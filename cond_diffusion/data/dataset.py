@@ -118,12 +118,6 @@ class Decoder:
             logger.warning("%s: skipping %s: not a readable image", self.where, name)
         self.num_reported = len(bad)
 
-    def warn_upscaled(self) -> None:
-        """Log how many images were smaller than `data.resolution`."""
-        if self.enlarged:
-            message = "data.resolution: %d of %d images are smaller than %d pixels and are upscaled"
-            logger.warning(message, self.enlarged, self.seen, self.config.resolution)
-
     def _decode_one(self, encoded: EncodedImage, crop: float) -> tuple[Pixels, bool] | str:
         """Return the pixels and whether the image was upscaled, or the reason why it is unreadable."""
         size = self.config.resolution
@@ -138,34 +132,28 @@ class Decoder:
 
 
 def decode_all(
-    decoder: Decoder, count: int, fetch: Callable[[list[int], int], list[EncodedImage]], crops: Sequence[float]
-) -> tuple[list[Pixels], list[int]]:
-    """Decode `count` images, replacing unreadable ones.
+    decoder: Decoder, fetch: Callable[[list[int], int], list[EncodedImage]], crops: Sequence[float]
+) -> list[Pixels]:
+    """Decode one image per crop, replacing unreadable ones.
 
     Args:
         decoder: Decodes the images.
-        count: Number of images.
-        fetch: Maps (positions 0 .. count - 1, attempt) to images: attempt 0 to the requested ones, others to
-            replacements.
+        fetch: Maps (positions in `crops`, attempt) to images: attempt 0 to the requested ones, others to replacements.
         crops: Position of each crop along the longer side, 0 to 1.
-
-    Returns:
-        The pixels, and for each image the attempt that succeeded.
 
     Raises:
         UserError: If too many images are unreadable.
     """
-    decoded: list[Pixels | None] = [None] * count
-    attempts = [0] * count
-    todo, attempt = list(range(count)), 0
+    decoded: list[Pixels | None] = [None] * len(crops)
+    todo, attempt = list(range(len(crops))), 0
     while todo:
         for i, pixels in zip(todo, decoder.decode(fetch(todo, attempt), [crops[i] for i in todo]), strict=True):
-            decoded[i], attempts[i] = pixels, attempt
+            decoded[i] = pixels
         decoder.check()
         todo, attempt = [i for i in todo if decoded[i] is None], attempt + 1
         if todo and len(decoder.bad) == decoder.expected:
             raise UserError(f"{decoder.where}: none of the {decoder.expected} images can be read")
-    return [pixels for pixels in decoded if pixels is not None], attempts
+    return [pixels for pixels in decoded if pixels is not None]
 
 
 def _open(content: dict[str, Any] | None) -> Image.Image:
@@ -191,10 +179,6 @@ class RandomDraws:
     def fixed(cls, count: int) -> "RandomDraws":
         """Return the draws that pick the first caption and the center crop for each of `count` samples."""
         return cls(caption=torch.zeros(count), crop=torch.full((count,), 0.5))
-
-    def first(self, count: int) -> "RandomDraws":
-        """Return the draws of the first `count` samples."""
-        return RandomDraws(self.caption[:count], self.crop[:count])
 
 
 @dataclass(frozen=True)
@@ -281,7 +265,7 @@ class CaptionedFiles:
                     rows[i] = replacements[i]
             return self._encoded([rows[i] for i in positions])
 
-        pixels, _ = decode_all(self.decoder, len(rows), fetch, draws.crop.tolist())
+        pixels = decode_all(self.decoder, fetch, draws.crop.tolist())
         return CaptionedBatch.of(pixels, [self.caption_groups[i] for i in self.group_of[rows].tolist()], draws)
 
     def in_memory(self) -> CaptionedImages:
@@ -306,7 +290,9 @@ class CaptionedFiles:
                 bar.update(len(rows))
         if not read:
             raise UserError(f"{self.decoder.where}: none of the {total} images can be read")
-        self.decoder.warn_upscaled()
+        if self.decoder.enlarged:
+            message = "data.resolution: %d of %d images are smaller than %d pixels and are upscaled"
+            logger.warning(message, self.decoder.enlarged, self.decoder.seen, size)
         return CaptionedImages(torch.from_numpy(images[: len(read)]), self.group_of[read], self.caption_groups)
 
     def decode(self, rows: range) -> tuple[UInt8[np.ndarray, "b c h w"], list[int]]:
@@ -326,8 +312,9 @@ class CaptionedFiles:
         digest = hashlib.blake2b(self.files._fingerprint.encode(), digest_size=16)
         for chunk in self.files.data.column(self.config.image_column).chunks:
             for path in chunk.filter(chunk.field("bytes").is_null()).field("path").to_pylist():
-                state = Path(path).stat()
-                digest.update(repr((path, state.st_size, state.st_mtime_ns)).encode())
+                file = Path(path or "")
+                state = file.stat() if file.is_file() else None  # an unreadable image
+                digest.update(repr((path, *((state.st_size, state.st_mtime_ns) if state else ()))).encode())
         return digest.hexdigest()
 
     def _encoded(self, rows: list[int]) -> list[EncodedImage]:
@@ -385,8 +372,7 @@ def select_image_column(table: Any, config: DataConfig) -> Any:
     Raises:
         UserError: If a configured column is missing, or the image column has another type.
     """
-    # `datasets` does not know the columns of some streams before it has read a row.
-    names = table.column_names or list(next(iter(table), {}))
+    names = table.column_names
     for key, column in (("image_column", config.image_column), ("caption_column", config.caption_column)):
         if column not in names:
             hint = "" if len(names) > 1 else "; captions belong in metadata.jsonl, or in a.txt beside a.png"
@@ -394,7 +380,7 @@ def select_image_column(table: Any, config: DataConfig) -> Any:
                 f"data.{key}: no column {column!r} in {config.source}{did_you_mean(column, names)}; "
                 f"it has {', '.join(map(repr, names))}{hint}"
             )
-    feature = (table.features or {}).get(config.image_column)
+    feature = table.features[config.image_column]
     what = f"data.image_column: {config.image_column!r} of {config.source} does not contain images"
     with user_errors(what, ValueError, TypeError, NotImplementedError):
         if isinstance(feature, datasets.Value) and feature.dtype not in ("string", "binary", "large_string"):

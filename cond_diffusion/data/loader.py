@@ -21,7 +21,6 @@ from cond_diffusion.data.dataset import (
     CaptionedBatch,
     CaptionedFiles,
     CaptionedImages,
-    Decoder,
     RandomDraws,
     open_captioned_files,
 )
@@ -58,6 +57,8 @@ class ShuffledDataset:
         digest = hashlib.blake2b(repr(data.caption_groups).encode(), digest_size=8)
         digest.update(data.group_of.numpy().tobytes())
         self._digest = digest.hexdigest()
+        if isinstance(data, CaptionedFiles):  # the check before a run reads them
+            self.decoder, self.columns = data.decoder, data.columns
 
     def read(self, first: int, draws: RandomDraws) -> CaptionedBatch:
         """Return one sample per draw, from position `first` on."""
@@ -68,13 +69,13 @@ class ShuffledDataset:
         """Return the dataset indices of the samples at positions first .. first + count - 1."""
         return self._split_permutation(sample_indices(self.num_trained_on, self.seed, first, count))
 
-    def held_out(self, draws: RandomDraws) -> CaptionedBatch | None:
-        """Return one held-out sample per draw, repeating them if there are fewer; None if there are none."""
+    def held_out(self, count: int) -> CaptionedBatch | None:
+        """Return `count` held-out samples, cropped at the center, repeated if there are fewer; None without any."""
         if not self.num_held_out:
             return None
-        numbers = torch.arange(self.num_trained_on, len(self.data))[: len(draws.crop)]
-        first = draws.first(len(numbers))
-        return self._read(numbers, self.num_trained_on, len(self.data), first).repeated(len(draws.crop))
+        numbers = torch.arange(self.num_trained_on, len(self.data))[:count]
+        draws = RandomDraws.fixed(len(numbers))
+        return self._read(numbers, self.num_trained_on, len(self.data), draws).repeated(count)
 
     def held_out_indices(self) -> Int64[Tensor, " n"]:
         """Return the dataset indices of the held-out samples."""
@@ -102,18 +103,6 @@ class ShuffledDataset:
         """Return the whole dataset in memory, including held-out samples."""
         assert not isinstance(self.data, LatentSet)
         return self.data.in_memory()
-
-    @property
-    def decoder(self) -> Decoder:
-        """The decoder of a dataset of files."""
-        assert isinstance(self.data, CaptionedFiles)
-        return self.data.decoder
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns of a dataset of files."""
-        assert isinstance(self.data, CaptionedFiles)
-        return self.data.columns
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies the dataset: the number of images and a hash of the captions."""

@@ -10,7 +10,7 @@ Every process reads the whole stream and decodes its own share, so the order doe
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
@@ -26,7 +26,7 @@ from cond_diffusion.data.dataset import (
     load_captioned_images,
     select_image_column,
 )
-from cond_diffusion.data.sources import caption_reader, open_source
+from cond_diffusion.data.sources import CaptionGroup, caption_reader, open_source
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.seeding import permute_indices
 
@@ -58,10 +58,11 @@ class CaptionedStream:
         self.config = config = config.with_captions()
         self.seed = seed
         columns = (config.image_column, config.caption_column)
-        table = cast(datasets.IterableDataset, open_source(config.source, "train", streaming=True, columns=columns))
+        opened: Any = open_source(config.source, "train", streaming=True, columns=columns)
+        table = opened._resolve_features()  # those of CSV files are unknown before a row is read
         self.table: datasets.IterableDataset = select_image_column(table, config)
-        self.columns = table.column_names or list(next(iter(table), {}))
-        self.captions_of = caption_reader(config, (table.features or {}).get(config.caption_column))
+        self.columns = table.column_names
+        self.captions_of = caption_reader(config, table.features[config.caption_column])
         self.decoder = Decoder(config, None)
         requested = min(config.held_out, MAX_HELD_OUT)
         reader = _Reader(self, order=[0], shard=0, inside=None, skipped=0)
@@ -120,36 +121,32 @@ class CaptionedStream:
         rows = list(islice(self._rows, skipped, skipped + len(draws.crop)))
         return self._decoded(rows, f"stream row {first} + %d", draws)
 
-    def held_out(self, draws: RandomDraws) -> CaptionedBatch | None:
-        """Return one held-out row per draw, repeating them if there are fewer; None if there are none."""
+    def held_out(self, count: int) -> CaptionedBatch | None:
+        """Return `count` held-out rows, cropped at the center, repeated if there are fewer; None without any."""
         if not self.held_out_rows:
             return None
-        count = min(len(draws.crop), len(self.held_out_rows))
-        rows = [_BlockRow(self.held_out_rows, i) for i in range(count)]
-        return self._decoded(rows, "held-out row %d", draws.first(count)).repeated(len(draws.crop))
+        rows = [_BlockRow(self.held_out_rows, i) for i in range(min(count, len(self.held_out_rows)))]
+        return self._decoded(rows, "held-out row %d", RandomDraws.fixed(len(rows))).repeated(count)
 
     def _decoded(self, block_rows: list["_BlockRow"], name: str, draws: RandomDraws) -> CaptionedBatch:
+        groups: list[CaptionGroup] = [()] * len(block_rows)
+
         def fetch(positions: list[int], attempt: int) -> list[EncodedImage]:
             if attempt > min(len(block_rows[i].block) for i in positions):
                 raise UserError(f"{self.decoder.where}: no image of a whole block of the stream can be read")
             suffix = f" (0-based), replacement {attempt}" if attempt else " (0-based)"
-            rows = [block_rows[i].row(attempt) for i in positions]
-            problems = [self._problem_of_caption(row) for row in rows]
-            contents = [row[self.config.image_column] for row in rows]
-            return [
-                EncodedImage(c, name % i + suffix, p) for i, c, p in zip(positions, contents, problems, strict=True)
-            ]
+            encoded = []
+            for i in positions:
+                row, problem = block_rows[i].row(attempt), None
+                try:
+                    groups[i] = self.captions_of(row[self.config.caption_column])
+                except UserError as error:
+                    problem = str(error)
+                encoded.append(EncodedImage(row[self.config.image_column], name % i + suffix, problem))
+            return encoded
 
-        pixels, attempts = decode_all(self.decoder, len(block_rows), fetch, draws.crop.tolist())
-        rows = [block_row.row(attempt) for block_row, attempt in zip(block_rows, attempts, strict=True)]
-        return CaptionedBatch.of(pixels, [self.captions_of(row[self.config.caption_column]) for row in rows], draws)
-
-    def _problem_of_caption(self, row: Row) -> str | None:
-        try:
-            self.captions_of(row[self.config.caption_column])
-        except UserError as error:
-            return str(error)
-        return None
+        pixels = decode_all(self.decoder, fetch, draws.crop.tolist())
+        return CaptionedBatch.of(pixels, groups, draws)
 
     def _endless(self, state: State) -> Iterator["_BlockRow"]:
         """Yield rows from the beginning of a block on, each block shuffled; keep `self.state` at the current block."""

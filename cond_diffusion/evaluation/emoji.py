@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.sampling import SamplingOptions
-from cond_diffusion.data.dataset import load_captioned_images
+from cond_diffusion.data.dataset import open_captioned_files
 from cond_diffusion.data.sources import open_source
 from cond_diffusion.evaluation.metrics import digest, nearest
 from cond_diffusion.evaluation.report import Results, save_grid
@@ -65,8 +65,7 @@ class EmojiJudge(nn.Module):
     @classmethod
     def load(cls, file: Path = SHIPPED) -> "EmojiJudge":
         """Load weights, by default the shipped ones."""
-        with safe_open(file, "pt") as stored:
-            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+        weights = load_file(file)
         judge = cls(len(weights["concept.weight"]), len(weights["style.weight"]))
         judge.load_state_dict(weights)
         return judge.eval()
@@ -105,29 +104,26 @@ class Emoji:
     """
 
     def __init__(self) -> None:
-        tables = {split: cast(Any, open_source(SOURCE, split)) for split in ("train", "test")}
-        columns = ["concept", "style", "captions"]
-        rows: dict[str, list[dict[str, Any]]] = {
-            split: list(table.select_columns(columns)) for split, table in tables.items()
-        }
-        both = [*rows["train"], *rows["test"]]
-        self.concepts, self.styles = (sorted({str(row[name]) for row in both}) for name in ("concept", "style"))
-        self.train, self.test = (self._load(split, rows[split]) for split in ("train", "test"))
+        tables = [cast(Any, open_source(SOURCE, split)) for split in ("train", "test")]
+        self.concepts, self.styles = (
+            sorted({name for table in tables for name in table.unique(column)}) for column in ("concept", "style")
+        )
+        self.train, self.test = map(self._load, tables)
 
-    def _load(self, split: str, rows: list[dict[str, Any]]) -> EmojiImages:
-        concept_of, style_of = ({name: i for i, name in enumerate(names)} for names in (self.concepts, self.styles))
+    def _load(self, table: Any) -> EmojiImages:
+        columns = table.select_columns(["concept", "style", "captions"]).to_dict()
         return EmojiImages(
-            load_captioned_images(DataConfig(source=SOURCE), split).images,
-            torch.tensor([concept_of[row["concept"]] for row in rows]),
-            torch.tensor([style_of[row["style"]] for row in rows]),
-            [row["captions"][0] for row in rows],
+            open_captioned_files(DataConfig(source=SOURCE), dataset=table).in_memory().images,
+            torch.tensor([self.concepts.index(name) for name in columns["concept"]]),
+            torch.tensor([self.styles.index(name) for name in columns["style"]]),
+            [captions[0] for captions in columns["captions"]],
         )
 
     @cached_property
     def family_of_style(self) -> Int64[Tensor, " styles"]:
         """The index of each style's family."""
         families = [FAMILY_OF.get(style, style) for style in self.styles]
-        return torch.tensor([sorted({*families}).index(family) for family in families])
+        return torch.tensor([families.index(family) for family in families])
 
     def subset(self, name: str, count: int) -> EmojiImages:
         """Return up to `count` random images of one of `SUBSETS`.

@@ -22,6 +22,7 @@ from cond_diffusion.evaluation.metrics import (
     Classifier,
     ClipJudge,
     accuracy,
+    digest,
     frechet_distance,
     load_clip_judge,
     load_or_train_classifier,
@@ -146,7 +147,7 @@ class Evaluator:
     @property
     def judge_name(self) -> str:
         """The model of prompt accuracy, with a hash of its weights; values of different models are not comparable."""
-        return "the checkpoint's CLIP" if self.classifier is None else f"classifier {self.classifier.digest()}"
+        return "the checkpoint's CLIP" if self.classifier is None else f"classifier {digest(self.classifier)}"
 
     def judge(self, data: CaptionedImages) -> Judged:
         """Attach the evaluation models to images."""

@@ -79,13 +79,9 @@ class Classifier(nn.Module):
         """Return the most likely caption group of each row of features."""
         return self.head(features).argmax(1)
 
-    def digest(self) -> str:
-        """Return a hash of the weights; results of different weights are not comparable."""
-        return digest(self)
-
 
 def digest(model: nn.Module) -> str:
-    """Return a hash of a model's weights."""
+    """Return a hash of a model's weights; results of judges with different weights are not comparable."""
     hashed = hashlib.blake2b(digest_size=8)
     hash_weights(hashed, model.state_dict().items())
     return hashed.hexdigest()
@@ -210,8 +206,7 @@ class ClipJudge(nn.Module):
     def _preprocess(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         if self.processor is None:
             return to_model(images.to(self.clip.device))
-        channels, height, width = images.shape[1:]
-        rgb = images.expand(-1, 3, height, width) if channels == 1 else images
+        rgb = images.expand(-1, 3, -1, -1)
         return self.processor([*rgb], return_tensors="pt")["pixel_values"].to(self.clip.device)
 
 
@@ -268,7 +263,8 @@ def prdc(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 5) 
             f"samples: {len(samples)} samples and {len(real)} real images; precision and recall need more than {k} each"
         )
     samples, real = samples.double(), real.double()
-    sample_radii, real_radii = _distance_to_neighbor(samples, k), _distance_to_neighbor(real, k)
+    # Of the k + 1 nearest rows, the first is the row itself.
+    sample_radii, real_radii = (nearest(rows, rows, k + 1)[0][:, -1] for rows in (samples, real))
     distance = torch.cdist(samples, real)
     in_real_ball = distance < real_radii
     return {
@@ -277,11 +273,6 @@ def prdc(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 5) 
         "density": in_real_ball.double().sum(1).mean().item() / k,
         "coverage": in_real_ball.any(0).double().mean().item(),
     }
-
-
-def _distance_to_neighbor(features: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]:
-    """Return the distance from each row to its k-th nearest neighbor among the others."""
-    return torch.cdist(features, features).kthvalue(k + 1, dim=1).values  # the nearest row is the row itself
 
 
 def nearest(

@@ -52,6 +52,12 @@ class GroupNorm(nn.GroupNorm):
         return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
 
 
+def zero_(layer: nn.Module) -> None:
+    """Initialize the last layer of a network or of a residual branch to zero (Dhariwal and Nichol 2021)."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 class ResidualBlock(nn.Module):
     """Two convolutions with a timestep bias between them, and a shortcut (He et al. 2016; Ho et al. 2020, app. B)."""
 
@@ -62,6 +68,7 @@ class ResidualBlock(nn.Module):
         self.time_emb_proj = nn.Linear(time_dim, out_channels)
         self.norm2 = GroupNorm(num_groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        zero_(self.conv2)
         # None where widths agree, as in diffusers.
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -167,6 +174,7 @@ class SpatialTransformer(nn.Module):
         self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, num_heads)])
         self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        zero_(self.proj_out)
 
     def keys_values(self, context: Float[Tensor, "b l d"]) -> KeysValues:
         """Project the context to keys and values of the cross-attention."""

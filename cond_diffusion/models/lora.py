@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -24,13 +23,6 @@ PREFIX = "unet."  # of names in diffusers' files
 BASE = ".base_layer"  # of frozen weights in peft
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """What is read of the metadata of a LoRA file, by names without `PREFIX`."""
-
-    lora_alpha: PositiveFloat | None = None  # None is the rank
-
-
 def add_lora(unet: UNet, rank: int) -> None:
     """Freeze the weights and add LoRA to attention, in place: A random, B zero, alpha = rank (no scaling).
 
@@ -40,11 +32,6 @@ def add_lora(unet: UNet, rank: int) -> None:
 
     unet.requires_grad_(False)
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGET_MODULES), unet)
-
-
-def has_lora(unet: UNet) -> bool:
-    """Return whether LoRA was added to a network."""
-    return any(".lora_A." in name for name, _ in unet.named_parameters())
 
 
 @torch.no_grad()
@@ -105,7 +92,7 @@ def add_lora_file(unet: UNet, source: str | Path, **options: Any) -> None:
         with safe_open(file, "pt") as opened:
             metadata = parse_json((opened.metadata() or {}).get("lora_adapter_metadata", "{}"), f"lora: {file}")
     metadata = {name.removeprefix(PREFIX): value for name, value in metadata.items()}
-    alpha = from_json(LoraSettings, metadata, f"lora: {file}").lora_alpha
+    alpha = from_json(PositiveFloat | None, metadata.get("lora_alpha"), f"lora: {file}: lora_alpha")  # None: the rank
     if other := next((name for name in ("alpha_pattern", "use_rslora") if metadata.get(name)), None):
         raise UserError(f"lora: {file} scales its matrices by {other}, which is not supported")
     weights = dict(unet.named_parameters())

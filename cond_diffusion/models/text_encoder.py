@@ -66,13 +66,6 @@ class EncoderConfig:
     split_phrases: bool = False  # of this package
 
 
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """What is read of `tokenizer_config.json`, apart from the vocabulary."""
-
-    model_max_length: Annotated[int, Field(ge=3)] = 2**20
-
-
 class TextEncoder(nn.Module):
     """A frozen CLIP text model with its tokenizer.
 
@@ -118,13 +111,12 @@ class TextEncoder(nn.Module):
             UserError: If the source is not a CLIP, or cannot be read or downloaded.
         """
         with clip_errors("text.encoder", source):
-            folder = find_clip(source)
-            has_subfolders = (folder / "text_encoder").is_dir()  # diffusers' layout, not transformers'
-            clip_folder = folder / "text_encoder" if has_subfolders else folder
+            clip_folder = tokenizer_folder = find_clip(source)
+            if (clip_folder / "text_encoder").is_dir():  # diffusers' layout, not transformers'
+                clip_folder, tokenizer_folder = clip_folder / "text_encoder", clip_folder / "tokenizer"
             if (kind := clip_kind(clip_folder)) not in ("clip", "clip_text_model"):
                 raise UserError(f"the model type is {kind!r}; expected clip or clip_text_model")
             clip = load_clip(CLIPTextModel, clip_folder)
-            tokenizer_folder = folder / "tokenizer" if has_subfolders else folder
             tokenizer = load_tokenizer(tokenizer_folder, clip.config.vocab_size)
         return cls(tokenizer, clip, max_length, split_phrases)
 
@@ -305,8 +297,10 @@ def load_clip(kind: type[Clip], folder: Path) -> Clip:
 
 def load_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
     """Load a tokenizer; raise UserError if its tokens are not those of an encoder with `vocab_size` embeddings."""
-    if (folder / "tokenizer_config.json").exists():
-        from_json(TokenizerConfig, read_json(folder / "tokenizer_config.json"), "tokenizer_config.json")
+    file = folder / "tokenizer_config.json"
+    if file.exists():
+        length = read_json(file).get("model_max_length", 77)
+        from_json(Annotated[int, Field(ge=3)], length, f"{file.name}: model_max_length")
     with quiet_transformers():
         tokenizer = CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)
     if len(tokenizer) != vocab_size or max(tokenizer.get_vocab().values()) >= vocab_size:

@@ -30,6 +30,7 @@ from cond_diffusion.models.layers import (
     TimestepMLP,
     Upsample,
     timestep_embedding,
+    zero_,
 )
 
 CONFIG_NAME = "config.json"
@@ -97,7 +98,7 @@ class UpLevel(nn.Module):
 class UNet(nn.Module):
     """UNet that maps x_t, t and the context to the prediction (the noise, or another `PredictionKind`).
 
-    The output of a new network is 0 (see `_zero_init`).
+    The output of a new network is 0 (see `zero_`).
 
     Args:
         config: The architecture, with `in_channels` and `context_dim`.
@@ -144,10 +145,10 @@ class UNet(nn.Module):
 
         self.conv_norm_out = GroupNorm(config.num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
+        zero_(self.conv_out)
 
         # Modules are registered in the order of the forward pass.
         self._transformers = tuple(module for module in self.modules() if isinstance(module, SpatialTransformer))
-        self._zero_init()
 
     def project_context(self, context: Float[Tensor, "b l d"]) -> ProjectedContext:
         """Compute keys and values of the context for all cross-attentions; `forward` accepts them as the context."""
@@ -184,15 +185,6 @@ class UNet(nn.Module):
         # Guidance and samplers compute in the precision of x_t, also under autocast.
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(x_t.dtype)
 
-    def _zero_init(self) -> None:
-        """Initialize the last layer of the network and of every residual branch to zero (Dhariwal and Nichol 2021)."""
-        for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                _zero(module.conv2)
-            elif isinstance(module, SpatialTransformer):
-                _zero(module.proj_out)
-        _zero(self.conv_out)
-
     def start_as_copy(self) -> None:
         """Initialize the network to return x_t, normalized: close to the noise at high noise levels.
 
@@ -203,7 +195,7 @@ class UNet(nn.Module):
         last_shortcut = cast(ResidualBlock, cast(UpLevel, self.up_blocks[-1]).resnets[-1]).conv_shortcut
         assert last_shortcut is not None  # the last block has a skip connection, and therefore more input channels
         assert self.conv_in.bias is not None
-        _zero(last_shortcut)
+        zero_(last_shortcut)
         nn.init.zeros_(self.conv_in.bias)
         width, channels = self.config.channels[0], self.conv_in.in_channels
         pairs = min(channels, width // 2)
@@ -310,8 +302,3 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         shards: Any = from_json(dict[str, str], read_json(index).get("weight_map"), f"{index}: weight_map")
         return [folder / PurePosixPath(shard).name for shard in sorted({*shards.values()})]
     return [folder / (in_half(name) if variant_of(folder, name) else name)]
-
-
-def _zero(layer: nn.Module) -> None:
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)

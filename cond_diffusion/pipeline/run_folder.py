@@ -30,8 +30,8 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 
 from cond_diffusion.config.schema import NonNegativeInt, PositiveInt, from_json, read_json
-from cond_diffusion.errors import UserError, did_you_mean, first_line, user_errors
-from cond_diffusion.files import UNFINISHED, check_writable, flush, write_json
+from cond_diffusion.errors import UserError, did_you_mean, user_errors
+from cond_diffusion.files import UNFINISHED, check_writable, flush, write_json, written_aside
 
 INDEX_NAME = "model_index.json"
 CHECKSUMS_NAME = "checksums.json"
@@ -73,14 +73,13 @@ class Progress:
     base: str | None = None
 
 
-def new_run_dir(path: str, or_else: str = "") -> Path:
-    """Return the folder for a new run; raise UserError if it exists and has files of an earlier run.
+def check_new_run_dir(run_dir: Path, or_else: str = "") -> None:
+    """Raise UserError if the folder for a new run cannot be written to, or has files of an earlier run.
 
     Args:
-        path: The folder.
+        run_dir: The folder.
         or_else: Appended to the error message: an alternative to choosing another folder.
     """
-    run_dir = Path(path)
     ours = re.compile(f"{re.escape(LOCK_NAME)}|{UNFINISHED.pattern}")  # of processes that start at the same time
     if exists(run_dir) and not (run_dir.is_dir() and all(ours.fullmatch(path.name) for path in run_dir.iterdir())):
         raise UserError(
@@ -88,7 +87,6 @@ def new_run_dir(path: str, or_else: str = "") -> Path:
         )
     with user_errors(f"run_dir: {run_dir} cannot be written to", OSError):
         check_writable(run_dir)
-    return run_dir
 
 
 def exists(run_dir: Path) -> bool:
@@ -270,9 +268,9 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
         UserError: If it cannot be written, for example because the disk is full; earlier checkpoints stay intact.
     """
     final = checkpoint_of(run_dir, step)
-    unfinished = final.with_name(f".{final.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed during the write
-    try:
+    hint = "; earlier checkpoints are intact"
+    errors = user_errors(f"{final} cannot be written", OSError, SafetensorError, hint=hint)
+    with errors, written_aside(final) as unfinished:
         unfinished.mkdir(parents=True)
         write(unfinished)
         files = sorted(file for file in unfinished.rglob("*") if file.is_file())
@@ -281,16 +279,10 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
             for file in files
         }
         write_json(unfinished / CHECKSUMS_NAME, listed)
-        for path in [*unfinished.rglob("*"), unfinished]:
-            flush(path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"{final} cannot be written ({first_line(error)}); earlier checkpoints are intact") from error
-    if _is_checkpoint(final):  # a damaged one, which the run has now reached again
-        _remove(final)
-    elif final.exists() or final.is_symlink():
-        _supersede(final)
-    unfinished.rename(final)
+        if _is_checkpoint(final):  # a damaged one, which the run has now reached again
+            _remove(final)
+        elif final.exists() or final.is_symlink():
+            _supersede(final)
     flush(final.parent)
     # Ignore later checkpoints: they are damaged, or the run would not have gone back to this step.
     until_here = [path for path in checkpoints(run_dir) if path.name <= final.name]

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, Precision, SamplingOptions
+from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, Precision, SamplingOptions
 from cond_diffusion.device import autocast, check_memory, choose_precision, free_memory, keep_memory
 from cond_diffusion.diffusion.guidance import Edit, guided, threshold_dynamically
 from cond_diffusion.diffusion.objective import Prediction, denoiser
@@ -113,18 +113,16 @@ class TextToImage:
     ) -> None:
         if dtype not in get_args(Precision):
             raise UserError(f"dtype: {dtype!r}; expected {', '.join(get_args(Precision))}")
-        if unet.config.in_channels is None or unet.config.sample_size is None:
-            raise UserError(
-                f"UNet config: in_channels: {unet.config.in_channels}, sample_size: {unet.config.sample_size}; "
-                "both are required for sampling"
-            )
+        in_channels, size = unet.conv_in.in_channels, unet.config.sample_size
+        if size is None:
+            raise UserError("UNet config: sample_size: None; it is required for sampling")
         if unet.config.context_dim != text_encoder.context_dim:
             raise UserError(
                 f"UNet config: context_dim: {unet.config.context_dim} does not match the text encoder's "
                 f"{text_encoder.context_dim}"
             )
-        self.shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        self.channels = latent_space.pixel_channels(unet.config.in_channels)
+        self.shape = (in_channels, size, size)
+        self.channels = latent_space.pixel_channels(in_channels)
         if self.channels not in PILLOW_MODES:
             raise UserError(f"UNet config: in_channels: images have {self.channels} channels; expected 1 or 3")
         self.unet = unet
@@ -308,7 +306,8 @@ class TextToImage:
 
     def completed(self, options: SamplingOptions) -> SamplingOptions:
         """Return the options with the model's number of steps and guidance where not given."""
-        return options.completed(self.schedule.num_timesteps, self.guidance)
+        defaults = {"steps": min(DEFAULT_STEPS, self.schedule.num_timesteps), **self.guidance}
+        return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
 
     @torch.inference_mode()
     def __call__(
@@ -395,10 +394,11 @@ class TextToImage:
         total, interval = self.schedule.num_timesteps, options.guidance_interval
         if interval is not None and interval[0] >= total:
             raise UserError(f"guidance_interval: {interval[0]} to {interval[1]} lies beyond the {total} timesteps")
+        if options.first_phrase_from is not None and options.first_phrase_from > total:
+            raise UserError(f"first_phrase_from: {options.first_phrase_from} lies beyond the {total} timesteps")
         if options.dynamic_thresholding is not None and self.latent_space.is_latent:
             raise UserError("dynamic_thresholding: applies only to pixel-space models; this model is in latent space")
         edit = self._prepare_edit(options, image, mask)
-        assert options.steps is not None  # completed
         visited = sampling_timesteps(options.sampler, self.schedule, options.steps)
         return Job(
             prompts=prompts,
@@ -422,23 +422,21 @@ class TextToImage:
             raise UserError(f"resamplings: {options.resamplings} applies only with a mask; pass image and mask too")
         if image is None:
             return Edit()
-        image = normalize_image(image)
-        if mask is None:
-            strength = DEFAULT_STRENGTH if options.strength is None else options.strength
-            return Edit(self.latent_space.encode(self._preprocess(image)), None, strength)
-        mask = normalize_image(mask)
-        if mask.size != image.size:
-            raise UserError(
-                f"mask: {mask.width} x {mask.height} pixels; expected the size of the image, "
-                f"{image.width} x {image.height}"
-            )
-        region = self.latent_space.encode_mask((self._preprocess(mask) + 1) / 2)
-        if region.max() < 0.5:
-            brightest = normalize_image(mask).convert("L").getextrema()[1]
-            raise UserError(
-                f"mask: it selects nothing (brightest pixel: {brightest}); expected white, 255, to regenerate"
-            )
-        strength = 1.0 if options.strength is None else options.strength
+        image, region, default = normalize_image(image), None, DEFAULT_STRENGTH
+        if mask is not None:
+            mask, default = normalize_image(mask), 1.0
+            if mask.size != image.size:
+                raise UserError(
+                    f"mask: {mask.width} x {mask.height} pixels; expected the size of the image, "
+                    f"{image.width} x {image.height}"
+                )
+            region = self.latent_space.encode_mask((self._preprocess(mask) + 1) / 2)
+            if region.max() < 0.5:
+                brightest = mask.convert("L").getextrema()[1]
+                raise UserError(
+                    f"mask: it selects nothing (brightest pixel: {brightest}); expected white, 255, to regenerate"
+                )
+        strength = default if options.strength is None else options.strength
         return Edit(self.latent_space.encode(self._preprocess(image)), region, strength, options.resamplings)
 
     def _encode(self, job: Job) -> Iterator[Example]:

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -87,9 +86,7 @@ class AttentionMaps:
         self.hooks = [block.attn2.register_forward_pre_hook(self._record) for block in self.blocks]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
 

@@ -14,7 +14,6 @@ As in any run, everything is a function of the seed and the step, so a resumed r
 import logging
 from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,11 @@ from cond_diffusion.models.text_encoder import (
     load_tokenizer,
     quiet_transformers,
 )
-from cond_diffusion.pipeline.run_folder import PROGRESS_NAME, RunLock, save_checkpoint
+from cond_diffusion.pipeline.run_folder import PROGRESS_NAME, RunLock, exists, save_checkpoint
 from cond_diffusion.seeding import generator, sample_indices
 from cond_diffusion.training.optimizer import learning_rate
 from cond_diffusion.training.reporting import Interruption, Reporter
-from cond_diffusion.training.setup import acquire_lock, find_run, make_accelerator, prepare_run_dir
+from cond_diffusion.training.setup import acquire_lock, check_unchanged, find_run, make_accelerator, prepare_run_dir
 from cond_diffusion.training.state import copy_to_cpu, load_moments, local_shard, moments_of, read_shards
 
 KEEP_CHECKPOINTS = 2
@@ -136,9 +135,9 @@ def pretrain(
     """
     accelerator = accelerator or make_accelerator(config.as_run())
     with RunLock(Path(config.run_dir)) as lock:
-        if config.resume and lock.run_dir.is_dir():
+        if config.resume and exists(lock.run_dir) and lock.run_dir.is_dir():
             acquire_lock(lock, accelerator)
-        _, newest = find_run(config)
+        newest = find_run(config)
         data = open_captioned_files(config.data, dataset=dataset).in_memory()
         split, test = "train", data
         if config.test_split != "train":
@@ -170,7 +169,7 @@ def _train(
         torch.manual_seed(config.seed)
         clip = build_clip(config, tokenizer)
     else:
-        _check_unchanged(config, load_config(ClipPretrainingConfig, run_dir / CONFIG_NAME))
+        check_unchanged(load_config(ClipPretrainingConfig, run_dir / CONFIG_NAME), config, FIXED_KEYS)
         with clip_errors("resume", newest):
             clip: Any = load_clip(CLIPModel, newest)
             tokenizer = load_tokenizer(newest, clip.config.text_config.vocab_size)
@@ -192,7 +191,7 @@ def _train(
         write_json(folder / "state" / PROGRESS_NAME, {"step": step})
 
     run = config.as_run()
-    reporter = Reporter(run, run_dir, start, config.batch_size, accelerator)
+    reporter = Reporter(run, start, config.batch_size, accelerator)
     with Interruption(accelerator) as interruption:
         for step in reporter.steps("training CLIP"):
             loss = training_loss(clip, tokenizer, data, config, step, bf16=accelerator.mixed_precision == "bf16")
@@ -251,10 +250,3 @@ def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     with quiet_transformers():
         clip.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def _check_unchanged(config: ClipPretrainingConfig, before: ClipPretrainingConfig) -> None:
-    for key in FIXED_KEYS:
-        old, new = attrgetter(key)(before), attrgetter(key)(config)
-        if old != new:
-            raise UserError(f"resume: {key} changed from {old} to {new}; expected {old}")

@@ -40,13 +40,10 @@ class Muon(torch.optim.Optimizer):
         *,
         adamw_parameters: Iterable[nn.Parameter] = (),
         weight_decay: float = 0.0,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
     ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
         # "fused": torch checks this key to move a loaded step counter to the parameters' device.
-        super().__init__(parameters, {**defaults, "fused": True})
+        constants = {"momentum": 0.95, "betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, **constants})
         self._adamw_ids = {id(parameter) for parameter in adamw_parameters}
 
     @torch.no_grad()

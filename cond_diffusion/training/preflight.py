@@ -74,7 +74,7 @@ def check(config: Config) -> Iterator[str]:
 
     if config.text.encoder == PRETRAIN and run.resumed_from is None:
         yield _clip_summary(config, batch.x_0.device, bf16=accelerator.mixed_precision == "bf16")
-    yield f"network: {summary(run.unet)}"
+    yield f"network: {summary(run.unet, config.train)}"
     gigabytes = activation_bytes(run.unet, loss) / 1e9
     yield f"memory: another {gigabytes:.2f} GB for the activations of a batch of {config.train.batch_size}"
     seconds = min(repeat(step, number=1, repeat=3))  # the first step includes warm-up
@@ -96,8 +96,7 @@ def _data_summary(
 ) -> Generator[str, None, list[str]]:
     """Describe the source, from the first images in training order; return its problems, the most important first."""
     data, decoder = config.data.with_captions(), training_data.decoder
-    num_images = training_data.num_images
-    count = MAX_INSPECTED if num_images is None else min(num_images, MAX_INSPECTED)
+    count = min(training_data.num_images or MAX_INSPECTED, MAX_INSPECTED)
     yield f"data: {data.source}, {training_data.size}; columns: {', '.join(training_data.columns)}"
 
     captions: list[str] = []

@@ -44,16 +44,14 @@ class Reporter:
         start: Number of steps that the resumed run has completed.
     """
 
-    def __init__(
-        self, config: Config, run_dir: Path, start: int, images_per_step: int, accelerator: Accelerator
-    ) -> None:
+    def __init__(self, config: Config, start: int, images_per_step: int, accelerator: Accelerator) -> None:
         self.config = config
-        self.run_dir = run_dir
+        self.run_dir = Path(config.run_dir)
         self.start = start
         self.accelerator = accelerator
         self.images_per_step = images_per_step
         self.progress_bar: Any = None
-        self.metrics = run_dir / "metrics.jsonl"
+        self.metrics = self.run_dir / "metrics.jsonl"
         if accelerator.is_main_process:
             _drop_metrics_after(self.metrics, start)
         if config.track:

@@ -6,7 +6,7 @@ Training and the preflight check share it.
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -48,9 +48,9 @@ from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.checkpoint import Checkpoint, open_checkpoint
 from cond_diffusion.pipeline.run_folder import (
     RunLock,
+    check_new_run_dir,
     exists,
     named_checkpoint,
-    new_run_dir,
     newest_checkpoint,
     remove_unfinished,
     supersede_after,
@@ -92,7 +92,6 @@ class Run:
 
     config: Config
     accelerator: Accelerator
-    run_dir: Path
     resumed_from: Path | None
     latent_space: LatentSpace
     text_encoder: TextEncoder
@@ -119,7 +118,7 @@ def build_run(config: Config, accelerator: Accelerator, dataset: datasets.Datase
     Raises:
         UserError: If the config contradicts itself, the run that it resumes, or the model that it starts from.
     """
-    run_dir, newest = find_run(config)
+    newest = find_run(config)
     resumed = None if newest is None else Checkpoint(newest)
     config, initial = apply_init_from(config, resumed)
     schedule = NoiseSchedule(config.schedule)
@@ -130,16 +129,16 @@ def build_run(config: Config, accelerator: Accelerator, dataset: datasets.Datase
     config = replace(config, text=replace(config.text, max_length=text_encoder.max_length))
     if resumed is not None:
         check_config(config, resumed)
-    is_latent = source is not None and source.latent_space.is_latent
-    latent_space = source.latent_space if source is not None and is_latent else build_latent_space(config.latent)
-    weights = initial.unet.state_dict() if initial is not None and (resumed is None or config.train.lora_rank) else None
+    if config.train.lora_rank:  # snapshots are of the whole network
+        config = replace(config, train=replace(config.train, snapshots=0))
+    latent_space = build_latent_space(config.latent) if source is None else source.latent_space
+    weights = None if initial is None else initial.unet.state_dict()
     _check_memory(config, text_encoder.context_dim, latent_space, accelerator)
     unet = new_unet(config, text_encoder.context_dim, latent_space, weights).to(accelerator.device)
     network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
     return Run(
         config=config,
         accelerator=accelerator,
-        run_dir=run_dir,
         resumed_from=newest,
         latent_space=latent_space.to(accelerator.device),
         text_encoder=text_encoder.to(accelerator.device),
@@ -220,25 +219,27 @@ def mixed_precision(config: TrainConfig, device: torch.device) -> str:
     return "no" if precision == "fp32" else precision
 
 
-def find_run(config: Config | ClipPretrainingConfig) -> tuple[Path, Path | None]:
-    """Return the run's folder and the checkpoint to resume from: the one that `resume` names, or the newest.
+def find_run(config: Config | ClipPretrainingConfig) -> Path | None:
+    """Return the checkpoint to resume from, the one that `resume` names or the newest; None if the run is new.
 
     Raises:
         UserError: If the folder contains something else, or the named checkpoint does not exist.
     """
-    if not config.resume:
-        return new_run_dir(config.run_dir, or_else=", or continue it by resume=true"), None
     run_dir = Path(config.run_dir)
+    if not config.resume:
+        check_new_run_dir(run_dir, or_else=", or continue it by resume=true")
+        return None
     if not (exists(run_dir) and (run_dir / CONFIG_NAME).exists()):
         if isinstance(config.resume, str):
             raise UserError(f"resume: no checkpoint {config.resume}, because {run_dir} is not a run")
-        return new_run_dir(config.run_dir, or_else="; it is not a run and cannot be resumed"), None
+        check_new_run_dir(run_dir, or_else="; it is not a run and cannot be resumed")
+        return None
     if isinstance(config.resume, str):
-        return run_dir, named_checkpoint(run_dir, config.resume)
+        return named_checkpoint(run_dir, config.resume)
     newest = newest_checkpoint(run_dir, with_state=True)
     if newest is None:
         logger.warning("resume: no checkpoint in %s; starting at the first step", run_dir)
-    return run_dir, newest
+    return newest
 
 
 def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config, Checkpoint | None]:
@@ -329,8 +330,7 @@ def _load_text_encoder(
     if source is None:
         return TextEncoder.from_pretrained(config.text.encoder, config.text.max_length, config.text.split_phrases)
     encoder = source.text_encoder
-    max_length = config.text.max_length or encoder.max_length
-    return TextEncoder(encoder.tokenizer, encoder.clip, max_length, config.text.split_phrases)
+    return TextEncoder(encoder.tokenizer, encoder.clip, config.text.max_length, config.text.split_phrases)
 
 
 def check_config(config: Config, resumed: Checkpoint) -> None:
@@ -340,10 +340,7 @@ def check_config(config: Config, resumed: Checkpoint) -> None:
         UserError: If a changed key makes the weights or the optimizer state invalid.
     """
     before = resumed.run_config
-    for key in ("seed", "train.ema_width", "train.optimizer", "train.lora_rank"):
-        old, new = attrgetter(key)(before), attrgetter(key)(config)
-        if old != new:
-            raise UserError(f"resume: {key} changed from {old} to {new}; expected {old}")
+    check_unchanged(before, config, ("seed", "train.ema_width", "train.optimizer", "train.lora_rank"))
     for name in ("data", "text", "latent", "unet", "schedule", "objective"):
         old, new = _options(getattr(before, name)), _options(getattr(config, name))
         for key in new:
@@ -353,6 +350,14 @@ def check_config(config: Config, resumed: Checkpoint) -> None:
             if key not in CHANGEABLE_KEYS.get(name, ()):
                 raise UserError(f"resume: {change}, but the weights depend on it; expected {old[key]!r}")
             logger.warning("resume: %s; continuing with the new value", change)
+
+
+def check_unchanged(before: Any, config: Any, keys: Iterable[str]) -> None:
+    """Raise UserError if a resumed run changes one of the keys."""
+    for key in keys:
+        old, new = attrgetter(key)(before), attrgetter(key)(config)
+        if old != new:
+            raise UserError(f"resume: {key} changed from {old} to {new}; expected {old}")
 
 
 def complete_unet_config(config: Config, context_dim: int, latent_space: LatentSpace) -> UNetConfig:
@@ -378,7 +383,7 @@ def _check_memory(config: Config, context_dim: int, latent_space: LatentSpace, a
     with torch.device("meta"):
         unet = UNet(unet_config)
     shards = accelerator.num_processes if accelerator.distributed_type == DistributedType.FSDP else 1
-    needed = _state_bytes(unet, averages=2 if train.snapshots else 1) if not train.lora_rank else 0
+    needed = _state_bytes(unet, train) if not train.lora_rank else 0
     check_memory(f"unet.channels ({unet_config.channels})", needed // shards, accelerator.device)
     # A lower bound of the batch: its images, and three feature maps of the first level.
     values = pixels + 3 * unet_config.channels[0] * latent_space.shape(data)[1] ** 2
@@ -411,7 +416,7 @@ def new_unet(
     if config.train.compile:
         unet.compile()
     if weights is not None:
-        logger.info("%s", summary(unet, averages=2 if config.train.snapshots else 1))
+        logger.info("%s", summary(unet, config.train))
     return unet
 
 
@@ -425,12 +430,12 @@ def new_optimizer(config: TrainConfig, unet: UNet) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable, rate, weight_decay=decay, fused=True)
 
 
-def summary(unet: UNet, averages: int = 1) -> str:
+def summary(unet: UNet, config: TrainConfig) -> str:
     """Describe the number of trained parameters and the memory of everything but activations."""
     total, trained = _num_parameters(unet)
     return (
         f"trains {trained / 1e6:.2f} of {total / 1e6:.2f} million parameters: about "
-        f"{_state_bytes(unet, averages) / 1e9:.2f} GB for weights, gradients, moments and averages"
+        f"{_state_bytes(unet, config) / 1e9:.2f} GB for weights, gradients, moments and averages"
     )
 
 
@@ -440,9 +445,10 @@ def _num_parameters(unet: UNet) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
 
 
-def _state_bytes(unet: UNet, averages: int) -> int:
+def _state_bytes(unet: UNet, config: TrainConfig) -> int:
     """Return the bytes of all weights and, for trained ones, a gradient, two moments (Muon has one) and averages."""
     total, trained = _num_parameters(unet)
+    averages = 2 if config.snapshots else 1
     return 4 * total + (12 + 4 * averages) * trained
 
 
@@ -490,7 +496,7 @@ def prepare_run_dir(
     if not accelerator.is_main_process:
         return
     if resumed_from is None and not config.resume:
-        new_run_dir(config.run_dir)  # check again: the folder had to exist before it could be locked
+        check_new_run_dir(run_dir)  # check again: the folder had to exist before it could be locked
     if isinstance(config.resume, str) and (later := supersede_after(run_dir, start)):
         logger.warning("resume: renamed later checkpoints to %s", ", ".join(path.name for path in later))
     with user_errors(f"run_dir: {run_dir} cannot be written to", OSError):

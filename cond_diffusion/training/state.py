@@ -25,7 +25,7 @@ from cond_diffusion.config.run import Config, TrainConfig, save_config
 from cond_diffusion.errors import UserError, first_line, user_errors
 from cond_diffusion.files import load_tensors, save_tensors, write_json
 from cond_diffusion.models.ema import EMA, Weights, save_snapshot
-from cond_diffusion.models.lora import digest_of_base, has_lora, load_lora, merged, save_lora
+from cond_diffusion.models.lora import digest_of_base, load_lora, merged, save_lora
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.run_folder import PROGRESS_NAME, read_progress, save_checkpoint
 from cond_diffusion.pipeline.text_to_image import TextToImage
@@ -46,7 +46,7 @@ class TrainingState:
 
     def __init__(self, unet: UNet, optimizer: Any, config: TrainConfig, accelerator: Accelerator) -> None:
         self.unet = unet
-        self.base = digest_of_base(unet) if has_lora(unet) else None
+        self.base = digest_of_base(unet) if config.lora_rank else None
         self.optimizer = optimizer
         self.scaler = accelerator.scaler  # of the loss, with fp16 only
         named = unet.named_parameters()
@@ -213,10 +213,8 @@ def copy_to_cpu(tensors: Weights, convert: Callable[[Tensor], Tensor]) -> dict[s
 class Saver:
     """Context manager that writes checkpoints and snapshots of a run in a background thread, one after the other."""
 
-    def __init__(
-        self, run_dir: Path, config: Config, pipe: TextToImage, state: TrainingState, accelerator: Accelerator
-    ) -> None:
-        self.run_dir = run_dir
+    def __init__(self, config: Config, pipe: TextToImage, state: TrainingState, accelerator: Accelerator) -> None:
+        self.run_dir = Path(config.run_dir)
         self.config = config
         self.pipe = pipe
         self.state = state
@@ -241,7 +239,7 @@ class Saver:
             progress: Progress to store in a checkpoint; None writes no checkpoint.
             snapshot: Whether to write a snapshot of the averages.
         """
-        if (progress is None and not snapshot) or not (self.is_main or self.state.sharded):
+        if not (self.is_main or self.state.sharded):
             return
         local_shards = {} if progress is None else self.state.local_shards()
         averages = self.state.full_averages(copy=self.is_main)
@@ -269,11 +267,8 @@ class Saver:
                 save_snapshot(self.run_dir, step, list(zip(widths, averages, strict=True)))
             except UserError as error:  # a missing snapshot only reduces the choice of --ema-width
                 logger.warning("%s", error)
-        if progress is not None:
-            self._write_checkpoint(progress, shards, averages)
-
-    def _write_checkpoint(self, progress: dict[str, Any], shards: LocalShards, averages: list[Weights]) -> None:
-        step = progress["step"]
+        if progress is None:
+            return
         state_folder = self.run_dir / "checkpoints" / f".step-{step:08d}.state"
         problem = self._write_shards(state_folder, shards)
         if not self.is_main:

@@ -91,7 +91,7 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
         )
     validator = Validator(config, training_data, text_embedder, run.objective, run.latent_space)
     batches = Batches(config, training_data, text_embedder, run.objective, accelerator, start, run.latent_space)
-    reporter = Reporter(config, run.run_dir, start, run.samples_per_step, accelerator)
+    reporter = Reporter(config, start, run.samples_per_step, accelerator)
     reporter.log_snapshot_size(state.averages)
     global_step, bad_steps, held_out_loss = start, 0, progress.get("held_out_loss")
 
@@ -100,7 +100,7 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
         return {**counts, **training_data.progress(), **state.progress()}
 
     last_batch: MicroBatch | None = None  # of the last step that changed the weights since the newest checkpoint
-    with Interruption(accelerator) as interruption, Saver(run.run_dir, config, pipe, state, accelerator) as saver:
+    with Interruption(accelerator) as interruption, Saver(config, pipe, state, accelerator) as saver:
         for step in reporter.steps():
             problem, micro_batches = None, iter(())
             try:
@@ -145,8 +145,8 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
         saver.finish(required=True)
     accelerator.wait_for_everyone()
     end_training(accelerator)
-    last_name = checkpoint_of(run.run_dir, global_step).name
-    newest = max((path for path in checkpoints(run.run_dir) if path.name <= last_name), default=None)
+    last_name = checkpoint_of(lock.run_dir, global_step).name
+    newest = max((path for path in checkpoints(lock.run_dir) if path.name <= last_name), default=None)
     if interruption.signal is not None and global_step < config.train.max_steps:
         interruption.raise_interrupted(global_step, newest)
     return reporter.log_summary(newest)
@@ -255,7 +255,7 @@ def accumulate_gradients(
 
 def is_snapshot_due(config: TrainConfig, step: int, is_last: bool) -> bool:
     """Return whether to store a snapshot: at `config.snapshots` evenly spaced steps and at the last step."""
-    if config.snapshots == 0 or config.lora_rank:
+    if config.snapshots == 0:
         return False
     return is_last or _is_due(step, math.ceil(config.max_steps / config.snapshots))
 

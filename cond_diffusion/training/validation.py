@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cond_diffusion.config.run import Config
 from cond_diffusion.data.cache import TextEmbedder
-from cond_diffusion.data.dataset import RandomDraws
 from cond_diffusion.data.loader import TrainingData
 from cond_diffusion.diffusion.objective import Network, Objective
 from cond_diffusion.models.latents import LatentSpace, encode_images
@@ -84,10 +83,9 @@ class Validator:
         self.text_embedder = text_embedder
         self.objective = objective
         self.batch_size = config.train.batch_size
-        self.batch = training_data.held_out(RandomDraws.fixed(NUM_EXAMPLES))
+        self.batch = training_data.held_out(NUM_EXAMPLES)
         if self.batch is None:
             return
-        self.images = self.batch.images
         noise_generator = generator("held-out noise", config.seed)
         self.eps = torch.randn((NUM_EXAMPLES, *latent_space.shape(config.data)), generator=noise_generator)
         # Timesteps are evenly spaced, in an order that is independent of the images'.
@@ -111,7 +109,7 @@ class Validator:
             for indices in local.split(self.batch_size):
                 losses[row, indices] = self.objective.losses(
                     network,
-                    encode_images(self.images[indices].to(accelerator.device), self.latent_space),
+                    encode_images(self.batch.images[indices].to(accelerator.device), self.latent_space),
                     self.t[indices],
                     self.eps[indices].to(accelerator.device),
                     self.text_embedder([captions[i] for i in indices.tolist()]).to(accelerator.device),

@@ -13,12 +13,13 @@ from tempfile import TemporaryDirectory
 
 import diffusers
 import torch
-from measuring import free_gb, hardware, peak_memory_gb
+from measuring import hardware, peak_memory_gb
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cond_diffusion.cli.main import CONFIGS
 from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.device import free_memory
 from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER
 from cond_diffusion.training.preflight import check
 
@@ -111,8 +112,9 @@ def main() -> None:
             words += [f"train.batch_size={arguments.batch_size}", "train.gradient_accumulation_steps=1"]
             for title, (more, least) in RUNS[config_name].items():
                 print(f"{config_name}, {title}:", flush=True)
-                if not arguments.small and free_gb() < least:
-                    print(f"- skipped: needs {least} GB, only {free_gb():.0f} GB are free")
+                free = free_memory(torch.accelerator.current_accelerator(check_available=True)) / 1e9
+                if not arguments.small and free < least:
+                    print(f"- skipped: needs {least} GB, only {free:.0f} GB are free")
                     continue
                 for line in check(load_config(Config, path, [*words, *more])):
                     if line.startswith(("network:", "memory:", "time:")):

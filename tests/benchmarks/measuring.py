@@ -65,13 +65,6 @@ def memory_gb() -> float:
     return psutil.Process().memory_info().rss / 1e9
 
 
-def free_gb() -> float:
-    """Return the free memory of the GPU, or of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] / 1e9
-    return psutil.virtual_memory().available / 1e9
-
-
 def peak_memory_gb() -> float:
     """Return the peak memory use on the GPU, or by this process."""
     if torch.cuda.is_available():

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
@@ -70,7 +69,7 @@ MODES = {
 class Contest:
     """The two networks on the same inputs."""
 
-    def __init__(self, size: str, device: torch.device, mode: str = "default") -> None:
+    def __init__(self, size: str, device: torch.device, mode: str) -> None:
         config, batch, drawn, tokens = SIZES[size]
         self.device = device
         precision, self.their_precision, _ = MODES[mode]
@@ -83,8 +82,6 @@ class Contest:
         self.theirs = UNet2DConditionModel.from_config(to_diffusers(config)).to(device)
         self.theirs.load_state_dict(self.ours.state_dict())
         self.theirs.train()
-        assert config.in_channels is not None
-        assert config.sample_size is not None
         shape = (config.in_channels, config.sample_size, config.sample_size)
         self.batch, self.drawn = batch, drawn
         self.x_0 = torch.randn(batch, *shape, device=device)
@@ -132,9 +129,8 @@ class Contest:
                 project=self.ours.project_context,
             )
             denoise = denoiser(network, self.objective.prediction, lambda x_0_hat: x_0_hat)
-            run = partial(ddim, eta=0.0)
             timesteps = self.schedule.sampling_timesteps(STEPS)
-            *_, last = run(denoise, self.schedule, self.x_T, timesteps, lambda: torch.randn_like(self.x_T))
+            *_, last = ddim(denoise, self.schedule, self.x_T, timesteps, lambda: torch.randn_like(self.x_T), eta=0.0)
         return last.x
 
     @torch.inference_mode()

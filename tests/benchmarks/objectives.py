@@ -21,20 +21,17 @@ from cond_diffusion.pipeline.text_to_image import TextToImage
 ROOT = Path(__file__).parent.parent.parent
 
 
-def python(*arguments: str) -> None:
-    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(arguments)}\n{result.stderr[-2000:]}")
-
-
 def train(prediction: str, loss: str, timesteps: str, folder: str, steps: int) -> str:
     """Train one model and return its run folder."""
     run_dir = f"{folder}/{prediction}-{loss}"
-    python(
+    command = [
         *["train.py", f"run_dir={run_dir}", f"objective.prediction={prediction}", f"objective.loss={loss}"],
         *[f"objective.timesteps={timesteps}", "train.optimizer=adamw", "train.batch_size=128"],
         *[f"train.max_steps={steps}", "train.checkpoint_every=0", "train.sample_every=0"],
-    )
+    ]
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-2000:]}")
     return run_dir
 
 
@@ -60,7 +57,7 @@ def main() -> None:
 
     predictions, losses = arguments.predictions, arguments.losses
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
-        folder = arguments.folder or scratch
+        folder = str(Path(arguments.folder or scratch).resolve())  # the runs have another working directory
         built_in = TextToImage.from_pretrained()
         evaluator = load_evaluator(built_in, open_checkpoint("builtin").run_config)
         runs = {

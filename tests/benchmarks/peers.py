@@ -23,7 +23,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from measuring import hardware
-from speedrun.run import Digits, timed_checkpoints
+from speedrun.run import ROOT, Digits, timed_checkpoints
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -33,7 +33,6 @@ from cond_diffusion.evaluation.evaluator import Judged, load_evaluator
 from cond_diffusion.images import to_bytes, to_model
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
-ROOT = Path(__file__).parent.parent.parent
 FAST = ROOT / "configs" / "mnist_fast.yaml"
 BATCH = 64
 (SCALE,) = Digits.sampling.per_prompt("guidance_scale", 1)
@@ -132,16 +131,9 @@ def denoising_diffusion_pytorch(referee: Referee, seconds: float) -> Iterator[st
     from ema_pytorch import EMA
 
     # Import only the module: its package imports torchvision, which is not needed.
-    package = importlib.util.find_spec("denoising_diffusion_pytorch")
-    assert package is not None
-    assert package.submodule_search_locations is not None
-    file = Path(package.submodule_search_locations[0]) / "classifier_free_guidance.py"
-    spec = importlib.util.spec_from_file_location("classifier_free_guidance", file)
-    assert spec is not None
-    assert spec.loader is not None
-    theirs = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = theirs
-    spec.loader.exec_module(theirs)
+    (package,) = importlib.util.find_spec("denoising_diffusion_pytorch").submodule_search_locations
+    sys.path.append(package)
+    import classifier_free_guidance as theirs
 
     torch.manual_seed(0)
     data = referee.evaluator.train
@@ -188,7 +180,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for who in arguments.who:
             lines = (
-                ours(referee, arguments.folder or Path(scratch), arguments.config, arguments.words)
+                ours(referee, (arguments.folder or Path(scratch)).resolve(), arguments.config, arguments.words)
                 if who == "ours"
                 else PEERS[who](referee, 60 * arguments.minutes)
             )

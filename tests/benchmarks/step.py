@@ -14,15 +14,10 @@ from pathlib import Path
 from measuring import finished, hardware
 
 from cond_diffusion.config.run import Config, load_config
-from cond_diffusion.data.cache import context_table
-from cond_diffusion.data.loader import open_training_data
-from cond_diffusion.diffusion.objective import Objective
-from cond_diffusion.diffusion.schedule import NoiseSchedule
-from cond_diffusion.models.latents import build_latent_space
-from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.training.batches import Batches
-from cond_diffusion.training.setup import make_accelerator, new_optimizer, new_unet
+from cond_diffusion.training.setup import build_run, make_accelerator
 from cond_diffusion.training.state import TrainingState
+from cond_diffusion.training.trainer import build_text_embedder, open_data
 
 
 class Clock:
@@ -48,20 +43,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("words", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    config = load_config(Config, arguments.config, arguments.words)
+    # A folder that does not exist; nothing is written into it.
+    config = load_config(Config, arguments.config, ["run_dir=runs/benchmark-of-a-step", *arguments.words])
 
     accelerator = make_accelerator(config)
-    latent_space = build_latent_space(config.latent)
-    training_data = open_training_data(config.data, config.seed)
-    text_encoder = TextEncoder.from_pretrained(
-        config.text.encoder, config.text.max_length, config.text.split_phrases
-    ).to(accelerator.device)
-    contexts = context_table(text_encoder, training_data.captions(), accelerator)  # type: ignore[union-attr]
-    objective = Objective(config.objective, NoiseSchedule(config.schedule))
-    unet = new_unet(config, text_encoder.context_dim, latent_space).to(accelerator.device)
-    network, optimizer = accelerator.prepare(unet, new_optimizer(config.train, unet))
-    state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train, accelerator)
-    batches = Batches(config, training_data, contexts, objective, accelerator, 0, latent_space)
+    run = build_run(config, accelerator)
+    training_data = open_data(run)
+    text_embedder = build_text_embedder(training_data.captions(), run.text_encoder, config.train, accelerator)
+    state = TrainingState(accelerator.unwrap_model(run.network), run.optimizer, config.train, accelerator)
+    batches = Batches(run.config, training_data, text_embedder, run.objective, accelerator, 0, run.latent_space)
 
     clock, warm_up = Clock(), 5
     for step in range(warm_up + arguments.steps):
@@ -70,14 +60,14 @@ def main() -> None:
             micro_batches = list(batches.next_step())
         for batch in micro_batches:
             with clock.part("forward"):
-                loss = objective.loss(network, batch.x_0, batch.t, batch.eps, batch.context)
+                loss = run.objective.loss(run.network, batch.x_0, batch.t, batch.eps, batch.context)
             with clock.part("backward"):
                 accelerator.backward(loss / len(micro_batches))
         with clock.part("clipping"):
-            accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
+            accelerator.clip_grad_norm_(run.network.parameters(), config.train.max_grad_norm)
         with clock.part("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
         with clock.part("averages"):
             state.update_averages(step + 1)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, SIDE, bar, weights, write_empty_parquet
-from hub import hub
+from hub import DatasetHub, serve
 from PIL import Image
 
 from cond_diffusion.config.data import DataConfig
@@ -81,7 +81,7 @@ def test_training_gives_the_same_weights_from_every_kind_of_source(color_sets: d
                 Config, overrides=[*TINY, *source, f"data.memory_gb={memory}", f"run_dir={tmp_path / kind}{memory}"]
             )
             data = open_training_data(config.data, config.seed)
-            batches = [data.read(0, RandomDraws.fixed(24)), data.held_out(RandomDraws.fixed(4))]
+            batches = [data.read(0, RandomDraws.fixed(24)), data.held_out(4)]
             read[kind, memory] = [(batch.images.tolist(), batch.captions) for batch in batches if batch is not None]
             if kind in ("jsonl", "tar"):  # the weights are a function of these batches
                 trained[kind, memory] = weights(train(config))
@@ -106,7 +106,7 @@ def test_training_gives_the_same_weights_from_the_hub(
         Config, ROOT / "configs" / "folder.yaml", [*overrides, source, f"run_dir={tmp_path / 'local'}"]
     )
     expected = weights(train(config))
-    with hub(Path(source.removeprefix("data.source="))) as address:
+    with serve(partial(DatasetHub, Path(source.removeprefix("data.source=")))) as address:
         overrides += ["data.source=someone/pictures", f"run_dir={tmp_path / 'hub'}"]
         result = subprocess.run(
             [sys.executable, "train.py", "--config", "configs/folder.yaml", *overrides],
@@ -128,7 +128,7 @@ def test_an_epoch_of_a_stream_has_every_image_once_except_held_out_ones(color_se
     stream = open_training_data(replace(config, streaming=True), seed=0)
     dataset = ShuffledDataset(load_captioned_images(config), 0, 0)
     all_samples = as_set([dataset.read(0, RandomDraws.fixed(COUNT))])
-    held_out_batch = stream.held_out(RandomDraws.fixed(10))
+    held_out_batch = stream.held_out(10)
     assert held_out_batch is not None
     held_out = as_set([held_out_batch])
     count = COUNT - len(held_out)
@@ -187,12 +187,12 @@ def test_held_out_samples_of_a_dataset_are_never_trained_on(color_sets: dict[str
     assert training_data.num_held_out == COUNT // 20
     trained_on = set(training_data.indices(0, 3 * training_data.num_trained_on).tolist())
     assert len(trained_on) == training_data.num_trained_on
-    batch = training_data.held_out(RandomDraws.fixed(9))
+    batch = training_data.held_out(9)
     assert batch is not None
     assert as_set([batch]).isdisjoint(
         as_set([data.read(lambda _: torch.tensor(sorted(trained_on)), RandomDraws.fixed(len(trained_on)))])
     )
-    assert ShuffledDataset(data, seed=1, held_out=0).held_out(RandomDraws.fixed(9)) is None
+    assert ShuffledDataset(data, seed=1, held_out=0).held_out(9) is None
 
 
 def test_crops_are_taken_at_the_drawn_position_or_the_center(tmp_path: Path):

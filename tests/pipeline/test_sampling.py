@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from cond_diffusion import SamplingOptions, TextToImage, __version__
 from cond_diffusion.cli.sample import recorded_settings
 from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, GenerationSettings
+from cond_diffusion.config.schedule import ScheduleConfig
 from cond_diffusion.diffusion.samplers import Step
+from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import to_pillow
 from cond_diffusion.models.layers import Attention
@@ -264,9 +266,11 @@ def test_defaults_of_the_model_are_stored_as_numbers(tmp_path: Path, monkeypatch
     stored = read_settings(str(tmp_path / "x.png"), "--from-image")
     assert (stored["steps"], stored["guidance_scale"]) == (50, 1.5)
     guidance = {"guidance_scale": 3.0, "phrase_guidance": 0.5, "first_phrase_from": 600}
-    assert SamplingOptions().completed(20, guidance) == SamplingOptions(steps=20, **guidance)
+    pipe = TextToImage.from_pretrained()
+    pipe.guidance, pipe.schedule = guidance, NoiseSchedule(ScheduleConfig(num_timesteps=20))
+    assert pipe.completed(SamplingOptions()) == SamplingOptions(steps=20, **guidance)
     given = SamplingOptions(steps=1000, guidance_scale=0, phrase_guidance=0, first_phrase_from=0)
-    assert given.completed(1000, guidance) == given
+    assert pipe.completed(given) == given
 
 
 def test_default_guidance_is_that_of_the_model(tmp_path: Path, pipe: TextToImage):

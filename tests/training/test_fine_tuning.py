@@ -106,9 +106,10 @@ def test_lora_checkpoint_has_merged_weights_and_loads_in_diffusers(
     from peft import get_peft_model_state_dict  # takes seconds to import
 
     caplog.set_level("INFO", logger="cond_diffusion")
-    lora = (f"init_from={stable}", "train.lora_rank=2", "train.learning_rate=0.02")
+    lora = (f"init_from={stable}", "train.lora_rank=2", "train.learning_rate=0.02", "train.snapshots=2")
     checkpoint = train(tuning_config(bars_overrides, tmp_path / "run", *lora))
     assert "trains 0.01 of 0.81 million parameters" in caplog.text
+    assert "train.snapshots" not in caplog.text  # they are of the whole network, which LoRA does not train
     before, after = TextToImage.from_pretrained(stable), TextToImage.from_pretrained(checkpoint)
     changed = {
         name

@@ -53,7 +53,7 @@ def run(config: Config, process: int, processes: int, start: int, steps: int) ->
         assert state.load(checkpoints(Path(config.run_dir))[-1])["step"] == start
     prediction = Prediction("epsilon", NoiseSchedule(ScheduleConfig()))
     pipe = TextToImage(state.averaged_unet(), TextEncoder.from_pretrained("builtin", 16), prediction, PixelPatchify(1))
-    with Saver(Path(config.run_dir), config, pipe, state, accelerator) as saver:
+    with Saver(config, pipe, state, accelerator) as saver:
         for step in range(start, start + steps):
             generator = torch.Generator().manual_seed(step)
             x = torch.randn(BATCH, 1, 8, 8, generator=generator)
