@@ -46,7 +46,8 @@ def keep_memory() -> None:
 def free_memory(device: torch.device | None = None) -> int:
     """Return the free bytes of a CUDA device, or of the machine's memory for another device or None."""
     if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch uses it again
+        return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available
 
 
@@ -64,6 +65,8 @@ def check_memory(what: str, needed: int, device: torch.device | None = None) -> 
 
 def has_bf16() -> bool:
     """Return whether this CPU has bf16 instructions; without them bf16 is many times slower than fp32."""
+    if not torch.backends.mkldnn.is_available():  # for example on Apple Silicon
+        return False
     # On x86, the first check is true for any CPU with AVX-512.
     x86 = platform.machine() in ("x86_64", "AMD64")
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (

@@ -141,7 +141,10 @@ def hash_weights(digest: Any, weights: Iterable[tuple[str, Any]]) -> None:
 
 def flush(path: Path) -> None:
     """Flush a file or folder to disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    on_windows = os.name == "nt"
+    if on_windows and path.is_dir():
+        return  # not possible there
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

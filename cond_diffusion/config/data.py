@@ -74,7 +74,7 @@ class DataConfig:
         allow_inf_nan=False,
     )
     held_out: NonNegativeInt = option(
-        512, "number of images held out for validation; at most one in twenty, or 64 when streaming"
+        512, "number of images held out for validation; at most one in twenty, and at most 64 when streaming"
     )
 
     def __post_init__(self) -> None:

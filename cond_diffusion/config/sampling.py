@@ -75,7 +75,7 @@ class SamplingOptions:
     phrase_guidance: Fraction | None = option(
         None,
         "fraction of the guidance that comes from the phrases of the prompt, each by itself; commas separate phrases, "
-        "and each takes one more pass of the network (default: the model's)",
+        "and each that is used at a timestep takes one more pass of the network (default: the model's)",
         group="guidance",
         metavar="FRACTION",
     )

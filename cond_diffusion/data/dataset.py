@@ -151,8 +151,8 @@ def decode_all(
             decoded[i] = pixels
         decoder.check()
         todo, attempt = [i for i in todo if decoded[i] is None], attempt + 1
-        if todo and len(decoder.bad) == decoder.expected:
-            raise UserError(f"{decoder.where}: none of the {decoder.expected} images can be read")
+        if todo and decoder.expected is not None and attempt > decoder.expected:
+            raise UserError(f"{decoder.where}: none of the {decoder.expected} images, or none held out, can be read")
     return [pixels for pixels in decoded if pixels is not None]
 
 

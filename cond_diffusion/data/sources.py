@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from cond_diffusion.errors import UserError, check_cache, did_you_mean, first_li
 BUILT_IN_SOURCES = {name: Path(__file__).parent.parent / "assets" / name for name in ("mnist", "emoji")}
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+OTHER_SPLITS = ("test", "testing", "val", "valid", "validation")  # folders and files that are not for training
 FILE_SUFFIXES = {*BUILDERS, ".csv", ".gz", ".json", ".jsonl", ".txt", ".zip"}  # unlikely at the end of a Hub id
 
 # Members of a tar that are decoded; others stay bytes. `datasets` would load .pth with torch, and .cbor with packages
@@ -134,7 +136,8 @@ def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _F
     """
     all_files, links = _list_files(folder)
     split_folder = folder / split if (folder / split).is_dir() else folder
-    files = [file for file in all_files if file.is_relative_to(split_folder)]
+    left_out = [other for name in OTHER_SPLITS if split_folder == folder and (other := folder / name).is_dir()]
+    files = [f for f in all_files if f.is_relative_to(split_folder) and not any(map(f.is_relative_to, left_out))]
     root_metadata = [file for file in all_files if file.parent == folder and file.name in METADATA_NAMES]
     metadata = [file for file in files if file.name in METADATA_NAMES] or root_metadata
     archives = {} if metadata else _archives(all_files)
@@ -156,6 +159,10 @@ def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _F
         return table.cast_column("image", datasets.Image())
     if not files:
         raise UserError(f"data.source: {source} contains no images, Parquet files or tar files")
+    if left_out:
+        logger.info("data.source: %s: not used for training: %s", source, ", ".join(map(str, left_out)))
+        inside = sorted({folder / file.relative_to(folder).parts[0] for file in files if file.parent != folder})
+        return _Files("imagefolder", split, [*files, *(set(metadata) - set(files))], inside)
     # Folders, since `datasets` infers splits from words in file names; each link, since it does not follow links.
     folders = [split_folder, *(link for link in links if link.is_relative_to(split_folder))]
     return _Files("imagefolder", split, [*files, *(set(metadata) - set(files))], folders)
@@ -314,11 +321,12 @@ def _files_of_split(source: str, folder: Path, files: list[Path], split: str) ->
     """Return the files whose path has a part that begins with `split`; for training otherwise those of no split."""
 
     def belongs_to(file: Path, *splits: str) -> bool:
-        return any(part.startswith(splits) for part in file.relative_to(folder).parts)
+        name = re.compile(f"({'|'.join(map(re.escape, splits))})(?![a-z])")  # not "trains" for "train"
+        return any(name.match(part) for part in file.relative_to(folder).parts)
 
     split_files = [file for file in files if belongs_to(file, split)]
     if not split_files and split == "train":
-        split_files = [file for file in files if not belongs_to(file, "test", "val")]
+        split_files = [file for file in files if not belongs_to(file, *OTHER_SPLITS)]
     if not split_files:
         raise UserError(f"data.source: {source} has no split {split!r}: no file {split}*{files[0].suffix}")
     return split_files

@@ -59,7 +59,9 @@ class CaptionedStream:
         self.seed = seed
         columns = (config.image_column, config.caption_column)
         opened: Any = open_source(config.source, "train", streaming=True, columns=columns)
-        table = opened._resolve_features()  # those of CSV files are unknown before a row is read
+        with user_errors(f"data.source: cannot read {config.source}", Exception):  # of a kind for each format
+            # The features of CSV files are unknown before a row is read. Only images of one column are decoded, here.
+            table = opened._resolve_features().decode(False)
         self.table: datasets.IterableDataset = select_image_column(table, config)
         self.columns = table.column_names
         self.captions_of = caption_reader(config, table.features[config.caption_column])

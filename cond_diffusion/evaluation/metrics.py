@@ -11,13 +11,14 @@ features come from any network: the classifier, a CLIP, or an Inception network 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from filelock import FileLock
 from jaxtyping import Float, Int64, UInt8
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -123,13 +124,16 @@ def load_or_train_classifier(data: CaptionedImages) -> Classifier:
     settings = (trained_on, data.caption_groups, EPOCHS, MIN_STEPS, BATCH_SIZE, LEARNING_RATE, NUM_FEATURES)
     key = hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()
     file = cache_folder() / f"classifier-{key}.safetensors"
-    with user_errors(f"cache: the classifier cannot be saved in {file.parent}", OSError):
+    what = f"cache: the classifier cannot be saved in {file.parent}"
+    unwritable = partial(user_errors, what, OSError, SafetensorError)
+    with unwritable():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.with_suffix(".lock").touch()
     with FileLock(file.with_suffix(".lock")):  # of several processes, one trains while the others wait
         if not file.exists():
             weights = train_classifier(data).state_dict()
-            save_tensors({name: tensor.contiguous() for name, tensor in weights.items()}, file)
+            with unwritable():
+                save_tensors({name: tensor.contiguous() for name, tensor in weights.items()}, file)
         return _load(file, data)
 
 

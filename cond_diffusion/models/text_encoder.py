@@ -128,7 +128,7 @@ class TextEncoder(nn.Module):
             self.clip.config.split_phrases = self.split_phrases
         with quiet_transformers():
             self.clip.save_pretrained(folder / "text_encoder")
-            self.tokenizer.save_pretrained(folder / "tokenizer")
+            save_tokenizer(self.tokenizer, folder / "tokenizer")
 
     def train(self, mode: bool = True) -> "TextEncoder":
         """Keep the encoder in eval mode even if the parent module is set to train mode."""
@@ -309,6 +309,16 @@ def load_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
         if not isinstance(number := getattr(tokenizer, f"{name}_id"), int) or not 0 <= number < vocab_size:
             raise UserError(f"tokenizer_config.json: {name}: {getattr(tokenizer, name)!r:.60} is not in the vocabulary")
     return tokenizer
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write a tokenizer; raise OSError if it cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error  # of tokenizers, whose errors have no other type
 
 
 @contextmanager

@@ -275,7 +275,7 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
         write(unfinished)
         files = sorted(file for file in unfinished.rglob("*") if file.is_file())
         listed = {
-            str(file.relative_to(unfinished)): {"bytes": file.stat().st_size, "blake2b": _checksum(file)}
+            file.relative_to(unfinished).as_posix(): {"bytes": file.stat().st_size, "blake2b": _checksum(file)}
             for file in files
         }
         write_json(unfinished / CHECKSUMS_NAME, listed)
@@ -290,7 +290,10 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
     best = min(losses, key=losses.__getitem__, default=None)  # the earliest of equal ones
     for old in until_here[:-keep]:
         if old != best:
-            _remove(old)
+            try:
+                _remove(old)
+            except OSError as error:  # for example files that another machine reads; the next start removes it
+                logger.warning("%s cannot be deleted (%s)", old, error.strerror)
     return final
 
 

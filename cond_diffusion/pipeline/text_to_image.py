@@ -394,8 +394,6 @@ class TextToImage:
         total, interval = self.schedule.num_timesteps, options.guidance_interval
         if interval is not None and interval[0] >= total:
             raise UserError(f"guidance_interval: {interval[0]} to {interval[1]} lies beyond the {total} timesteps")
-        if options.first_phrase_from is not None and options.first_phrase_from > total:
-            raise UserError(f"first_phrase_from: {options.first_phrase_from} lies beyond the {total} timesteps")
         if options.dynamic_thresholding is not None and self.latent_space.is_latent:
             raise UserError("dynamic_thresholding: applies only to pixel-space models; this model is in latent space")
         edit = self._prepare_edit(options, image, mask)
@@ -459,7 +457,7 @@ class TextToImage:
             length = self.text_encoder.max_length
             logger.warning("prompts: longer than the text encoder's %d tokens; %r is truncated", length, part)
         if unknown := self.text_encoder.unknown_words(prompts):
-            hint = "; --checkpoint emoji knows 1,443 things in color" if self.folder == BUILT_IN_MODEL else ""
+            hint = "; --checkpoint emoji knows 1,432 concepts, in color" if self.folder == BUILT_IN_MODEL else ""
             logger.warning(
                 "prompts: words that the text encoder was not trained on: %s%s", ", ".join(unknown[:10]), hint
             )

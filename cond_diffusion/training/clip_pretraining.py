@@ -41,6 +41,7 @@ from cond_diffusion.models.text_encoder import (
     load_clip,
     load_tokenizer,
     quiet_transformers,
+    save_tokenizer,
 )
 from cond_diffusion.pipeline.run_folder import PROGRESS_NAME, RunLock, exists, save_checkpoint
 from cond_diffusion.seeding import generator, sample_indices
@@ -249,4 +250,4 @@ def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write a CLIP in transformers' format."""
     with quiet_transformers():
         clip.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)

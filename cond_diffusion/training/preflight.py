@@ -113,7 +113,7 @@ def _data_summary(
         f"{decoder.enlarged} smaller than data.resolution ({data.resolution}) and upscaled"
     )
     known = training_data.captions()
-    unique = list(dict.fromkeys(captions)) if known is None else known[1:]
+    unique = list(dict.fromkeys(captions)) if known is None else known[1:] or known
     truncated = text_encoder.cut(unique)
     yield (
         f"captions: column {data.caption_column}; {len(unique)} unique, {len(truncated)} longer than text.max_length "

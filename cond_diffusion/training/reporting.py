@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from time import monotonic
+from time import perf_counter
 from types import FrameType
 from typing import Any, cast
 
@@ -57,7 +57,7 @@ class Reporter:
         if config.track:
             # Removes the events of steps that are repeated.
             accelerator.init_trackers("tracked", init_kwargs={"tensorboard": {"purge_step": start + 1}})
-        self.last_log = (start, monotonic())
+        self.last_log = (start, perf_counter())
 
     def log_snapshot_size(self, averages: Sequence[EMA]) -> None:
         """Log the disk space of all snapshots."""
@@ -79,8 +79,8 @@ class Reporter:
         if step % self.config.train.log_every and step != self.config.train.max_steps:
             return
         mean_loss = cast(Tensor, self.accelerator.reduce(loss, "mean")).item()
-        steps, seconds = step - self.last_log[0], monotonic() - self.last_log[1]
-        self.last_log = (step, monotonic())
+        steps, seconds = step - self.last_log[0], perf_counter() - self.last_log[1]
+        self.last_log = (step, perf_counter())
         images_per_second = steps * self.images_per_step / seconds
         metrics = {
             "images": step * self.images_per_step,

@@ -16,7 +16,8 @@ from typing import Any, cast
 import datasets
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -153,7 +154,8 @@ def make_accelerator(config: Config) -> Accelerator:
     """Create the `Accelerator` for the available hardware and the config."""
     check_tracker(config.track)
     check_launcher(config.train)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device("cpu") if found is None or parse_flag_from_env("ACCELERATE_USE_CPU") else found
     on_cpu = device.type == "cpu"
     if on_cpu:
         share_cores()
@@ -161,9 +163,12 @@ def make_accelerator(config: Config) -> Accelerator:
     else:
         torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.train.tf32
+    precision = mixed_precision(config.train, device)
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()  # of an earlier run of this process
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=mixed_precision(config.train, device),
+        mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # losses are divided in the trainer
         log_with=config.track,
         project_dir=config.run_dir,

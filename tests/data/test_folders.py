@@ -215,6 +215,36 @@ def test_metadata_in_the_root_names_images_in_folders(tmp_path: Path, folder: st
     assert captions_of(tmp_path) == PAIRS
 
 
+@pytest.mark.parametrize("metadata", [False, True])
+def test_images_of_a_folder_of_another_split_are_not_trained_on(tmp_path: Path, metadata: bool):
+    for folder in ("", "more", "test", "validation/deep"):
+        write_pairs(tmp_path / folder, 3)
+        if metadata:
+            rows = [f"00{i}.png,caption {i}" for i in range(3)]
+            (tmp_path / folder / "metadata.csv").write_text("\n".join(["file_name,text", *rows]), encoding="utf-8")
+    assert captions_of(tmp_path) == sorted(2 * PAIRS)
+
+
+def test_a_file_is_of_a_split_only_if_its_name_begins_with_the_whole_word(tmp_path: Path):
+    for i, name in enumerate(("trains", "cars", "valleys", "test-0", "validation")):
+        write_tar(tmp_path / f"{name}.tar", 1, lambda _, i=i: b"caption %d" % i)
+    assert captions_of(tmp_path, **TAR) == PAIRS
+    write_tar(tmp_path / "train-0.tar", 1)
+    assert captions_of(tmp_path, **TAR) == ["caption 0"]
+
+
+def test_a_stream_decodes_images_of_its_column_alone(tmp_path: Path):
+    write_pairs(tmp_path)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for text in sorted(tmp_path.glob("*.txt")):
+            for file in (text, text.with_suffix(".png")):
+                tar.add(file, file.name)
+            tar.addfile(tarfile.TarInfo(f"{text.stem}.depth.png"))  # empty, so no image
+            text.unlink()
+    config = DataConfig(source=str(tmp_path), resolution=8, channels=3, held_out=0, streaming=True, **TAR)  # type: ignore[arg-type]
+    assert sorted(CaptionedStream(config, 0).read(0, RandomDraws.fixed(3)).captions) == PAIRS
+
+
 @pytest.mark.parametrize("members", [1, 2, 3])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_tar_that_was_cut_between_members_is_refused_by_name(tmp_path: Path, members: int, streaming: bool):

@@ -259,6 +259,15 @@ def test_too_many_unreadable_images_are_an_error_and_each_image_counts_once(one_
         CaptionedStream(replace(all_allowed, streaming=True, max_bad_fraction=0.0), 0).read(0, RandomDraws.fixed(3))
 
 
+def test_held_out_images_of_which_none_can_be_read_are_an_error(one_bad: DataConfig):
+    files = open_captioned_files(replace(one_bad, max_bad_fraction=0.1))
+    data = ShuffledDataset(files, 0, held_out=2)
+    for row in data.held_out_indices().tolist():
+        Path(files.files[row]["image"]["path"]).write_text("not an image", encoding="utf-8")
+    with pytest.raises(UserError, match=r"none of the 40 images, or none held out, can be read"):
+        data.held_out(4)
+
+
 def test_file_names_do_not_select_splits_of_image_folders(tmp_path: Path):
     """`datasets` infers splits from some words in file names."""
     names = ["car", "red_train", "test_b", "val_c", "x[1]"]

@@ -170,7 +170,6 @@ def test_input_image_and_mask_are_resized_to_the_model(pipe: TextToImage):
         ({"image": Image.new("L", (28, 28)), "strength": 2.0}, "strength: 2.0;"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale: 2 "),
         ({"guidance_interval": (5000, 6000)}, "guidance_interval: 5000 .*6000.* 1000 timesteps"),
-        ({"first_phrase_from": 1001}, "first_phrase_from: 1001 .* 1000 timesteps"),
         ({"negative_prompt": "\udcff"}, r"prompts: '\\udcff'"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 "),
         ({"seed": 1.5}, "seed: 1.5;"),

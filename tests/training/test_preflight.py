@@ -57,6 +57,16 @@ def test_check_reports_data_cost_and_overfitting(working_directory: Path, stream
     assert not (working_directory / "runs").exists()
 
 
+@pytest.mark.slow
+def test_check_accepts_empty_captions(working_directory: Path):
+    for i in range(4):
+        Image.new("L", (28, 28)).save(working_directory / f"{i}.png")
+        (working_directory / f"{i}.txt").touch()
+    options = ["unet.channels=[32,32]", "unet.num_groups=8", "latent.patch_size=4", "train.batch_size=2"]
+    findings = list(check(load_config(Config, overrides=[f"data.source={working_directory}", *options])))
+    assert findings[2].startswith("captions: column text; 1 unique, 0 longer")
+
+
 def test_activation_bytes_counts_tensors_saved_for_backward():
     """A linear layer saves its input, a sigmoid its output, the square of a sum that sum."""
     layer, x = torch.nn.Linear(10, 20), torch.randn(5, 10)
