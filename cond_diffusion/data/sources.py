@@ -152,6 +152,8 @@ def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _F
         return _Files(BUILDERS[suffix], split, _files_of_split(source, folder, kind, split))
     if split != "train" and split_folder == folder:
         raise UserError(f"data.source: {source} has no split {split!r}: no folder {split}")
+    if left_out:
+        logger.info("data.source: %s: not used for training: %s", source, ", ".join(map(str, left_out)))
     if pairs:
         _warn_unpaired(source, files, pairs)
         texts = [_read_caption(caption) for caption in pairs.values()]
@@ -160,7 +162,6 @@ def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _F
     if not files:
         raise UserError(f"data.source: {source} contains no images, Parquet files or tar files")
     if left_out:
-        logger.info("data.source: %s: not used for training: %s", source, ", ".join(map(str, left_out)))
         inside = sorted({folder / file.relative_to(folder).parts[0] for file in files if file.parent != folder})
         return _Files("imagefolder", split, [*files, *(set(metadata) - set(files))], inside)
     # Folders, since `datasets` infers splits from words in file names; each link, since it does not follow links.

@@ -216,13 +216,17 @@ def test_metadata_in_the_root_names_images_in_folders(tmp_path: Path, folder: st
 
 
 @pytest.mark.parametrize("metadata", [False, True])
-def test_images_of_a_folder_of_another_split_are_not_trained_on(tmp_path: Path, metadata: bool):
+def test_images_of_a_folder_of_another_split_are_not_trained_on(
+    tmp_path: Path, metadata: bool, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", logger="cond_diffusion")
     for folder in ("", "more", "test", "validation/deep"):
         write_pairs(tmp_path / folder, 3)
         if metadata:
             rows = [f"00{i}.png,caption {i}" for i in range(3)]
             (tmp_path / folder / "metadata.csv").write_text("\n".join(["file_name,text", *rows]), encoding="utf-8")
     assert captions_of(tmp_path) == sorted(2 * PAIRS)
+    assert caplog.messages[-1].endswith(f"not used for training: {tmp_path / 'test'}, {tmp_path / 'validation'}")
 
 
 def test_a_file_is_of_a_split_only_if_its_name_begins_with_the_whole_word(tmp_path: Path):
