@@ -161,11 +161,11 @@ def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _F
         return table.cast_column("image", datasets.Image())
     if not files:
         raise UserError(f"data.source: {source} contains no images, Parquet files or tar files")
+    # Folders, since `datasets` infers splits from words in file names; each link, since it does not follow links.
+    inside = [split_folder]
     if left_out:
         inside = sorted({folder / file.relative_to(folder).parts[0] for file in files if file.parent != folder})
-        return _Files("imagefolder", split, [*files, *(set(metadata) - set(files))], inside)
-    # Folders, since `datasets` infers splits from words in file names; each link, since it does not follow links.
-    folders = [split_folder, *(link for link in links if link.is_relative_to(split_folder))]
+    folders = [*dict.fromkeys([*inside, *(link for link in links if any(map(link.is_relative_to, inside)))])]
     return _Files("imagefolder", split, [*files, *(set(metadata) - set(files))], folders)
 
 

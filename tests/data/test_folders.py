@@ -226,6 +226,11 @@ def test_images_of_a_folder_of_another_split_are_not_trained_on(
             rows = [f"00{i}.png,caption {i}" for i in range(3)]
             (tmp_path / folder / "metadata.csv").write_text("\n".join(["file_name,text", *rows]), encoding="utf-8")
     assert captions_of(tmp_path) == sorted(2 * PAIRS)
+    (tmp_path / "more" / "linked").symlink_to(write_pairs(tmp_path.with_name("elsewhere"), 1))
+    if metadata:
+        rows = "file_name,text\n000.png,caption 0"
+        (tmp_path / "more" / "linked" / "metadata.csv").write_text(rows, encoding="utf-8")
+    assert captions_of(tmp_path) == sorted([*PAIRS, *PAIRS, "caption 0"])
     assert caplog.messages[-1].endswith(f"not used for training: {tmp_path / 'test'}, {tmp_path / 'validation'}")
 
 
