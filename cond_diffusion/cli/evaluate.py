@@ -58,19 +58,19 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
         "dtype": pipe.precision,
         **reported(sampling),
     }
-    is_emoji = config.data.source == EMOJI
-    for name in ("paraphrases", "features", "sweep"):
-        if is_emoji and getattr(options, name):
-            raise UserError(f"--{name}: does not support the emoji data, which have a judge of their own; remove it")
-    for package in () if is_emoji else ("torchmetrics", "matplotlib") if options.sweep else ("torchmetrics",):
+    if config.data.source == EMOJI:
+        for name in ("paraphrases", "features", "sweep"):
+            if getattr(options, name):
+                hint = "which have a judge of their own; remove it"
+                raise UserError(f"--{name}: does not support the emoji data, {hint}")
+        print(format_emoji(evaluate_emoji(pipe, options.samples, sampling, Results(options.output, settings))))
+        print(f"\nsaved {options.output}")
+        return
+    for package in ("torchmetrics", "matplotlib") if options.sweep else ("torchmetrics",):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'evaluate: requires {package}; install it with: pip install "cond_diffusion[eval]"')
     features = load_clip_judge(options.features, config.data) if options.features else None
     results = Results(options.output, settings)
-    if is_emoji:
-        print(format_emoji(evaluate_emoji(pipe, options.samples, sampling, results)))
-        print(f"\nsaved {options.output}")
-        return
     training_data = open_training_data(config.data, config.seed)
     evaluator = load_evaluator(pipe, config, features, training_data)
     prompts = evaluator.prompts(options.samples, paraphrases=options.paraphrases)

@@ -112,10 +112,11 @@ class Emoji:
 
     def _load(self, table: Any) -> EmojiImages:
         columns = table.select_columns(["concept", "style", "captions"]).to_dict()
+        concept_of, style_of = ({name: i for i, name in enumerate(names)} for names in (self.concepts, self.styles))
         return EmojiImages(
             open_captioned_files(DataConfig(source=SOURCE), dataset=table).in_memory().images,
-            torch.tensor([self.concepts.index(name) for name in columns["concept"]]),
-            torch.tensor([self.styles.index(name) for name in columns["style"]]),
+            torch.tensor([concept_of[name] for name in columns["concept"]]),
+            torch.tensor([style_of[name] for name in columns["style"]]),
             [captions[0] for captions in columns["captions"]],
         )
 

@@ -11,7 +11,6 @@ features come from any network: the classifier, a CLIP, or an Inception network 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,17 +123,14 @@ def load_or_train_classifier(data: CaptionedImages) -> Classifier:
     settings = (trained_on, data.caption_groups, EPOCHS, MIN_STEPS, BATCH_SIZE, LEARNING_RATE, NUM_FEATURES)
     key = hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()
     file = cache_folder() / f"classifier-{key}.safetensors"
-    what = f"cache: the classifier cannot be saved in {file.parent}"
-    unwritable = partial(user_errors, what, OSError, SafetensorError)
-    with unwritable():
+    with user_errors(f"cache: the classifier cannot be saved in {file.parent}", OSError, SafetensorError):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.with_suffix(".lock").touch()
-    with FileLock(file.with_suffix(".lock")):  # of several processes, one trains while the others wait
-        if not file.exists():
-            weights = train_classifier(data).state_dict()
-            with unwritable():
+        with FileLock(file.with_suffix(".lock")):  # of several processes, one trains while the others wait
+            if not file.exists():
+                weights = train_classifier(data).state_dict()
                 save_tensors({name: tensor.contiguous() for name, tensor in weights.items()}, file)
-        return _load(file, data)
+    return _load(file, data)
 
 
 def _load(file: Path, data: CaptionedImages) -> Classifier:

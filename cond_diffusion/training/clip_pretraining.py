@@ -43,11 +43,11 @@ from cond_diffusion.models.text_encoder import (
     quiet_transformers,
     save_tokenizer,
 )
-from cond_diffusion.pipeline.run_folder import PROGRESS_NAME, RunLock, exists, save_checkpoint
+from cond_diffusion.pipeline.run_folder import PROGRESS_NAME, RunLock, save_checkpoint
 from cond_diffusion.seeding import generator, sample_indices
 from cond_diffusion.training.optimizer import learning_rate
 from cond_diffusion.training.reporting import Interruption, Reporter
-from cond_diffusion.training.setup import acquire_lock, check_unchanged, find_run, make_accelerator, prepare_run_dir
+from cond_diffusion.training.setup import acquire_resumed, check_unchanged, find_run, make_accelerator, prepare_run_dir
 from cond_diffusion.training.state import copy_to_cpu, load_moments, local_shard, moments_of, read_shards
 
 KEEP_CHECKPOINTS = 2
@@ -136,8 +136,7 @@ def pretrain(
     """
     accelerator = accelerator or make_accelerator(config.as_run())
     with RunLock(Path(config.run_dir)) as lock:
-        if config.resume and exists(lock.run_dir) and lock.run_dir.is_dir():
-            acquire_lock(lock, accelerator)
+        acquire_resumed(lock, config, accelerator)
         newest = find_run(config)
         data = open_captioned_files(config.data, dataset=dataset).in_memory()
         split, test = "train", data

@@ -469,6 +469,12 @@ def acquire_lock(lock: RunLock, accelerator: Accelerator) -> None:
         raise problem or UserError(f"run_dir: {lock.run_dir} could not be locked by the main process")
 
 
+def acquire_resumed(lock: RunLock, config: Config | ClipPretrainingConfig, accelerator: Accelerator) -> None:
+    """Acquire the lock of a run that is resumed, so that no other process deletes the checkpoint while it is loaded."""
+    if config.resume and exists(lock.run_dir) and lock.run_dir.is_dir():
+        acquire_lock(lock, accelerator)
+
+
 def any_process(condition: bool, accelerator: Accelerator) -> bool:
     """Return whether `condition` holds on any process; all processes must call this together."""
     if accelerator.num_processes == 1:

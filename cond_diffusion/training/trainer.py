@@ -22,13 +22,20 @@ from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.run_folder import RunLock, checkpoint_of, checkpoints, exists, step_of
+from cond_diffusion.pipeline.run_folder import RunLock, checkpoint_of, checkpoints, step_of
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.training.batches import Batches, MicroBatch
 from cond_diffusion.training.clip_pretraining import pretrain
 from cond_diffusion.training.optimizer import learning_rate
 from cond_diffusion.training.reporting import Interruption, Reporter
-from cond_diffusion.training.setup import Run, acquire_lock, any_process, build_run, make_accelerator, prepare_run_dir
+from cond_diffusion.training.setup import (
+    Run,
+    acquire_resumed,
+    any_process,
+    build_run,
+    make_accelerator,
+    prepare_run_dir,
+)
 from cond_diffusion.training.state import Saver, TrainingState
 from cond_diffusion.training.validation import Validator
 
@@ -56,8 +63,7 @@ def train(config: Config, dataset: datasets.Dataset | Sequence[Any] | None = Non
         config = replace(config, data=replace(config.data, source=DATASET_ARGUMENT, streaming=False))
     accelerator = make_accelerator(config)
     with RunLock(Path(config.run_dir)) as lock:
-        if config.resume and exists(lock.run_dir) and lock.run_dir.is_dir():
-            acquire_lock(lock, accelerator)  # so that no other process deletes the checkpoint while it is loaded
+        acquire_resumed(lock, config, accelerator)
         return _train(build_run(config, accelerator, dataset), lock, dataset)
 
 
