@@ -35,7 +35,7 @@ def caption(combination: Combination) -> str:
 
 
 def picture(combination: Combination, seed: int) -> Image.Image:
-    """Draw the two things, each in its half, at places and in sizes that `seed` chooses."""
+    """Draw the two shapes, each in its half, at places and in sizes that `seed` chooses."""
     chance = random.Random(seed)
     (first, second), place = combination
     image = Image.new("RGB", (4 * SIDE, 4 * SIDE))

@@ -1,4 +1,4 @@
-"""Writes the config reference of training/README.md: `python tests/config_reference.py`."""
+"""Writes the config references of training/README.md: `python tests/config_reference.py`."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cond_diffusion.config.run import Config
+from cond_diffusion.config.run import ClipPretrainingConfig, Config
 
 FILE = Path(__file__).parent.parent / "cond_diffusion" / "training" / "README.md"
 HEADING = "| key | default | meaning |\n|---|---|---|\n"
@@ -29,13 +29,16 @@ def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, bool | tuple) else str(value)
 
 
-def table() -> str:
-    return HEADING + "".join(rows(Config()))
+def reference() -> str:
+    """Return the tables of both configs; the second one without the section that they share."""
+    own = (row for row in rows(ClipPretrainingConfig()) if not row.startswith("| `data."))
+    second = f"\nThe keys of `pretrain-clip`, beside those of `data`:\n\n{HEADING}"
+    return "".join([HEADING, *rows(Config()), second, *own])
 
 
 def main() -> None:
     text = FILE.read_text(encoding="utf-8")
-    FILE.write_text(text[: text.index(HEADING)] + table(), encoding="utf-8")
+    FILE.write_text(text[: text.index(HEADING)] + reference(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python tests/emoji_dataset.py node_modules FOLDER
 
 `HELD_OUT_PAIRS` and `HELD_OUT_COLORS` define the test split: pairs of a concept and a family of styles, and concepts
-that are a color of a thing.
+that are a color of an object.
 """
 
 import io

@@ -66,7 +66,7 @@ COMMANDS = {
         SMALL,
         "runs/mine/checkpoints/step-00000001/unet/*.safetensors",
     ),
-    'python sample.py "a bar" --checkpoint runs/mine': ("--steps 2", "a-bar.png"),
+    'python sample.py "a red circle" --checkpoint runs/mine': ("--steps 2", "a-red-circle.png"),
     "accelerate launch train.py": (
         "train.max_steps=2 train.batch_size=4 sample.steps=2 sample.num_images=1",
         "runs/mnist/checkpoints/step-00000002/unet/*.safetensors",
@@ -148,7 +148,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_evaluation: Non
     lines = []
     for i in range(4):
         Image.fromarray(bar(i % 2, i).numpy()).save(images / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": "a bar"}))
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": "a red circle"}))
     (images / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     monkeypatch.chdir(folder)
     return folder
@@ -247,7 +247,7 @@ def test_accelerate_parses_the_lines_for_several_gpus():
 @pytest.mark.slow
 def test_every_python_block_runs(clone: Path):
     """With fewer steps, and the built-in model in place of a run's checkpoint."""
-    shutil.copytree(BUILT_IN_MODEL, clone / "runs" / "mnist" / "checkpoints" / "step-00001000")
+    shutil.copytree(BUILT_IN_MODEL, clone / "runs" / "mnist" / "checkpoints" / "step-00008000")
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for block in blocks(README, "python"):
@@ -273,7 +273,7 @@ def test_the_notebook_runs(clone: Path):
 
 
 def test_the_config_reference_is_generated():
-    assert DOCUMENTS["cond_diffusion/training/README.md"].endswith(config_reference.table())
+    assert DOCUMENTS["cond_diffusion/training/README.md"].endswith(config_reference.reference())
 
 
 def test_the_readme_is_short_and_lists_every_package():

@@ -34,7 +34,12 @@ MODEL_OPTIONS = ("checkpoint", "dtype", "compile")
 def evaluate_command(arguments: list[str] | None = None) -> None:
     """Evaluate samples of a checkpoint, print a table, and write all results to a folder."""
     parser = _parser("Compare samples of a checkpoint with real images.")
-    parser.add_argument("--samples", type=int, default=1000, help="number of images to generate (default: %(default)s)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=1000,
+        help="number of images to generate, for the emoji from each subset (default: %(default)s)",
+    )
     parser.add_argument("--paraphrases", action="store_true", help="use all captions except the first of each group")
     add_options(parser, SamplingOptions, only=REPORTED_OPTIONS, defaults=reported(DEFAULT_SAMPLING))
     parser.add_argument(

@@ -7,6 +7,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from cond_diffusion.cli import interrupt_handler
 from cond_diffusion.config.schema import local_path
-from cond_diffusion.errors import Interrupted, UserError, check_text, did_you_mean, printable
+from cond_diffusion.errors import Interrupted, UserError, check_text, did_you_mean, first_line, printable
 
 COMMANDS = {
     "train": ("main:train", "train a model, or check a run before training"),
@@ -56,8 +57,8 @@ def run(name: str, arguments: list[str] | None = None) -> int:
 def command_line(command: Callable[[], None]) -> int:
     """Set up logging, run a command, and return its exit code.
 
-    A UserError, or a path that the system refuses, is printed as one line and gives exit code 2; a signal gives 128
-    plus its number. Only the process of rank 0 logs.
+    A UserError, a path that the system refuses, or a lack of memory is printed as one line and gives exit code 2; a
+    signal gives 128 plus its number. Only the process of rank 0 logs.
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -82,6 +83,12 @@ def command_line(command: Callable[[], None]) -> int:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
             raise
         print(f"error: {printable(str(error.filename)):.200}: {error.strerror}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        hint = "set train.batch_size or --batch-size lower, or train.gradient_checkpointing=true"
+        print(f"error: out of memory ({printable(first_line(error))}); {hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         if is_main:
@@ -191,7 +198,12 @@ def config_parser(description: str, default: Path | None = None) -> argparse.Arg
     parser = ArgumentParser(description=description)
     config_help = "a YAML file, or the name of one in configs/" + (f" (default: {default})" if default else "")
     parser.add_argument("--config", type=local_path, default=default, metavar="FILE", help=config_help)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.batch_size=64")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="for example seed=1; all keys: cond_diffusion/training/README.md",
+    )
     return parser
 
 

@@ -126,8 +126,8 @@ class SampleConfig:
     )
     first_phrase_from: NonNegativeInt = option(
         0,
-        "lowest timestep with guidance by the first of several phrases, which names the thing; for the grids, and the "
-        "default of sampling from the model in pixel space",
+        "lowest timestep at which phrase guidance includes the first of several phrases, which names the subject; for "
+        "the grids, and the default of sampling from the model in pixel space",
     )
     steps: PositiveInt = option(DEFAULT_STEPS, "sampling steps of the grids")
 
@@ -149,7 +149,10 @@ class TextConfig:
     )
     pretrain_steps: PositiveInt = option(1000, "steps of `encoder: pretrain`")
     max_length: PositiveInt | None = option(
-        None, "number of tokens that captions are padded or truncated to; default: the encoder's own", ge=3
+        None,
+        "number of tokens that captions are padded or truncated to; default: the encoder's own, with `pretrain` that "
+        "of the longest caption, 16 to 77",
+        ge=3,
     )
     split_phrases: bool = option(
         False,
@@ -316,14 +319,14 @@ class ClipPretrainingConfig:
             raise UserError(f"patch_size: {self.patch_size} does not divide data.resolution ({self.data.resolution})")
 
 
-def load_config(schema: type[Schema], file: Path | None = None, overrides: list[str] | None = None) -> Schema:
+def load_config(schema: type[Schema], file: Path | str | None = None, overrides: list[str] | None = None) -> Schema:
     """Load a config: the defaults of `schema`, updated by a YAML file, then by `key=value` overrides.
 
     Raises:
         UserError: Unknown key, wrong type or invalid value; the message begins with the full key, or with the file that
             has it.
     """
-    from_file: dict[str, Any] = {} if file is None else from_yaml(schema, read_text(file, "--config"), str(file))
+    from_file: dict[str, Any] = {} if file is None else from_yaml(schema, read_text(Path(file), "--config"), str(file))
     fields = deepcopy(from_file)
     for override in overrides or []:
         (*sections, name), value = from_override(schema, override)

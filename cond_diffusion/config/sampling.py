@@ -81,8 +81,8 @@ class SamplingOptions:
     )
     first_phrase_from: NonNegativeInt | None = option(
         None,
-        "lowest timestep with guidance by the first of several phrases, which names the thing; lower timesteps have "
-        "guidance by the others, such as the style (default: the model's)",
+        "lowest timestep at which phrase guidance includes the first of several phrases, which names the subject; "
+        "lower timesteps have the others, such as the style (default: the model's)",
         group="guidance",
         metavar="TIMESTEP",
     )
@@ -127,9 +127,9 @@ class GenerationSettings:
 
     prompts: tuple[str, ...] = ()
     sampling: SamplingOptions = Field(default_factory=SamplingOptions)
-    checkpoint: LocalPath = option("builtin", "a built-in model, a run folder, a checkpoint folder or a Hub id")
+    checkpoint: LocalPath = option("builtin", "builtin (digits), emoji, a run folder, a checkpoint folder or a Hub id")
     ema_width: float | None = option(
-        None, "average the weights over this fraction of the training, 0.03 to 0.25 (default: as trained)"
+        None, "relative width of the average of the weights, at most 0.28, from train.snapshots (default: as trained)"
     )
     lora: LocalPath | None = option(None, "LoRA to add to the network: a file, a folder or a Hub id", metavar="FILE")
     dtype: Precision = option("auto", "precision: fp32, bf16, fp16, or auto: bf16 where the hardware is faster in it")

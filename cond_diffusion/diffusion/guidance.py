@@ -49,7 +49,7 @@ def guided(
 
     This is a conjunction of captions in composable diffusion (Liu et al. 2022, "Compositional Visual Generation with
     Composable Diffusion Models") with the weights w (1 - r) of the whole and w r / n of each of n phrases. The first of
-    several phrases, which names the thing, can be left out below a timestep: noisier timesteps determine the thing.
+    several phrases, which names the subject, can be left out below a timestep: noisier timesteps determine the subject.
 
     Args:
         network: (x_t, t, projected context) -> output.

@@ -162,7 +162,8 @@ class Objective:
         if weight[-1] == 0:
             raise UserError(
                 f"objective.loss: {config.weighting} has weight 0 at the last timestep, where alpha_bar is 0 "
-                "(schedule.zero_terminal_snr, or a last beta of 1); expected v_prediction, sample or clamped_snr"
+                "(schedule.zero_terminal_snr, or a last beta of 1); expected v_prediction, sample, clamped_snr or "
+                "variational_bound"
             )
         # A common factor changes only the meaning of `train.max_grad_norm`; mean 1 keeps all objectives comparable.
         self.weight = weight / weight.mean()

@@ -5,7 +5,7 @@ without a mask. The context of the empty caption is the *null context* of classi
 
 With `split_phrases`, the phrases of a caption, which commas separate, are encoded independently, each between its own
 start and end token. The embedding of "3d style" is then the same in every caption, and no token stands for a pair of a
-thing and a style, by which a network can memorize a training image. BREAK in web UIs is similar.
+subject and a style, by which a network can memorize a training image. BREAK in web UIs is similar.
 
 CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
@@ -327,7 +327,8 @@ def clip_errors(key: str, source: str | Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        hint = "" if Path(source).is_dir() else "; or use text.encoder=builtin, emoji or pretrain"
+        is_option = key == "text.encoder" and not Path(source).is_dir()
+        hint = "; or use text.encoder=builtin, emoji or pretrain" if is_option else ""
         raise UserError(f"{key}: {source}: {error}{hint}") from error
     except OSError as error:
         raise UserError(f"{key}: {source} is not a complete CLIP ({first_line(error)})") from error

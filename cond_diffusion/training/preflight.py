@@ -133,7 +133,9 @@ def _data_summary(
         share, examples = len(unknown) / len(words), ", ".join(unknown[:3])
         problems.append(f"{share:.0%} of the words are unknown to text.encoder ({examples}); set {OTHER_ENCODER}")
     if decoder.bad:
-        problems.append(f"{len(decoder.bad)} of {decoder.seen} images are unreadable; mend them or accept it")
+        problems.append(
+            f"{len(decoder.bad)} of {decoder.seen} images are unreadable and will be skipped; repair or remove them"
+        )
     if decoder.enlarged > decoder.seen / 2:
         problems.append(f"most images are smaller than data.resolution; set data.resolution below {data.resolution}")
     return problems

@@ -8,16 +8,20 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
 from cond_diffusion import TextToImage
-from cond_diffusion.cli.main import command_line
+from cond_diffusion.cli.main import COMMANDS, command_line, main
 from cond_diffusion.cli.sample import read_prompts
+from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.diffusion.samplers import Noise
 from cond_diffusion.errors import UserError
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL
@@ -38,6 +42,46 @@ def run_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.Ca
 
     yield run
     signal.signal(signal.SIGINT, handler)
+
+
+def test_every_command_has_a_help_and_an_unknown_one_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(sys, "argv", ["cond-diffusion"])
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as exit_info:
+            main([name, "--help"])
+        assert exit_info.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: cond-diffusion {name} ")
+        assert name in listed
+    assert main(["samples"]) == 2
+    assert capsys.readouterr().err.startswith("error: samples (did you mean 'sample'?); expected one of ")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+            True,
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 bytes"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes differ"), False),
+    ],
+)
+def test_a_lack_of_memory_is_one_line_and_other_errors_of_torch_are_not(
+    error: Exception, is_memory: bool, capsys: pytest.CaptureFixture[str]
+):
+    def command() -> None:
+        raise error
+
+    if not is_memory:
+        with pytest.raises(RuntimeError, match="shapes differ"):
+            command_line(command)
+        return
+    assert command_line(command) == 2
+    assert re.fullmatch(r"error: out of memory \(.*\); set train\.batch_size or .*\n", capsys.readouterr().err)
 
 
 def test_sample_writes_a_png_and_prints_its_path(run_script, tmp_path: Path):
@@ -173,8 +217,10 @@ def test_every_option_changes_the_image(run_script, tmp_path: Path):
         *["--sampler heun", "--sampler dpm_solver", "--sampler dpm_solver --order 1 --eta 0.5", "--sampler unipc"],
         *["--sampler unipc --order 1", "--variance beta", "--image old.png", "--image old.png --strength 0.4"],
         *["--image old.png --mask mask.png", "--image old.png --mask mask.png --resamplings 2"],
-        "--phrase-guidance 0.5",
+        *["--phrase-guidance 0.5", "--phrase-guidance 0.5 --first-phrase-from 600"],
     ]
+    named = {word[2:].replace("-", "_") for option in options for word in option.split() if word.startswith("--")}
+    assert named - {"image", "mask"} == {field.name for field in fields(SamplingOptions)} - {"num_images"}
     assert run_script("sample", "seven", "--steps", "3", "--output", "old.png")[0] == 0
     Image.linear_gradient("L").resize((28, 28)).save(tmp_path / "mask.png")
     for option in options:

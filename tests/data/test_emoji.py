@@ -40,7 +40,7 @@ def test_training_never_sees_what_is_held_out(train: Rows, test: Rows):
     for concept, style in pairs(test):
         in_family = {(concept, other) for other in families if families[other] == families[style]}
         assert not trained & in_family
-        # What is held out is a combination: the concept in another style, or another color of the thing, is trained.
+        # What is held out is a combination: the concept in another style, or another color of the object, is trained.
         assert concept in colors or concept in {other for other, _ in trained}
 
 
