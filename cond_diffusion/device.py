@@ -20,7 +20,12 @@ logger = logging.getLogger(__name__)
 def cores_of_this_process() -> int:
     """Return the number of CPU cores per process on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // processes_of_machine())
+
+
+def processes_of_machine() -> int:
+    """Return the number of processes of this run on this machine, as launchers set it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def share_cores() -> None:

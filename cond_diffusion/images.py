@@ -60,7 +60,7 @@ def normalize_image(image: Image.Image, background: str = "black") -> Image.Imag
         raise ValueError(f"32-bit values (mode {image.mode}) have no agreed range; convert the image to 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits per pixel; Pillow would clip at 255
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
     return image if image.mode in PILLOW_MODES.values() else image.convert("L" if image.mode == "1" else "RGB")

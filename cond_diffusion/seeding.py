@@ -23,13 +23,9 @@ def generator(purpose: str, *counters: int, device: torch.device | str = "cpu") 
 
 
 @lru_cache(maxsize=4)  # 8 bytes per element; the permutation of an epoch is used by all its batches
-def _permutation(size: int, purpose: str, *counters: int) -> Int64[Tensor, " size"]:
+def permutation(size: int, purpose: str, *counters: int) -> Int64[Tensor, " size"]:
+    """Return a random permutation of 0 .. size - 1 that is a function of `purpose` and `counters`."""
     return torch.randperm(size, generator=generator(purpose, *counters))
-
-
-def permute_indices(indices: Int64[Tensor, " n"], size: int, purpose: str, *counters: int) -> Int64[Tensor, " n"]:
-    """Map indices by a random permutation of 0 .. size - 1 that is a function of `purpose` and `counters`."""
-    return _permutation(size, purpose, *counters)[indices]
 
 
 def sample_indices(num_samples: int, seed: int, start: int, count: int) -> Int64[Tensor, " count"]:
@@ -42,6 +38,6 @@ def sample_indices(num_samples: int, seed: int, start: int, count: int) -> Int64
     while count > 0:
         epoch, offset = divmod(start, num_samples)
         length = min(count, num_samples - offset)
-        parts.append(permute_indices(torch.arange(offset, offset + length), num_samples, "order", seed, epoch))
+        parts.append(permutation(num_samples, "order", seed, epoch)[offset : offset + length])
         start, count = start + length, count - length
     return torch.cat(parts)

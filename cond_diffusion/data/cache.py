@@ -5,7 +5,6 @@ were written before an interruption are not computed again.
 """
 
 import hashlib
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,15 +17,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Float16, Int64
+from jaxtyping import Bool, Float, Float16, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
-from cond_diffusion.data.dataset import Candidates, CaptionedBatch, CaptionedFiles, RandomDraws
+from cond_diffusion.data.dataset import Candidates, CaptionedBatch, CaptionedFiles, RandomDraws, rows_read
 from cond_diffusion.data.sources import CaptionGroup, pick_captions
+from cond_diffusion.device import processes_of_machine
 from cond_diffusion.errors import UserError, first_line
 from cond_diffusion.files import cache_folder, hash_weights, save_tensors
 from cond_diffusion.images import to_model
@@ -62,7 +62,7 @@ def cached_shards(
     starts = range(0, count, per_shard)
     files = [folder / f"{number:05d}.safetensors" for number in range(len(starts))]
     shards = [(range(start, min(start + per_shard, count)), file) for start, file in zip(starts, files, strict=True)]
-    local_shards = shards[accelerator.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
+    local_shards = shards[accelerator.local_process_index :: processes_of_machine()]
     missing = [(rows, file) for rows, file in local_shards if not _is_complete(file)]
     hidden = not (missing and accelerator.is_main_process)
     with tqdm(total=sum(len(rows) for rows, _ in missing), desc=what, disable=hidden, leave=False) as bar:
@@ -90,31 +90,11 @@ def _is_complete(file: Path) -> bool:
 CAPTIONS_PER_SHARD = 1024  # 0.25 GB for a CLIP of width 768 and 77 tokens
 
 TextEmbedder = Callable[[Sequence[str]], Tensor]
-"""Maps captions to text embeddings of shape (batch, length, dim): a `ContextTable` or a `TextEncoder`."""
+"""Maps captions to text embeddings of shape (batch, length, dim): a `context_table` or a `TextEncoder`."""
 
 
-class ContextTable:
-    """Maps captions to precomputed text embeddings of shape (length, dim).
-
-    Args:
-        captions: Unique captions.
-        shards: Their embeddings, `CAPTIONS_PER_SHARD` captions in each shard but the last.
-    """
-
-    def __init__(self, captions: Sequence[str], shards: list[Float[Tensor, "_ l d"]]) -> None:
-        self.row_of = {caption: row for row, caption in enumerate(captions)}
-        self.shards = shards
-
-    def __call__(self, captions: Sequence[str]) -> Float[Tensor, "b l d"]:
-        """Return the embeddings of captions."""
-        rows = [self.row_of[caption] for caption in captions]
-        if len(self.shards) == 1:
-            return self.shards[0][rows]
-        return torch.stack([self.shards[row // CAPTIONS_PER_SHARD][row % CAPTIONS_PER_SHARD] for row in rows])
-
-
-def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerator: Accelerator) -> ContextTable:
-    """Compute the embeddings of unique captions, or load them from the cache.
+def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerator: Accelerator) -> TextEmbedder:
+    """Compute the embeddings of unique captions, or load them from the cache; return the function that looks them up.
 
     Up to `CAPTIONS_PER_SHARD` captions are embedded by each process and are not cached.
 
@@ -122,16 +102,18 @@ def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerato
         UserError: If the cache cannot be written.
     """
     if len(captions) <= CAPTIONS_PER_SHARD:
-        return ContextTable(captions, [embed(text_encoder, captions)])
-    shards = cached_shards(
-        cache_folder() / "contexts" / _cache_key(text_encoder, captions),
-        len(captions),
-        CAPTIONS_PER_SHARD,
-        lambda rows: {"contexts": embed(text_encoder, captions[rows.start : rows.stop])},
-        accelerator,
-        "embedding captions",
-    )
-    return ContextTable(captions, [shard["contexts"] for shard in shards])
+        shards = [{"contexts": embed(text_encoder, captions)}]
+    else:
+        shards = cached_shards(
+            cache_folder() / "contexts" / _cache_key(text_encoder, captions),
+            len(captions),
+            CAPTIONS_PER_SHARD,
+            lambda rows: {"contexts": embed(text_encoder, captions[rows.start : rows.stop])},
+            accelerator,
+            "embedding captions",
+        )
+    place = {caption: divmod(row, CAPTIONS_PER_SHARD) for row, caption in enumerate(captions)}
+    return lambda chosen: torch.stack([shards[i]["contexts"][row] for i, row in map(place.__getitem__, chosen)])
 
 
 def _cache_key(text_encoder: TextEncoder, captions: Sequence[str]) -> str:
@@ -161,11 +143,13 @@ class LatentSet:
         shards: x_0 of the images; rows are counted across all shards.
         group_of: Row i has the captions `caption_groups[group_of[i]]`.
         caption_groups: The caption groups.
+        is_read: Which rows of the source the rows are; None for all.
     """
 
     shards: list[Float16[Tensor, "_ c h w"]]
     group_of: Int64[Tensor, " n"]
     caption_groups: tuple[CaptionGroup, ...]
+    is_read: Bool[Tensor, " rows"] | None = None
 
     @cached_property
     def ends(self) -> list[int]:
@@ -219,4 +203,5 @@ def latent_set(files: CaptionedFiles, vae: LatentSpace, accelerator: Accelerator
             f"data.source: {lost} of {len(files)} images of {data.source} cannot be read, more than "
             f"data.max_bad_fraction ({data.max_bad_fraction})"
         )
-    return LatentSet([shard["latents"] for shard in shards], files.group_of[rows], files.caption_groups)
+    latents = [shard["latents"] for shard in shards]
+    return LatentSet(latents, files.group_of[rows], files.caption_groups, rows_read(rows, len(files)))

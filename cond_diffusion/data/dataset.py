@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cond_diffusion.config.data import DataConfig
-from cond_diffusion.data.sources import CaptionGroup, as_table, caption_reader, open_source, pick_captions
-from cond_diffusion.device import check_memory, cores_of_this_process, is_main_process
+from cond_diffusion.data.sources import CaptionGroup, Examples, as_table, caption_reader, open_source, pick_captions
+from cond_diffusion.device import check_memory, cores_of_this_process, is_main_process, processes_of_machine
 from cond_diffusion.errors import UserError, did_you_mean, first_line, user_errors
 from cond_diffusion.images import fit
 
@@ -202,11 +202,15 @@ class CaptionedBatch:
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """A dataset in memory: images[i] has the captions caption_groups[group_of[i]]."""
+    """A dataset in memory: images[i] has the captions caption_groups[group_of[i]].
+
+    `is_read` tells which rows of the source the images are, in their order; None for all rows.
+    """
 
     images: UInt8[Tensor, "n c h w"]
     group_of: Int64[Tensor, " n"]
     caption_groups: tuple[CaptionGroup, ...]
+    is_read: Bool[Tensor, " rows"] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -243,6 +247,7 @@ class CaptionedFiles:
     group_of: Int64[Tensor, " n"]
     caption_groups: tuple[CaptionGroup, ...]
     columns: list[str]
+    is_read = None  # not known before the images are decoded
 
     def __post_init__(self) -> None:
         self.decoder = Decoder(self.config, len(self))
@@ -276,7 +281,8 @@ class CaptionedFiles:
         """
         size, total = self.config.resolution, len(self)
         needed = (total + min(total, DECODING_BATCH_SIZE)) * self.config.channels * size**2
-        check_memory(f"data.resolution: {total} images of {size} x {size} pixels", needed)
+        what = f"data.resolution: {total} images of {size} x {size} pixels in memory, unless data.memory_gb is 0"
+        check_memory(what, needed * processes_of_machine())
         images = np.empty((total, self.config.channels, size, size), dtype=np.uint8)
         read: list[int] = []
         hidden = not is_main_process()
@@ -293,7 +299,9 @@ class CaptionedFiles:
         if self.decoder.enlarged:
             message = "data.resolution: %d of %d images are smaller than %d pixels and are upscaled"
             logger.warning(message, self.decoder.enlarged, self.decoder.seen, size)
-        return CaptionedImages(torch.from_numpy(images[: len(read)]), self.group_of[read], self.caption_groups)
+        return CaptionedImages(
+            torch.from_numpy(images[: len(read)]), self.group_of[read], self.caption_groups, rows_read(read, total)
+        )
 
     def decode(self, rows: range) -> tuple[UInt8[np.ndarray, "b c h w"], list[int]]:
         """Return the readable images among `rows`, cropped at the center, and their rows."""
@@ -328,9 +336,14 @@ class CaptionedFiles:
         return self.config.crop == "center" and size <= self.config.memory_gb * 1e9
 
 
-def open_captioned_files(
-    config: DataConfig, split: str = "train", dataset: datasets.Dataset | Sequence[Any] | None = None
-) -> CaptionedFiles:
+def rows_read(rows: list[int] | Int64[Tensor, " n"], total: int) -> Bool[Tensor, " rows"] | None:
+    """Return `is_read` of a dataset with these rows of `total`."""
+    if len(rows) == total:
+        return None
+    return torch.zeros(total, dtype=torch.bool).index_fill_(0, torch.as_tensor(rows), True)
+
+
+def open_captioned_files(config: DataConfig, split: str = "train", dataset: Examples | None = None) -> CaptionedFiles:
     """Open a dataset and read its captions; images are decoded on access.
 
     Args:

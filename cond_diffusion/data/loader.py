@@ -6,11 +6,10 @@ A position gives the same sample in every run and for any number of processes.
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import datasets
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -24,8 +23,9 @@ from cond_diffusion.data.dataset import (
     RandomDraws,
     open_captioned_files,
 )
+from cond_diffusion.data.sources import Examples
 from cond_diffusion.data.stream import CaptionedStream
-from cond_diffusion.seeding import permute_indices, sample_indices
+from cond_diffusion.seeding import permutation, sample_indices
 
 Result = TypeVar("Result")
 
@@ -35,13 +35,14 @@ logger = logging.getLogger(__name__)
 class ShuffledDataset:
     """A dataset in training order, without the samples that are held out for validation.
 
-    A fixed permutation splits the dataset, because sources are often sorted: its first `num_trained_on` entries are
-    trained on, the others are held out.
+    A fixed permutation of the rows of the source splits the dataset, because sources are often sorted: its first
+    entries are trained on, the others are held out. Rows that cannot be read do not change what the others are used
+    for.
 
     Args:
         data: The dataset.
         seed: Determines the order of training, not the split.
-        held_out: Number of samples to hold out; at most a twentieth of the dataset.
+        held_out: Number of rows to hold out; at most a twentieth of the source.
     """
 
     state: Any = None  # only streams have one
@@ -52,8 +53,15 @@ class ShuffledDataset:
         self.seed = seed
         self.num_images, self.size = len(data), f"{len(data)} images"
         self.is_in_memory = isinstance(data, CaptionedImages)  # reading requires no decoding
-        self.num_held_out = min(held_out, len(data) // 20)
-        self.num_trained_on = len(data) - self.num_held_out
+        is_read = data.is_read
+        total = len(data) if is_read is None else len(is_read)
+        order = permutation(total, "held-out")
+        trained_on, held_out_rows = order.split([total - (count := min(held_out, total // 20)), count])
+        if is_read is not None:  # from rows of the source to samples
+            sample = is_read.cumsum(0) - 1
+            trained_on, held_out_rows = (sample[rows[is_read[rows]]] for rows in (trained_on, held_out_rows))
+        self._order = torch.cat([trained_on, held_out_rows])
+        self.num_trained_on, self.num_held_out = len(trained_on), len(held_out_rows)
         digest = hashlib.blake2b(repr(data.caption_groups).encode(), digest_size=8)
         digest.update(data.group_of.numpy().tobytes())
         self._digest = digest.hexdigest()
@@ -67,7 +75,7 @@ class ShuffledDataset:
 
     def indices(self, first: int, count: int) -> Int64[Tensor, " count"]:
         """Return the dataset indices of the samples at positions first .. first + count - 1."""
-        return self._split_permutation(sample_indices(self.num_trained_on, self.seed, first, count))
+        return self._order[sample_indices(self.num_trained_on, self.seed, first, count)]
 
     def held_out(self, count: int) -> CaptionedBatch | None:
         """Return `count` held-out samples, cropped at the center, repeated if there are fewer; None without any."""
@@ -79,13 +87,11 @@ class ShuffledDataset:
 
     def held_out_indices(self) -> Int64[Tensor, " n"]:
         """Return the dataset indices of the held-out samples."""
-        return self._split_permutation(torch.arange(self.num_trained_on, len(self.data)))
+        return self._order[self.num_trained_on :]
 
     def _read(self, numbers: Int64[Tensor, " b"], start: int, stop: int, draws: RandomDraws) -> CaptionedBatch:
         """Read entries of the split permutation; an unreadable one is replaced by the next in [start, stop)."""
-        return self.data.read(
-            lambda attempt: self._split_permutation(start + (numbers - start + attempt) % (stop - start)), draws
-        )
+        return self.data.read(lambda attempt: self._order[start + (numbers - start + attempt) % (stop - start)], draws)
 
     def captions(self) -> list[str] | None:
         """Return the distinct captions, preceded by the empty one."""
@@ -111,16 +117,11 @@ class ShuffledDataset:
     def resume(self, progress: dict[str, Any], position: int, *, same: bool) -> None:
         """Do nothing; a stream goes to its saved state here."""
 
-    def _split_permutation(self, numbers: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
-        return permute_indices(numbers, len(self.data), "held-out")
-
 
 TrainingData = ShuffledDataset | CaptionedStream
 
 
-def open_training_data(
-    config: DataConfig, seed: int, dataset: datasets.Dataset | Sequence[Any] | None = None
-) -> TrainingData:
+def open_training_data(config: DataConfig, seed: int, dataset: Examples | None = None) -> TrainingData:
     """Open the training data: as a stream if `config.streaming`, otherwise in memory if it fits.
 
     Args:

@@ -1,6 +1,5 @@
 """Sources of captioned images, all opened with `datasets`, and the captions that their columns give."""
 
-import csv
 import logging
 import os
 import re
@@ -8,6 +7,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from glob import escape
 from pathlib import Path
 from string import Formatter
@@ -17,13 +17,16 @@ import datasets
 import datasets.config
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from pyarrow import parquet
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.schema import decode_text
-from cond_diffusion.errors import UserError, check_cache, did_you_mean, first_line, user_errors
+from cond_diffusion.errors import UserError, check_cache, check_text, did_you_mean, first_line, user_errors
+from cond_diffusion.images import encode, normalize_image
 
 BUILT_IN_SOURCES = {name: Path(__file__).parent.parent / "assets" / name for name in ("mnist", "emoji")}
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -40,6 +43,16 @@ logger = logging.getLogger(__name__)
 
 class _Tars(WebDataset):
     DECODERS = {name: decode for name, decode in WebDataset.DECODERS.items() if name in TAR_DECODERS}  # noqa: RUF012 - as in the base
+
+
+class _Images(ImageFolder):
+    def _split_generators(self, dl_manager: Any) -> Any:
+        """Sort the metadata files, which are a set in the base: each process would read them in another order."""
+        generators = super()._split_generators(dl_manager)
+        for generator in generators:
+            metadata_files = generator.gen_kwargs["metadata_files"]
+            generator.gen_kwargs["metadata_files"] = tuple(sorted(metadata_files, key=str))  # as a list, it is sharded
+        return generators
 
 
 def open_source(
@@ -80,6 +93,8 @@ def open_source(
         builder: Any = datasets.load_dataset_builder(found.builder, data_files=found.patterns(), **options)
         if isinstance(builder, WebDataset):  # of a Hub id, too
             builder.__class__ = _Tars
+        elif isinstance(builder, ImageFolder):
+            builder.__class__ = _Images
         splits: Any
         if streaming:
             splits = builder.as_streaming_dataset()
@@ -106,9 +121,7 @@ def open_source(
         raise UserError(f"data.source: cannot read {source} ({first_line(error.__cause__ or error)})") from error
     if split not in splits:
         raise UserError(f"data.source: {source} has no split {split!r}; it has {', '.join(map(repr, splits))}")
-    if found.builder == "imagefolder" and not streaming:
-        _warn_left_out(source, len(splits[split]), found.files)
-    return splits[split]
+    return _of_files(source, splits[split], found.files) if found.builder == "imagefolder" else splits[split]
 
 
 @dataclass(frozen=True)
@@ -154,6 +167,10 @@ def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _F
         raise UserError(f"data.source: {source} has no split {split!r}: no folder {split}")
     if left_out:
         logger.info("data.source: %s: not used for training: %s", source, ", ".join(map(str, left_out)))
+    if split == "train" and split_folder != folder:
+        splits = [folder / name for name in (split, *OTHER_SPLITS)]
+        if outside := sum(_is_image(file) and not any(map(file.is_relative_to, splits)) for file in all_files):
+            logger.warning("data.source: %s: skipping %d image(s) outside the folder train", source, outside)
     if pairs:
         _warn_unpaired(source, files, pairs)
         texts = [_read_caption(caption) for caption in pairs.values()]
@@ -184,6 +201,8 @@ def _list_files(folder: Path) -> tuple[list[Path], list[Path]]:
         paths = (Path(root, name) for name in names if not _is_hidden(name))
         # A pipe or a device can be endless. A broken link is reported where it is read.
         files += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]  # noqa: PTH110, PTH113
+    for path in files:
+        check_text(path.name, f"data.source: {path.parent}: the name of a file")
     return sorted(files), links
 
 
@@ -219,23 +238,35 @@ def _warn_unpaired(source: str, files: Sequence[Path], pairs: dict[Path, Path]) 
             logger.warning("data.source: %s: skipping %d %s: %s", source, len(left_out), kind, names)
 
 
-def _warn_left_out(source: str, num_examples: int, files: Sequence[Path]) -> None:
-    """Warn of images without a row in the metadata, and of rows whose image does not exist."""
-    if metadata := [file for file in files if file.name in METADATA_NAMES]:
-        with user_errors(f"data.source: cannot read the metadata of {source}", OSError, ValueError, csv.Error):
-            images, rows = sum(map(_is_image, files)), sum(map(_num_rows, metadata))
-        for kind, count in (("image(s) that are not in the metadata", images), ("row(s) without an image", rows)):
-            if count > num_examples:
-                logger.warning("data.source: %s: skipping %d %s", source, count - num_examples, kind)
+def _of_files(source: str, table: Any, files: Sequence[Path]) -> Any:
+    """Return the rows of a table or stream whose images are among the files of the split, or do not exist.
 
+    `datasets` also reads images of other splits that metadata of the whole folder lists, and those in .zip files. A
+    missing image is reported where it is read.
+    """
+    resolve = cache(os.path.realpath)  # folders; far fewer than files
 
-def _num_rows(metadata: Path) -> int:
-    if metadata.suffix == ".parquet":
-        return parquet.read_metadata(metadata).num_rows
-    with metadata.open(encoding="utf-8-sig", newline="") as lines:
-        if metadata.suffix == ".csv":
-            return max(0, sum(1 for row in csv.reader(lines) if row) - 1)
-        return sum(1 for line in lines if line.strip())
+    def place(path: str | Path) -> tuple[str, str]:
+        folder, name = os.path.split(path)
+        return resolve(folder), name
+
+    places = {place(file) for file in files}
+    column = next((name for name, kind in (table.features or {}).items() if isinstance(kind, datasets.Image)), None)
+    if column is None or not any(map(_is_image, files)):  # all images are in .zip files
+        return table
+
+    def belongs(image: dict[str, Any] | None) -> bool:
+        path = (image or {}).get("path")
+        return path is None or ("://" not in path and (place(path) in places or not Path(path).exists()))
+
+    if isinstance(table, datasets.IterableDataset):
+        return table.cast_column(column, datasets.Image(decode=False)).filter(belongs, input_columns=[column])
+    paths = [path for chunk in table.data.column(column).chunks for path in chunk.field("path").to_pylist()]
+    rows = [row for row, path in enumerate(paths) if belongs({"path": path})]
+    listed = {place(path) for path in paths if path}
+    if left_out := sum(_is_image(file) and place(file) not in listed for file in files):
+        logger.warning("data.source: %s: skipping %d image(s) that are not in the metadata", source, left_out)
+    return table if len(rows) == len(table) else table.select(rows)
 
 
 def _read_caption(file: Path) -> str:
@@ -286,7 +317,11 @@ def _common_columns(files: Sequence[Path], columns: Sequence[str]) -> dict[str, 
     return {"columns": [*dict.fromkeys(columns)]} if differ and all(set(columns) <= each for each in names) else {}
 
 
-def as_table(dataset: datasets.Dataset | Sequence[Any], config: DataConfig) -> datasets.Dataset:
+Examples = datasets.Dataset | Sequence[Any]
+"""A dataset, or pairs (image, caption); see `as_table`."""
+
+
+def as_table(dataset: Examples, config: DataConfig) -> datasets.Dataset:
     """Convert a dataset that was passed from Python to a table with the columns of the config.
 
     Args:
@@ -303,12 +338,20 @@ def as_table(dataset: datasets.Dataset | Sequence[Any], config: DataConfig) -> d
     for i, pair in enumerate(dataset):
         try:
             image, caption = pair
+            if isinstance(image, Image.Image) and not _is_as_on_disk(image):
+                image = encode(normalize_image(image, config.background))
             images.append(datasets.Image().encode_example(image))
         except Exception as error:  # of a dozen kinds, depending on what was passed
-            raise UserError(f"dataset: item {i} is {pair!r:.60}; expected a pair (image, caption)") from error
+            problem = f"dataset: item {i} is {pair!r:.60}; expected a pair (image, caption)"
+            raise UserError(f"{problem} ({first_line(error)})") from error
         captions.append([caption] if isinstance(caption, str) else caption)
     table = datasets.Dataset.from_dict({config.image_column: images, config.caption_column: captions})
     return table.cast_column(config.image_column, datasets.Image())
+
+
+def _is_as_on_disk(image: Image.Image) -> bool:
+    """Return whether an image was opened from a path, and has not been loaded, and maybe changed, since then."""
+    return isinstance(image, ImageFile) and bool(image.filename and image.tile) and image.tell() == 0
 
 
 def _warn_if_ambiguous(source: str, path: Path) -> None:
@@ -351,7 +394,7 @@ def caption_reader(config: DataConfig, feature: Any) -> Callable[[Any], CaptionG
         if isinstance(feature, datasets.ClassLabel):
             raise UserError(
                 f"data.caption_column: {config.caption_column!r} contains labels, not text; "
-                'expected caption templates, for example data.caption_templates=["a picture of {label}"]'
+                "expected caption templates, for example 'data.caption_templates=[\"a picture of {label}\"]'"
             )
         return lambda value: _captions_of_cell(value, config.caption_column)
 

@@ -8,12 +8,10 @@ Every process reads the whole stream and decodes its own share, so the order doe
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import datasets
-import torch
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.data.dataset import (
@@ -28,9 +26,11 @@ from cond_diffusion.data.dataset import (
 )
 from cond_diffusion.data.sources import CaptionGroup, caption_reader, open_source
 from cond_diffusion.errors import UserError, user_errors
-from cond_diffusion.seeding import permute_indices
+from cond_diffusion.seeding import permutation
 
 Row = dict[str, Any]
+BlockRow = tuple[list[Row], int]
+"""A block, and the index of the row in it."""
 State = dict[str, Any]
 """Where a block begins, as JSON: its epoch, its number in the epoch, the position of its first row in the endless
 order, the index of its shard in the epoch's order, and the state of `datasets` inside that shard."""
@@ -127,19 +127,20 @@ class CaptionedStream:
         """Return `count` held-out rows, cropped at the center, repeated if there are fewer; None without any."""
         if not self.held_out_rows:
             return None
-        rows = [_BlockRow(self.held_out_rows, i) for i in range(min(count, len(self.held_out_rows)))]
+        rows = [(self.held_out_rows, i) for i in range(min(count, len(self.held_out_rows)))]
         return self._decoded(rows, "held-out row %d", RandomDraws.fixed(len(rows))).repeated(count)
 
-    def _decoded(self, block_rows: list["_BlockRow"], name: str, draws: RandomDraws) -> CaptionedBatch:
+    def _decoded(self, block_rows: list[BlockRow], name: str, draws: RandomDraws) -> CaptionedBatch:
         groups: list[CaptionGroup] = [()] * len(block_rows)
 
         def fetch(positions: list[int], attempt: int) -> list[EncodedImage]:
-            if attempt > min(len(block_rows[i].block) for i in positions):
+            if attempt > min(len(block_rows[i][0]) for i in positions):
                 raise UserError(f"{self.decoder.where}: no image of a whole block of the stream can be read")
             suffix = f" (0-based), replacement {attempt}" if attempt else " (0-based)"
             encoded = []
             for i in positions:
-                row, problem = block_rows[i].row(attempt), None
+                block, index = block_rows[i]
+                row, problem = block[(index + attempt) % len(block)], None
                 try:
                     groups[i] = self.captions_of(row[self.config.caption_column])
                 except UserError as error:
@@ -150,34 +151,22 @@ class CaptionedStream:
         pixels = decode_all(self.decoder, fetch, draws.crop.tolist())
         return CaptionedBatch.of(pixels, groups, draws)
 
-    def _endless(self, state: State) -> Iterator["_BlockRow"]:
+    def _endless(self, state: State) -> Iterator[BlockRow]:
         """Yield rows from the beginning of a block on, each block shuffled; keep `self.state` at the current block."""
         while True:
             epoch, num_shards = state["epoch"], self.table.num_shards
-            shards = permute_indices(torch.arange(num_shards), num_shards, "shards", self.seed, epoch)
+            shards = permutation(num_shards, "shards", self.seed, epoch)
             reader = _Reader(self, shards.tolist(), state["shard"], state["inside"], skipped=len(self.held_out_rows))
             while block := reader.take(self.config.shuffle_buffer):
                 self.state = state
-                order = permute_indices(torch.arange(len(block)), len(block), "block", self.seed, epoch, state["block"])
+                order = permutation(len(block), "block", self.seed, epoch, state["block"])
                 shuffled = [block[i] for i in order.tolist()]
-                yield from (_BlockRow(shuffled, i) for i in range(len(block)))
+                yield from ((shuffled, i) for i in range(len(block)))
                 following = {"block": state["block"] + 1, "position": state["position"] + len(block)}
                 state = {**state, **following, **reader.place()}
             if state["block"] == 0:
                 raise UserError(f"data.source: {self.config.source} is empty; expected at least one image")
             state = {**state, "epoch": epoch + 1, "block": 0, "shard": 0, "inside": None}
-
-
-@dataclass(frozen=True)
-class _BlockRow:
-    """A row of a shuffled block."""
-
-    block: list[Row]
-    index: int
-
-    def row(self, attempt: int) -> Row:
-        """Return the row, or its replacement of the given attempt: the row so many places after it."""
-        return self.block[(self.index + attempt) % len(self.block)]
 
 
 class _Reader:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cond_diffusion.config.run import Config
 from cond_diffusion.config.sampling import GUIDANCE_OF_MODEL, SamplingOptions
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
-from cond_diffusion.data.loader import TrainingData, open_training_data
+from cond_diffusion.data.loader import ShuffledDataset, TrainingData, open_training_data
 from cond_diffusion.device import autocast
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.errors import UserError
@@ -83,10 +83,11 @@ class Judged:
     def clip_cosines(self) -> tuple[Float[Tensor, "n captions"], Int64[Tensor, " n"]]:
         """The CLIP cosine similarity of each image to each caption of the set, and the index of its own caption."""
         assert self.clip is not None
-        groups, own = self.data.group_of.unique(return_inverse=True)
-        texts = self.clip.texts([self.data.caption_groups[group][0] for group in groups.tolist()])
+        captions = [self.data.caption_groups[group][0] for group in self.data.group_of.tolist()]
+        number_of = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
         images = self.features if self.extractor is self.clip else self.clip(self.data.images)
-        return images @ texts.T, own
+        own = torch.tensor([number_of[caption] for caption in captions], device=images.device)
+        return images @ self.clip.texts([*number_of]).T, own
 
     @property
     def recognized_by_clip(self) -> Bool[Tensor, " n"]:
@@ -278,9 +279,9 @@ def load_real_images(config: Config, training_data: TrainingData) -> tuple[Capti
     try:
         return data, renumber_groups(load_captioned_images(config.data, "test"), data.caption_groups)
     except UserError as error:
-        held_out = training_data.held_out_indices()
-        if held_out is None:  # the held-out images of a stream have no indices in the whole data set
+        if training_data.held_out_indices() is None:  # those of a stream have no indices in the whole data set
             raise
+        held_out = ShuffledDataset(data, config.seed, config.data.held_out).held_out_indices()
         logger.warning("%s; using the %d held-out images as test images", error, len(held_out))
         is_train = torch.ones(len(data), dtype=torch.bool)
         is_train[held_out] = False
@@ -308,4 +309,4 @@ def subset(data: CaptionedImages, count: int) -> CaptionedImages:
 
 
 def _rows(data: CaptionedImages, rows: Int64[Tensor, " n"]) -> CaptionedImages:
-    return replace(data, images=data.images[rows], group_of=data.group_of[rows])
+    return replace(data, images=data.images[rows], group_of=data.group_of[rows], is_read=None)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 from jaxtyping import UInt8
@@ -88,13 +89,15 @@ def evaluate(
         save_grid(images[spread(len(images), 100)], 10, results.folder / "samples.png")
         nearest = evaluator.nearest_images(samples, spread(len(images), 10))
         save_grid(nearest.flatten(0, 1), nearest.shape[1], results.folder / "nearest.png")
-        accuracies = samples.recognized.reshape(len(prompts), -1).float().mean(1).tolist()
+        by_prompt: dict[str, list[float]] = {}  # two groups can have the same first caption
+        for prompt, share in zip(prompts, samples.recognized.reshape(len(prompts), -1).float().mean(1), strict=True):
+            by_prompt.setdefault(prompt, []).append(share.item())
         return {
             "count": len(images),
             "judge": evaluator.judge_name,
             "seconds per image": seconds / len(images),
             "measures": evaluator.measure(samples),
-            "prompt accuracy by prompt": dict(zip(prompts, accuracies, strict=True)),
+            "prompt accuracy by prompt": {prompt: fmean(shares) for prompt, shares in by_prompt.items()},
         }
 
     return results.part("samples", compute)

@@ -100,8 +100,6 @@ def test_images_are_transposed_by_exif_resized_and_cropped_at_the_center(tmp_pat
 
 
 def test_unusual_image_modes_are_converted_to_8_bit_grayscale_or_rgb():
-    deep = Image.fromarray(np.full((2, 2), 128 * 257, dtype=np.uint16))
-    assert (normalize_image(deep).mode, normalize_image(deep).getpixel((0, 0))) == ("L", 128)
     clear = Image.new("RGBA", (2, 2), (255, 255, 255, 0))
     clear.putpixel((0, 0), (200, 100, 50, 255))
     assert [normalize_image(clear).getpixel(place) for place in ((0, 0), (1, 1))] == [(200, 100, 50), (0, 0, 0)]

@@ -2,8 +2,10 @@
 
 import io
 import logging
+import os
 import re
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from cond_diffusion.config.run import Config
 from cond_diffusion.data.cache import cached_shards
 from cond_diffusion.data.dataset import load_captioned_images
 from cond_diffusion.data.loader import open_training_data
+from cond_diffusion.data.sources import open_source
 from cond_diffusion.data.stream import CaptionedStream, RandomDraws
 from cond_diffusion.errors import UserError
 from cond_diffusion.hub import download
@@ -213,6 +216,60 @@ def test_metadata_in_the_root_names_images_in_folders(tmp_path: Path, folder: st
     rows = "".join(f"{folder}/{i}.png,caption {i}\n" for i in range(3))
     (tmp_path / "metadata.csv").write_text(f"file_name,text\n{rows}", encoding="utf-8")
     assert captions_of(tmp_path) == PAIRS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_metadata_in_the_root_gives_each_split_its_own_images(tmp_path: Path, streaming: bool):
+    for folder, i in (("train", 0), ("train", 1), ("train", 2), ("test", 3)):
+        write_image(tmp_path / folder / f"{i}.png")
+    names = ["train/0.png", "train/1.png", "train/2.png", "test/3.png"]
+    rows = "".join(f"{name},caption {i}\n" for i, name in enumerate(names))
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{rows}", encoding="utf-8")
+    for split, expected in (("train", PAIRS), ("test", ["caption 3"])):
+        assert sorted(row["text"] for row in open_source(str(tmp_path), split, streaming=streaming)) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_of_a_test_folder_or_an_archive_are_not_trained_on_by_metadata_beside_them(
+    tmp_path: Path, streaming: bool
+):
+    names = ["0.png", "1.png", "2.png", "test/3.png"]
+    for name in names:
+        write_image(tmp_path / name)
+    rows = "".join(f'{{"file_name": "{name}", "text": "caption {i}"}}\n' for i, name in enumerate(names))
+    (tmp_path / "metadata.jsonl").write_text(rows, encoding="utf-8")
+    with zipfile.ZipFile(tmp_path / "download.zip", "w") as archive:
+        for name in ("0.png", "1.png", "test/3.png"):
+            archive.write(tmp_path / name, name)
+        archive.writestr("metadata.jsonl", rows.replace("caption", "archived"))
+    assert sorted(row["text"] for row in open_source(str(tmp_path), "train", streaming=streaming)) == PAIRS
+
+
+def test_metadata_files_of_folders_are_read_in_the_order_of_their_names(tmp_path: Path):
+    """In every process; `datasets` holds them in a set."""
+    names = [f"n{i:02}" for i in range(20)]
+    for name in names:
+        write_image(tmp_path / name / "a.png")
+        (tmp_path / name / "metadata.csv").write_text(f"file_name,text\na.png,{name}\n", encoding="utf-8")
+    for streaming in (False, True):
+        assert [row["text"] for row in open_source(str(tmp_path), "train", streaming=streaming)] == names
+
+
+def test_images_outside_the_folder_train_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for folder in ("train", "bus", "test"):
+        write_pairs(tmp_path / folder)
+    assert captions_of(tmp_path) == PAIRS
+    assert caplog.messages == [f"data.source: {tmp_path}: skipping 3 image(s) outside the folder train"]
+
+
+def test_a_file_name_that_is_not_utf_8_is_refused(tmp_path: Path):
+    write_pairs(tmp_path)
+    try:
+        (tmp_path / os.fsdecode(b"x\xe9.png")).write_bytes(b"")
+    except OSError:
+        pytest.skip("the file system allows UTF-8 only")
+    with pytest.raises(UserError, match=r"^data\.source: .*: the name of a file: 'x.udce9\.png' .* UTF-8"):
+        captions_of(tmp_path)
 
 
 @pytest.mark.parametrize("metadata", [False, True])

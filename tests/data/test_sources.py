@@ -1,5 +1,6 @@
 """All kinds of sources give the same data, with random access or streamed."""
 
+import io
 import json
 import os
 import subprocess
@@ -324,6 +325,16 @@ def test_prefetch_preserves_results_and_propagates_errors():
         list(results)
 
 
+def test_a_stream_of_other_data_begins_at_its_first_row_whatever_the_position(color_sets: dict[str, list[str]]):
+    config, rows = data_config(color_sets["tar"], streaming=True), RandomDraws.fixed(30)
+    stream = CaptionedStream(config, seed=3)
+    expected = stream.read(0, rows).captions
+    assert stream.read(30, rows).captions != expected
+    again = CaptionedStream(config, seed=3)
+    again.resume(stream.progress(), 48, same=False)
+    assert again.read(48, rows).captions == expected
+
+
 @pytest.mark.slow
 def test_a_stream_restarts_if_its_files_have_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     colours.write(tmp_path / "set", "tar", 60)
@@ -421,6 +432,50 @@ def test_a_dataset_from_python_gives_its_images_and_captions():
             data = open_captioned_files(config, dataset=dataset).in_memory()
             assert np.array_equal(data.images[:, 0].numpy(), arrays)
             assert [data.caption_groups[group] for group in data.group_of.tolist()] == [*groups]
+
+
+def test_pillow_images_are_trained_on_as_they_are_in_memory(tmp_path: Path):
+    """Those that were changed after they were opened, have an orientation but no file, or a transparent palette."""
+    Image.new("L", (8, 8), 10).save(tmp_path / "a.png")
+    untouched, changed = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "a.png")
+    changed.paste(200, (0, 0, 8, 8))
+    frames = [Image.new("L", (8, 8), value) for value in (30, 220)]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    second = Image.open(tmp_path / "film.gif")
+    second.seek(1)
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 3  # rotated by 180 degrees
+    halves = Image.new("L", (8, 8))
+    halves.paste(255, (0, 0, 8, 4))
+    halves.save(file, "JPEG", exif=exif, quality=100)
+    clear = Image.new("P", (4, 4))
+    clear.info["transparency"] = 0
+    images = [untouched, changed, second, Image.open(file), clear.resize((8, 8))]
+    config = DataConfig(source="x", resolution=8, image_column="image", caption_column="text", background="white")
+    data = open_captioned_files(config, dataset=[(image, "a") for image in images]).in_memory()
+    assert [image.float().mean().item() for image in data.images[[0, 1, 2, 4]]] == [10, 200, 220, 255]
+    assert data.images[3, 0, :4].max() < 20
+    assert data.images[3, 0, 4:].min() > 235
+
+
+def test_unreadable_images_do_not_change_what_the_others_are_used_for(one_bad: DataConfig):
+    """In memory, where they are left out, and on disk."""
+    files = open_captioned_files(replace(one_bad, max_bad_fraction=1.0))
+    for row in (5, 20, 33):
+        Path(files.files[row]["image"]["path"]).write_text("not an image", encoding="utf-8")
+    on_disk, in_memory = ShuffledDataset(files, 0, 512), ShuffledDataset(files.in_memory(), 0, 512)
+    assert (len(files.in_memory()), on_disk.num_held_out) == (36, 2)
+
+    def captions(data: ShuffledDataset, indices: torch.Tensor) -> set[str]:
+        return {data.data.caption_groups[group][0] for group in data.data.group_of[indices].tolist()}
+
+    unreadable = {f"number {i}" for i in (3, 5, 20, 33)}
+    held_out, trained_on = (
+        [captions(data, data.held_out_indices()), captions(data, data.indices(0, data.num_trained_on))]
+        for data in (on_disk, in_memory)
+    )
+    assert [kind - unreadable for kind in held_out] == trained_on
+    assert len(trained_on[0] | trained_on[1]) == 36
 
 
 def test_rows_of_a_dataset_that_were_selected_shuffled_or_formatted_keep_their_captions():

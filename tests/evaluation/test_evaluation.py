@@ -18,11 +18,11 @@ from cond_diffusion.cli.evaluate import evaluate_command
 from cond_diffusion.cli.main import command_line
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.config.sampling import SamplingOptions
-from cond_diffusion.data.dataset import CaptionedImages
+from cond_diffusion.data.dataset import CaptionedImages, RandomDraws
 from cond_diffusion.data.loader import open_training_data
 from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation import metrics
-from cond_diffusion.evaluation.evaluator import Evaluator, load_evaluator, load_real_images, subset
+from cond_diffusion.evaluation.evaluator import Evaluator, Judged, load_evaluator, load_real_images, subset
 from cond_diffusion.evaluation.metrics import (
     Classifier,
     ClipJudge,
@@ -241,6 +241,35 @@ def test_without_a_test_split_the_held_out_images_are_used(tmp_path: Path, caplo
     assert len(images) == len({(i % 2, i // 2 % 8) for i in range(60)})  # none is missing
 
 
+def test_the_held_out_images_are_those_of_training_if_some_images_cannot_be_read(tmp_path: Path):
+    for i in range(60):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i:02}.png")
+        (tmp_path / f"{i:02}.txt").write_text(f"number {i}", encoding="utf-8")
+    for i in (2, 30):
+        (tmp_path / f"{i:02}.png").write_text("not an image", encoding="utf-8")
+    options = [f"data.source={tmp_path}", "data.resolution=8", "data.max_bad_fraction=0.1"]
+    for crop in ("center", "random"):  # in memory, or decoded on access
+        config = load_config(Config, overrides=[*options, f"data.crop={crop}"])
+        training = open_training_data(config.data, config.seed)
+        train, test = real_images(config)
+        assert (len(train), len(test)) == (58 - len(test), len(test))
+        trained_on = {*training.read(0, RandomDraws.fixed(200)).captions}
+        captions = [{data.caption_groups[group][0] for group in data.group_of.tolist()} for data in (train, test)]
+        assert captions[0] == trained_on
+        assert captions[1].isdisjoint(trained_on)
+
+
+def test_groups_with_the_same_first_caption_are_one_class_of_clip():
+    clip = ClipJudge.from_pretrained("builtin", 16)
+    groups = (("a digit one", "one"), ("a digit one", "1"), ("a digit two",))
+    images = torch.randint(256, (6, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = CaptionedImages(images, torch.tensor([0, 1, 2, 0, 1, 2]), groups)
+    judged = Judged(data, None, clip, clip)
+    cosines, own = judged.clip_cosines
+    assert cosines.shape == (6, 2)
+    assert own.tolist() == [0, 0, 1, 0, 0, 1]
+
+
 class ColorPipeline(TextToImage):
     """A pipeline that generates single-color images: gray for even seeds, the color in the prompt for odd ones."""
 
@@ -250,6 +279,7 @@ class ColorPipeline(TextToImage):
         """Skip the initialization of the model."""
 
     def __call__(self, prompts: list[str], *, num_images: int, seed: list[int], **options: Any) -> torch.Tensor:
+        self.seeds = seed
         jobs = [(prompt, first + i) for prompt, first in zip(prompts, seed, strict=True) for i in range(num_images)]
         assert options["output_type"] == "pt"
         colors = [prompt.split()[1] if seed % 2 else "gray" for prompt, seed in jobs]
@@ -279,11 +309,16 @@ def test_captions_that_are_not_class_labels_are_evaluated_by_a_clip(tmp_path: Pa
     assert len(prompts) == 20
     samples = evaluator.generate(pipe, prompts, 40, SamplingOptions(sampler="dpm_solver", steps=20, seed=7))
     assert (samples.data.images[0] == 128).all() != (samples.data.images[1] == 128).all()
+    assert pipe.seeds == [*range(7, 7 + 40, 2)]  # two images of each prompt: no two samples have the same seed
     measures = evaluator.measure(samples)
     assert "prompt accuracy, classifier" not in measures
     assert 0 <= measures["prompt accuracy, CLIP"]["samples"] <= 1
     # Every image has one of three colors, all in the training set.
     assert measures["distance to the nearest training image"]["real"] < 1e-3
+    with pytest.raises(UserError, match=r"^paraphrases: True; .* a single caption"):
+        evaluator.prompts(20, paraphrases=True)
+    evaluator.train = replace(evaluator.train, caption_groups=(("red", "crimson", "ruby"), ("blue",), ("sea", "ocean")))
+    assert evaluator.prompts(20, paraphrases=True) == [("crimson", 0), ("ruby", 0), ("ocean", 2)]
 
 
 @pytest.mark.slow

@@ -1,14 +1,35 @@
 """The variational bound of Gaussian data with its closed-form denoiser, where the values are known."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from oracles import mixture_denoiser
+from PIL import Image
+from stable_diffusion import stable_diffusion
 
+from cond_diffusion import TextToImage
+from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.schedule import ScheduleConfig, Variance
+from cond_diffusion.config.unet import UNetConfig
+from cond_diffusion.data.dataset import load_captioned_images
+from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
-from cond_diffusion.evaluation.likelihood import VARIANCES, decoder_bits, prior_bits, step_bits, variational_bound
+from cond_diffusion.errors import UserError
+from cond_diffusion.evaluation.likelihood import (
+    VARIANCES,
+    bits_per_dimension,
+    decoder_bits,
+    format_bits,
+    prior_bits,
+    step_bits,
+    variational_bound,
+)
+from cond_diffusion.images import to_model
+from cond_diffusion.models.latents import PixelPatchify
+from cond_diffusion.models.text_encoder import TextEncoder
+from cond_diffusion.models.unet import UNet
 
 MEAN, DEVIATION = 0.1, 0.3
 
@@ -92,3 +113,47 @@ def test_the_bound_is_above_the_entropy_and_approaches_it_with_more_timesteps():
             total = total + bits["posterior"]
         gaps.append((total - best).mean().item())
     assert gaps[0] > gaps[1] > gaps[2] > 0
+
+
+class CaptionNetwork(UNet):
+    """Predicts an image of a single value, which depends on the caption alone."""
+
+    def project_context(self, context: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return context
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return context[:, 1, 0].tanh().reshape(-1, 1, 1, 1).expand_as(x_t)
+
+
+def test_the_terms_of_a_set_are_those_of_each_image_with_its_own_caption(tmp_path: Path):
+    for i, caption in enumerate(("one", "two", "one", "three", "two")):
+        Image.new("L", (4, 4), 40 * i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(caption, encoding="utf-8")
+    config = DataConfig(source=str(tmp_path), caption_column="text", caption_templates=(), resolution=4)
+    schedule, encoder = NoiseSchedule(ScheduleConfig(20, 1e-3, 0.3)), TextEncoder.from_pretrained("builtin", 16)
+    shape = UNetConfig((8,), (False,), num_groups=4, in_channels=1, sample_size=4, context_dim=encoder.context_dim)
+    pipe = TextToImage(CaptionNetwork(shape), encoder, Prediction("sample", schedule), PixelPatchify(1))
+
+    data = load_captioned_images(config)
+    captions = [data.caption_groups[group][0] for group in data.group_of.tolist()]
+    assert len({*captions[:4]}) == 3
+    x_0 = to_model(data.images)
+    x_0_hat = encoder(captions)[:, 1, 0].tanh().reshape(-1, 1, 1, 1).expand_as(x_0)
+    expected = [[step_bits(schedule, x_0, x_0_hat, t, v) for t in reversed(range(20))] for v in VARIANCES]
+    for batch_size in (1, 3):
+        prior, terms = bits_per_dimension(pipe, config, "train", count=4, batch_size=batch_size)
+        torch.testing.assert_close(prior, prior_bits(schedule, x_0)[:4])
+        for found, each in zip(terms, expected, strict=True):
+            torch.testing.assert_close(found, torch.stack(each, dim=-1)[:4], rtol=1e-5, atol=1e-5)
+
+    lines = format_bits(prior, terms).splitlines()
+    for i in range(len(VARIANCES)):
+        *rows, total = (line[20 + 22 * i :].split()[0] for line in lines[1:])
+        assert sum(map(float, rows)) == pytest.approx(float(total), abs=1e-3)
+        assert float(total) == pytest.approx((prior + terms[i].sum(1)).mean().item(), abs=1e-3)
+
+
+def test_latents_have_no_bits_per_dimension(tmp_path: Path):
+    pipe = TextToImage.from_pretrained(stable_diffusion(tmp_path, "epsilon"))
+    with pytest.raises(UserError, match=r"^checkpoint: .* generates latents"):
+        bits_per_dimension(pipe, DataConfig(), "test")
