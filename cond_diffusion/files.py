@@ -36,7 +36,10 @@ def written_aside(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         OSError: If the result cannot be written.
     """
     path = path.absolute()
-    unfinished = path.with_name(f".{path.name[:32]}.{secrets.token_hex(4)}.part")
+    # What is mounted or linked can be on another disk than the folder around it.
+    is_elsewhere = path.is_dir() and (path.is_symlink() or path.is_mount())
+    parent = path.resolve() if is_elsewhere else path.parent
+    unfinished = parent / f".{path.name[:32]}.{secrets.token_hex(4)}.part"
     try:
         yield unfinished
         for written in [*unfinished.rglob("*"), unfinished]:

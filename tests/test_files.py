@@ -125,6 +125,18 @@ def test_path_that_cannot_be_written_is_reported_before_the_model_is_loaded(
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_folder_that_is_a_link_is_written_on_the_disk_that_it_leads_to(tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "disk")
+    with files.written_aside(tmp_path / "here" / "link") as unfinished:
+        assert unfinished.parent == tmp_path / "disk"
+        unfinished.mkdir()
+        (unfinished / "a").write_text("new", encoding="utf-8")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["a"]
+    assert (tmp_path / "here" / "link").is_symlink()
+
+
 def test_existing_folder_receives_the_new_files_and_keeps_the_others(tmp_path: Path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("a/old", "a/b/same"):

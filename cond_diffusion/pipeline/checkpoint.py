@@ -26,6 +26,7 @@ from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.run_folder import (
     INDEX_NAME,
+    METRICS_NAME,
     PROGRESS_NAME,
     find_corruption,
     newest_checkpoint,
@@ -252,7 +253,7 @@ def _last_metrics(checkpoint: Path | None) -> dict[str, float | int]:
     """Return the last finite value of each metric up to the step of a checkpoint; empty without a run folder."""
     if checkpoint is None:
         return {}
-    progress, metrics = checkpoint / "state" / PROGRESS_NAME, checkpoint.parent.parent / "metrics.jsonl"
+    progress, metrics = checkpoint / "state" / PROGRESS_NAME, checkpoint.parent.parent / METRICS_NAME
     if not (progress.is_file() and metrics.is_file()):
         return {}
     step = read_progress(checkpoint)["step"]

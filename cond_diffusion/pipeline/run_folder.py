@@ -37,16 +37,9 @@ INDEX_NAME = "model_index.json"
 CHECKSUMS_NAME = "checksums.json"
 PROGRESS_NAME = "progress.json"  # in state/: the step, the held-out loss and the position in the data
 LOCK_NAME = ".lock"
+METRICS_NAME = "metrics.jsonl"
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Checksum:
-    """What `CHECKSUMS_NAME` stores of each file."""
-
-    bytes: NonNegativeInt
-    blake2b: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,7 @@ class Progress:
     samples_per_step: PositiveInt
     data: dict[str, Any]
     held_out_loss: float | None = None
+    validated: bool = True
     stream: StreamState | None = None
     scaler: dict[str, Any] | None = None
     base: str | None = None
@@ -195,10 +189,11 @@ def supersede_after(run_dir: Path, step: int) -> list[Path]:
 
     Renamed checkpoints stay on disk and are excluded from rotation.
     """
-    return [_supersede(path) for path in checkpoints(run_dir) if path.name > checkpoint_of(run_dir, step).name]
+    return [supersede(path) for path in checkpoints(run_dir) if path.name > checkpoint_of(run_dir, step).name]
 
 
-def _supersede(path: Path) -> Path:
+def supersede(path: Path) -> Path:
+    """Rename a file or folder to the first unused name `*.superseded-N`; return its new path."""
     names = (path.with_name(f"{path.name}.superseded-{number}") for number in count(1))
     return path.rename(next(name for name in names if not name.exists()))
 
@@ -225,21 +220,17 @@ def find_corruption(checkpoint: Path, *, with_state: bool) -> str | None:
         return next((f"{name} is missing" for name in required if not (checkpoint / name).is_file()), None)
     try:
         listed = read_json(checkpoint / CHECKSUMS_NAME)
-        checksums = {name: from_json(Checksum, fields, f"{CHECKSUMS_NAME}: {name}") for name, fields in listed.items()}
     except UserError as error:
         return str(error)
-    for name, expected in checksums.items():
+    for name, expected in listed.items():
         if name.startswith("state/") and not with_state:
             continue
         file = checkpoint / name
         try:
             if not file.is_file():
                 return f"{name} is missing"
-            size = file.stat().st_size
-            if size != expected.bytes:
-                return f"{name} is truncated: {size} of {expected.bytes} bytes"
-            if _checksum(file) != expected.blake2b:
-                return f"{name} has changed since it was written: checksum mismatch"
+            if _fingerprint(file) != expected:
+                return f"{name} is truncated, or has changed since it was written"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
@@ -274,15 +265,12 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
         unfinished.mkdir(parents=True)
         write(unfinished)
         files = sorted(file for file in unfinished.rglob("*") if file.is_file())
-        listed = {
-            file.relative_to(unfinished).as_posix(): {"bytes": file.stat().st_size, "blake2b": _checksum(file)}
-            for file in files
-        }
+        listed = {file.relative_to(unfinished).as_posix(): _fingerprint(file) for file in files}
         write_json(unfinished / CHECKSUMS_NAME, listed)
         if _is_checkpoint(final):  # a damaged one, which the run has now reached again
             _remove(final)
         elif final.exists() or final.is_symlink():
-            _supersede(final)
+            supersede(final)
     flush(final.parent)
     # Ignore later checkpoints: they are damaged, or the run would not have gone back to this step.
     until_here = [path for path in checkpoints(run_dir) if path.name <= final.name]
@@ -324,6 +312,7 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")))
 
 
-def _checksum(file: Path) -> str:
+def _fingerprint(file: Path) -> dict[str, Any]:
+    """Return what `CHECKSUMS_NAME` stores of a file: its size and checksum."""
     with file.open("rb") as content:
-        return hashlib.file_digest(content, "blake2b").hexdigest()
+        return {"bytes": file.stat().st_size, "blake2b": hashlib.file_digest(content, "blake2b").hexdigest()}

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
@@ -29,6 +28,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from cond_diffusion.config.run import CONFIG_NAME, ClipPretrainingConfig, load_config
 from cond_diffusion.config.schema import read_json
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images, open_captioned_files
+from cond_diffusion.data.sources import Examples
 from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.files import save_tensors, write_json, written_aside
@@ -117,7 +117,7 @@ def retrieval_accuracy(
 def pretrain(
     config: ClipPretrainingConfig,
     accelerator: Accelerator | None = None,
-    dataset: datasets.Dataset | Sequence[Any] | None = None,
+    dataset: Examples | None = None,
 ) -> tuple[str, dict[str, float]]:
     """Train a CLIP and save it to `config.run_dir`, or resume its training.
 

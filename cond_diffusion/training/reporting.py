@@ -10,27 +10,27 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
 from typing import Any, cast
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from einops import rearrange
 from jaxtyping import Float
+from psutil import Process
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cond_diffusion.config.run import Config
-from cond_diffusion.errors import Interrupted, UserError, did_you_mean, user_errors
+from cond_diffusion.errors import Interrupted, UserError, did_you_mean, first_line, user_errors
 from cond_diffusion.files import write_file
 from cond_diffusion.images import encode, grid, to_bytes, to_model, to_pillow
 from cond_diffusion.models.ema import EMA
-from cond_diffusion.pipeline.run_folder import read_metrics, step_of
+from cond_diffusion.pipeline.run_folder import METRICS_NAME, read_metrics, step_of
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.training.validation import ValidationResult
 
@@ -51,7 +51,7 @@ class Reporter:
         self.accelerator = accelerator
         self.images_per_step = images_per_step
         self.progress_bar: Any = None
-        self.metrics = self.run_dir / "metrics.jsonl"
+        self.metrics = self.run_dir / METRICS_NAME
         if accelerator.is_main_process:
             _drop_metrics_after(self.metrics, start)
         if config.track:
@@ -82,13 +82,15 @@ class Reporter:
         steps, seconds = step - self.last_log[0], perf_counter() - self.last_log[1]
         self.last_log = (step, perf_counter())
         images_per_second = steps * self.images_per_step / seconds
+        device = self.accelerator.device  # its peak memory, or the current one of the process
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else Process().memory_info().rss
         metrics = {
             "images": step * self.images_per_step,
             "loss": mean_loss,
             "gradient_norm": float(gradient_norm),
             "learning_rate": learning_rate,
             "images_per_second": round(images_per_second, 1),
-            "memory_gb": round(_memory_bytes(self.accelerator.device) / 1e9, 3),
+            "memory_gb": round(memory / 1e9, 3),
         }
         self._write(step, metrics)
         self.progress_bar.set_postfix({"loss": f"{mean_loss:.4f}", "images/s": f"{images_per_second:.0f}"})
@@ -155,8 +157,7 @@ class Reporter:
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl` and log the values to the tracker."""
-        if self.config.track:
-            self.accelerator.log(values, step=step)
+        self._track(lambda: self.accelerator.log(values, step=step))
         if self.accelerator.is_main_process:
             # JSON has no infinity and no NaN.
             line = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
@@ -165,6 +166,24 @@ class Reporter:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
                 logger.warning("%s cannot be written (%s); continuing without it", self.metrics, error.strerror)
+
+    def end(self) -> None:
+        """Close experiment trackers and, on GPUs, the process group."""
+        if self.accelerator.device.type != "cpu":
+            self._track(self.accelerator.end_training)
+            return
+        # Gloo's process group ends with the process. Closing it here can deadlock: the caller holds Python's GIL and
+        # waits for gloo's threads, one of which may need the GIL to release the last tensor.
+        for tracker in self.accelerator.trackers:
+            self._track(tracker.finish)
+
+    def _track(self, action: Callable[[], None]) -> None:
+        """Call a method of the trackers; stop tracking if it fails, for example because the disk is full."""
+        try:
+            action()
+        except Exception as error:  # of a kind for each tracker
+            logger.warning("track: %s (%s); continuing without it", self.config.track, first_line(error))
+            self.accelerator.trackers = []
 
 
 def check_tracker(name: str | None) -> None:
@@ -177,13 +196,6 @@ def check_tracker(name: str | None) -> None:
         raise UserError(f"track: {name!r} is not a tracker{did_you_mean(name, known)}; expected one of {expected}")
     if name not in {str(tracker) for tracker in get_available_trackers()}:
         raise UserError(f"track: {name} is not installed; run: pip install {name}")
-
-
-def _memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of a CUDA device, or the current memory of the process otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
 
 
 def _drop_metrics_after(file: Path, step: int) -> None:

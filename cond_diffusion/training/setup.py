@@ -6,14 +6,14 @@ Training and the preflight check share it.
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
@@ -34,6 +34,7 @@ from cond_diffusion.config.run import (
 )
 from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.data.dataset import open_captioned_files
+from cond_diffusion.data.sources import Examples
 from cond_diffusion.device import check_memory, choose_precision, is_emulated, keep_memory, share_cores
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.diffusion.samplers import sampling_timesteps
@@ -48,12 +49,15 @@ from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.checkpoint import Checkpoint, open_checkpoint
 from cond_diffusion.pipeline.run_folder import (
+    METRICS_NAME,
     RunLock,
     check_new_run_dir,
     exists,
     named_checkpoint,
     newest_checkpoint,
+    read_metrics,
     remove_unfinished,
+    supersede,
     supersede_after,
 )
 from cond_diffusion.training.optimizer import Muon
@@ -108,7 +112,7 @@ class Run:
         return train.batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes
 
 
-def build_run(config: Config, accelerator: Accelerator, dataset: datasets.Dataset | Sequence[Any] | None = None) -> Run:
+def build_run(config: Config, accelerator: Accelerator, dataset: Examples | None = None) -> Run:
     """Load or create all components of a run.
 
     The text encoder of `text.encoder: pretrain` has random weights.
@@ -243,6 +247,12 @@ def find_run(config: Config | ClipPretrainingConfig) -> Path | None:
         return named_checkpoint(run_dir, config.resume)
     newest = newest_checkpoint(run_dir, with_state=True)
     if newest is None:
+        train = config.train if isinstance(config, Config) else config
+        every, metrics = train.checkpoint_every, run_dir / METRICS_NAME
+        last = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
+        if 0 < 2 * every <= last:
+            problem = f"resume: {run_dir} has no checkpoint, but {METRICS_NAME} reaches step {last}"
+            raise UserError(f"{problem}; put its folder checkpoints back in place, or choose another run_dir")
         logger.warning("resume: no checkpoint in %s; starting at the first step", run_dir)
     return newest
 
@@ -322,9 +332,7 @@ def _check_decided(key: str, given: Any, default: Any, expected: Any) -> None:
         raise UserError(f"init_from: {key} is {expected!r} in the checkpoint, got {given!r}; remove {key}")
 
 
-def _load_text_encoder(
-    config: Config, source: Checkpoint | None, dataset: datasets.Dataset | Sequence[Any] | None
-) -> TextEncoder:
+def _load_text_encoder(config: Config, source: Checkpoint | None, dataset: Examples | None) -> TextEncoder:
     """Return the text encoder of the checkpoint that the run continues or starts from, or else the config's."""
     if source is None and config.text.encoder == PRETRAIN:
         if config.data.streaming:
@@ -471,8 +479,17 @@ def acquire_lock(lock: RunLock, accelerator: Accelerator) -> None:
 
 def acquire_resumed(lock: RunLock, config: Config | ClipPretrainingConfig, accelerator: Accelerator) -> None:
     """Acquire the lock of a run that is resumed, so that no other process deletes the checkpoint while it is loaded."""
-    if config.resume and exists(lock.run_dir) and lock.run_dir.is_dir():
-        acquire_lock(lock, accelerator)
+    if config.resume:
+        is_here = exists(lock.run_dir) and lock.run_dir.is_dir()
+        if any_process(is_here, accelerator):
+            check_shared(is_here, lock.run_dir, accelerator)
+            acquire_lock(lock, accelerator)
+
+
+def check_shared(is_here: bool, run_dir: Path, accelerator: Accelerator) -> None:
+    """Raise UserError unless the run's folder exists for all processes; all of them must call this."""
+    if any_process(not is_here, accelerator):
+        raise UserError(f"run_dir: {run_dir} is not on a disk that all machines share; expected one")
 
 
 def any_process(condition: bool, accelerator: Accelerator) -> bool:
@@ -504,15 +521,21 @@ def prepare_run_dir(
         with user_errors(f"run_dir: {run_dir} cannot be created", OSError):
             run_dir.mkdir(parents=True, exist_ok=True)
     acquire_lock(lock, accelerator)
+    check_shared(run_dir.is_dir(), run_dir, accelerator)
     if not accelerator.is_main_process:
         return
     if resumed_from is None and not config.resume:
         check_new_run_dir(run_dir)  # check again: the folder had to exist before it could be locked
-    if isinstance(config.resume, str) and (later := supersede_after(run_dir, start)):
-        logger.warning("resume: renamed later checkpoints to %s", ", ".join(path.name for path in later))
     with user_errors(f"run_dir: {run_dir} cannot be written to", OSError):
-        remove_unfinished(run_dir)
-        for step, snapshot in snapshot_files(run_dir):
-            if step > start:
+        repeated = [snapshot for step, snapshot in snapshot_files(run_dir) if step > start]
+        if isinstance(config.resume, str) and (later := supersede_after(run_dir, start)):
+            logger.warning("resume: renamed later checkpoints to %s", ", ".join(path.name for path in later))
+            if (metrics := run_dir / METRICS_NAME).exists():
+                shutil.copy(supersede(metrics), metrics)
+            for snapshot in repeated:
+                supersede(snapshot)
+        else:  # written again, the same
+            for snapshot in repeated:
                 snapshot.unlink()
+        remove_unfinished(run_dir)
         save_config(config, run_dir / CONFIG_NAME)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
@@ -18,6 +17,7 @@ from cond_diffusion.config.run import PRETRAIN, Config, TrainConfig
 from cond_diffusion.data.cache import TextEmbedder, context_table, latent_set
 from cond_diffusion.data.dataset import open_captioned_files
 from cond_diffusion.data.loader import ShuffledDataset, TrainingData, open_training_data
+from cond_diffusion.data.sources import Examples, as_table
 from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError
 from cond_diffusion.models.text_encoder import TextEncoder
@@ -45,7 +45,7 @@ DATASET_ARGUMENT = "a data set given to train()"  # stored in config.yaml as dat
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, dataset: datasets.Dataset | Sequence[Any] | None = None) -> Path:
+def train(config: Config, dataset: Examples | None = None) -> Path:
     """Train a model, or resume a run.
 
     Args:
@@ -61,13 +61,14 @@ def train(config: Config, dataset: datasets.Dataset | Sequence[Any] | None = Non
     """
     if dataset is not None:
         config = replace(config, data=replace(config.data, source=DATASET_ARGUMENT, streaming=False))
+        dataset = as_table(dataset, config.data)  # once: it may be a generator
     accelerator = make_accelerator(config)
     with RunLock(Path(config.run_dir)) as lock:
         acquire_resumed(lock, config, accelerator)
         return _train(build_run(config, accelerator, dataset), lock, dataset)
 
 
-def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | None) -> Path:
+def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
     accelerator, network, optimizer = run.accelerator, run.network, run.optimizer
     if run.resumed_from is not None and (done := step_of(run.resumed_from)) >= run.config.train.max_steps:
         logger.info("train.max_steps: %s has %d steps already; nothing to train", run.resumed_from, done)
@@ -100,11 +101,14 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
     reporter = Reporter(config, start, run.samples_per_step, accelerator)
     reporter.log_snapshot_size(state.averages)
     global_step, bad_steps, held_out_loss = start, 0, progress.get("held_out_loss")
+    validated = progress.get("validated", True)
 
     def progress_at(step: int) -> dict[str, Any]:
         counts = {"step": step, "samples_per_step": run.samples_per_step, "held_out_loss": held_out_loss}
-        return {**counts, **training_data.progress(), **state.progress()}
+        return {**counts, "validated": validated, **training_data.progress(), **state.progress()}
 
+    if not validated and (new_loss := _validate_and_sample(start, validator, reporter, state, pipe)) is not None:
+        held_out_loss = new_loss
     last_batch: MicroBatch | None = None  # of the last step that changed the weights since the newest checkpoint
     with Interruption(accelerator) as interruption, Saver(config, pipe, state, accelerator) as saver:
         for step in reporter.steps():
@@ -138,7 +142,8 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
             reporter.log(global_step, loss, gradient_norm, rate)
             interrupted = interruption.requested() and global_step < config.train.max_steps
             is_last = interrupted or global_step == config.train.max_steps
-            if not interrupted:  # before saving: a resumed run does not repeat it
+            validated = not interrupted  # otherwise when the run is resumed
+            if validated:
                 new_loss = _validate_and_sample(global_step, validator, reporter, state, pipe)
                 held_out_loss = held_out_loss if new_loss is None else new_loss
             checkpoint_due = is_last or _is_due(global_step, config.train.checkpoint_every)
@@ -150,7 +155,7 @@ def _train(run: Run, lock: RunLock, dataset: datasets.Dataset | Sequence[Any] | 
                 break
         saver.finish(required=True)
     accelerator.wait_for_everyone()
-    end_training(accelerator)
+    reporter.end()
     last_name = checkpoint_of(lock.run_dir, global_step).name
     newest = max((path for path in checkpoints(lock.run_dir) if path.name <= last_name), default=None)
     if interruption.signal is not None and global_step < config.train.max_steps:
@@ -179,17 +184,6 @@ def resume_from(run: Run, state: TrainingState, training_data: TrainingData) -> 
     return progress
 
 
-def end_training(accelerator: Accelerator) -> None:
-    """Close experiment trackers and, on GPUs, the process group."""
-    if accelerator.device.type != "cpu":
-        accelerator.end_training()
-        return
-    # Gloo's process group ends with the process. Closing it here can deadlock: the caller holds Python's GIL and waits
-    # for gloo's threads, one of which may need the GIL to release the last tensor.
-    for tracker in accelerator.trackers:
-        tracker.finish()
-
-
 def with_prompts(config: Config, captions: Sequence[str] | None) -> Config:
     """Return the config with prompts for the sample grids, by default evenly spaced captions of the data."""
     known = [caption for caption in captions or () if caption]
@@ -200,9 +194,7 @@ def with_prompts(config: Config, captions: Sequence[str] | None) -> Config:
     return replace(config, sample=replace(config.sample, prompts=prompts))
 
 
-def pretrained_text_encoder(
-    config: Config, accelerator: Accelerator, dataset: datasets.Dataset | Sequence[Any] | None
-) -> TextEncoder:
+def pretrained_text_encoder(config: Config, accelerator: Accelerator, dataset: Examples | None) -> TextEncoder:
     """Train the CLIP of `text.encoder: pretrain` in the run's folder, or resume it, and return its text encoder.
 
     Each process trains the same CLIP, and the main process writes it.
@@ -232,7 +224,7 @@ def build_text_embedder(
     return text_encoder if config.phrase_dropout else context_table(text_encoder, captions, accelerator)
 
 
-def open_data(run: Run, dataset: datasets.Dataset | Sequence[Any] | None = None) -> TrainingData:
+def open_data(run: Run, dataset: Examples | None = None) -> TrainingData:
     """Open the training data: images, or cached latents if each image always has the same latents."""
     config = run.config
     augmented = config.data.flip or config.data.crop == "random"

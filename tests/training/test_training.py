@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from conftest import PROCESSES, ROOT, SIDE, bar, metrics, weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cond_diffusion import TextToImage
@@ -26,10 +28,10 @@ from cond_diffusion.config.run import Config, ObjectiveConfig, TrainConfig, load
 from cond_diffusion.config.schedule import ScheduleConfig
 from cond_diffusion.data.dataset import load_captioned_images
 from cond_diffusion.data.loader import ShuffledDataset
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import Interrupted, UserError
 from cond_diffusion.models.latents import PixelPatchify
 from cond_diffusion.pipeline import checkpoint, run_folder
-from cond_diffusion.pipeline.run_folder import RunLock, checkpoints, find_corruption, save_checkpoint
+from cond_diffusion.pipeline.run_folder import RunLock, checkpoints, save_checkpoint
 from cond_diffusion.training import batches, reporting, setup, trainer
 from cond_diffusion.training import state as training_state
 from cond_diffusion.training.optimizer import learning_rate
@@ -326,15 +328,85 @@ def test_checkpoints_store_the_last_held_out_loss(bars_config: Config):
     assert stored == [None, logged[2], logged[2], logged[4], logged[4]]
 
 
+@pytest.mark.usefixtures("short_validation")
+def test_a_run_interrupted_at_a_step_of_validation_validates_when_it_is_resumed(
+    bars_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    config = with_train(bars_config, evaluate_every=2, sample_every=2)
+    train(replace(config, run_dir=str(tmp_path / "whole")))
+    requested = reporting.Interruption.requested
+    log, steps = reporting.Reporter.log, []
+
+    def log_step(self: Any, step: int, *arguments: Any) -> None:
+        steps.append(step)
+        log(self, step, *arguments)
+
+    def requested_at_2(self: reporting.Interruption) -> bool:
+        if steps == [1, 2]:
+            self.signal = signal.SIGINT
+        return requested(self)
+
+    monkeypatch.setattr(reporting.Reporter, "log", log_step)
+    monkeypatch.setattr(reporting.Interruption, "requested", requested_at_2)
+    with pytest.raises(Interrupted):
+        train(config)
+    train(replace(config, resume=True))
+    whole, interrupted = (
+        [line for line in metrics(folder) if "held_out_loss" in line]
+        for folder in (tmp_path / "whole", Path(config.run_dir))
+    )
+    assert interrupted == whole
+    assert [line["step"] for line in whole] == [2, 4]
+    for step in (2, 4):
+        grids = [folder / "samples" / f"step-{step:08d}.png" for folder in (tmp_path / "whole", Path(config.run_dir))]
+        assert grids[0].read_bytes() == grids[1].read_bytes()
+
+
+def test_a_run_whose_checkpoints_are_missing_is_not_started_anew(bars_config: Config):
+    config = with_train(bars_config, checkpoint_every=1, snapshots=4)
+    train(config)
+    run_dir = Path(config.run_dir)
+    (run_dir / "checkpoints").rename(run_dir / "moved")
+    before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file() and file.name != ".lock"}
+    with pytest.raises(UserError, match=r"^resume: .* has no checkpoint, but metrics\.jsonl reaches step 4; "):
+        train(replace(config, resume=True))
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_tracker_that_fails_does_not_end_a_run(
+    bars_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.flush", full)
+    assert train(replace(bars_config, track="tensorboard")).name == "step-00000004"
+    assert caplog.text.count("track: tensorboard (") == 1
+
+
+def test_a_run_folder_that_another_machine_does_not_see_is_refused(
+    bars_config: Config, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(setup, "any_process", lambda condition, _: condition)
+    accelerator = make_accelerator(bars_config)
+    setup.check_shared(True, Path("run"), accelerator)
+    with pytest.raises(UserError, match=r"^run_dir: run is not on a disk that all machines share"):
+        setup.check_shared(False, Path("run"), accelerator)
+
+
 def test_resuming_from_a_named_checkpoint_renames_later_ones(bars_config: Config, caplog: pytest.LogCaptureFixture):
     run_dir = Path(bars_config.run_dir)
-    config = with_train(bars_config, checkpoint_every=1, max_steps=4, learning_rate_schedule="constant")
+    config = with_train(bars_config, checkpoint_every=1, learning_rate_schedule="constant", snapshots=4)
     expected = weights(train(config))
     for number in (1, 2):
         actual = weights(train(replace(config, resume="step-00000002")))
         assert all(torch.equal(expected[name], actual[name]) for name in expected)
         superseded = {f"step-0000000{step}.superseded-{i + 1}" for i in range(number) for step in (3, 4)}
         assert {path.name for path in run_dir.glob("checkpoints/*.superseded-*")} == superseded
+        superseded = {f"step-0000000{step}.safetensors.superseded-{i + 1}" for i in range(number) for step in (3, 4)}
+        assert {path.name for path in run_dir.glob("snapshots/*.superseded-*")} == superseded
+        assert (run_dir / f"metrics.jsonl.superseded-{number}").exists()
+        assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4]
     assert "step-00000003.superseded-1, step-00000004.superseded-1" in caplog.text
     for name, message in (
         ("step-00000009", "^resume: .* step-00000009 .*step-00000002, "),
@@ -409,7 +481,7 @@ def test_loading_survives_the_deletion_of_the_checkpoint_by_training(
         step += 1
 
     for module, name in (
-        (run_folder, "_checksum"),
+        (run_folder, "_fingerprint"),
         (checkpoint, "check_kind"),
         (checkpoint, "refuse_pickles"),
         (checkpoint.UNet, "from_pretrained"),
@@ -435,8 +507,15 @@ def test_loading_survives_the_deletion_of_the_checkpoint_by_training(
         TextToImage.from_pretrained(newest)  # no longer exists
 
 
+@pytest.mark.parametrize(
+    "full",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
 def test_a_full_disk_loses_the_new_checkpoint_and_keeps_the_old_one(
-    bars_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bars_config: Config, full: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """The run continues without it; only for the last checkpoint it is an error."""
     write, saved = training_state.TrainingState.write_shards, []
@@ -445,7 +524,7 @@ def test_a_full_disk_loses_the_new_checkpoint_and_keeps_the_old_one(
         write(*arguments)
         saved.append(arguments)
         if len(saved) > 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise full
 
     monkeypatch.setattr(training_state.TrainingState, "write_shards", full_after_first)
     with pytest.raises(UserError, match=r"step-00000006 cannot be written \(.*No space left"):
@@ -453,25 +532,6 @@ def test_a_full_disk_loses_the_new_checkpoint_and_keeps_the_old_one(
     assert len(saved) == 3
     assert "step-00000004 cannot be written" in caplog.text
     assert [path.name for path in (Path(bars_config.run_dir) / "checkpoints").iterdir()] == ["step-00000002"]
-
-
-def test_a_file_system_without_space_loses_only_the_new_checkpoint(bars_config: Config, tmp_path: Path, caplog: Any):
-    """On a file system with space for one checkpoint."""
-    size = sum(file.stat().st_size for file in train(with_train(bars_config, snapshots=0)).rglob("*"))
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size)}", "tmpfs", str(disk)]
-    if os.name != "posix" or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs root to mount a small file system")
-    try:
-        config = with_train(bars_config, max_steps=6, snapshots=0)
-        with pytest.raises(UserError, match=r"step-00000006 cannot be written \("):
-            train(replace(config, run_dir=str(disk / "run")))
-        assert "step-00000004 cannot be written" in caplog.text
-        assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-00000002"]
-        assert find_corruption(disk / "run" / "checkpoints" / "step-00000002", with_state=True) is None
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_training_continues_while_a_checkpoint_is_written(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
@@ -577,11 +637,21 @@ def test_a_cpu_without_half_precision_instructions_trains_in_fp32(
     assert re.search(rf"train\.mixed_precision: .*{precision}", caplog.text)
 
 
-def test_muon_with_fsdp_is_a_user_error(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("changes", "is_fsdp2", "message"),
+    [
+        ({"optimizer": "muon"}, True, r"^train\.optimizer: muon "),
+        ({"lora_rank": 4}, True, r"^train\.lora_rank: "),
+        ({}, False, r"^accelerate launch --use_fsdp: FSDP1 .*--fsdp_version 2"),
+    ],
+)
+def test_fsdp_is_refused_where_it_is_not_supported(
+    bars_config: Config, changes: dict[str, Any], is_fsdp2: bool, message: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(setup.Accelerator, "distributed_type", DistributedType.FSDP)
-    monkeypatch.setattr(setup.Accelerator, "is_fsdp2", True)
-    with pytest.raises(UserError, match=r"^train\.optimizer: muon "):
-        make_accelerator(with_train(bars_config, optimizer="muon"))
+    monkeypatch.setattr(setup.Accelerator, "is_fsdp2", is_fsdp2)
+    with pytest.raises(UserError, match=message):
+        make_accelerator(with_train(bars_config, **changes))
 
 
 def test_an_fp16_overflow_decreases_the_loss_scale_and_leaves_the_weights(
@@ -649,25 +719,19 @@ def test_a_full_disk_does_not_stop_a_run_that_cannot_write_metrics_and_grids(
         assert f"{file} cannot be written (No space left on device)" in caplog.text
 
 
-def test_incomplete_lines_of_metrics_are_removed_on_resume(bars_config: Config):
-    train(with_train(bars_config, max_steps=2))
-    file = Path(bars_config.run_dir) / "metrics.jsonl"
-    first, second = file.read_text(encoding="utf-8").splitlines()
-    file.write_text(f'{first}\n{second}\n{{"step": 3, "lo{{"step": 3}}\n{{"step"', encoding="utf-8")
-    train(replace(bars_config, resume=True))
-    assert [line["step"] for line in metrics(Path(bars_config.run_dir))] == [1, 2, 3, 4]
-
-
 @pytest.mark.usefixtures("short_validation")
 def test_a_resumed_run_replaces_metrics_and_snapshots_after_its_checkpoint(bars_config: Config):
     train(with_train(bars_config, evaluate_every=2, snapshots=16))
     run_dir = Path(bars_config.run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step-00000004")
+    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "lo{"step": 3}\n{"step"')  # incomplete lines
     train(replace(with_train(bars_config, max_steps=6, snapshots=3, evaluate_every=2), resume=True))
     assert [file.stem for file in sorted((run_dir / "snapshots").iterdir())] == [
         f"step-0000000{step}" for step in (1, 2, 4, 6)
     ]
     assert [line["step"] for line in metrics(run_dir) if "held_out_loss" in line] == [2, 4, 6]
+    assert [line["step"] for line in metrics(run_dir) if "held_out_loss" not in line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_rotation_never_deletes_the_checkpoint_just_written(tmp_path: Path):
