@@ -344,6 +344,8 @@ class TextToImage:
             UserError: If an option is invalid, or options do not go together.
             SamplingInterrupted: On Ctrl-C, with the images of the complete batches.
         """
+        if output_type not in ("pil", "pt"):
+            raise UserError(f"output_type: {output_type!r}; expected pil or pt")
         given = {name: value for name, value in options.items() if value is not None}
         job = self._resolve(prompts, self.completed(SamplingOptions(**given)), image, mask, batch_size)
         examples = self._encode(job)
@@ -386,6 +388,8 @@ class TextToImage:
             raise UserError(f"batch_size: {batch_size}; expected at least 1")
         negative_prompts = options.per_prompt("negative_prompt", len(prompts))
         for prompt in [*prompts, *negative_prompts]:
+            if not isinstance(prompt, str):
+                raise UserError(f"prompts: {prompt!r:.80}; expected text")
             check_text(prompt, "prompts")
         count, batch_size = len(prompts) * options.num_images, batch_size or self.max_batch_size(prompts, options)
         self.check_memory(count)
@@ -412,6 +416,10 @@ class TextToImage:
 
     def _prepare_edit(self, options: SamplingOptions, image: Image.Image | None, mask: Image.Image | None) -> Edit:
         """Encode the input image and mask; raise UserError for options that need another input."""
+        for name, value in (("image", image), ("mask", mask)):
+            if not isinstance(value, Image.Image | None):
+                kind = type(value).__name__
+                raise UserError(f"{name}: {kind}; expected a PIL image, as of Image.open or Image.fromarray")
         if image is None:
             for name, value in (("mask", mask), ("strength", options.strength)):
                 if value is not None:
@@ -457,7 +465,9 @@ class TextToImage:
             length = self.text_encoder.max_length
             logger.warning("prompts: longer than the text encoder's %d tokens; %r is truncated", length, part)
         if unknown := self.text_encoder.unknown_words(prompts):
-            hint = "; --checkpoint emoji knows 1,432 concepts, in color" if self.folder == BUILT_IN_MODEL else ""
+            hint = (
+                "; --checkpoint emoji was trained on 1,432 concepts, in color" if self.folder == BUILT_IN_MODEL else ""
+            )
             logger.warning(
                 "prompts: words that the text encoder was not trained on: %s%s", ", ".join(unknown[:10]), hint
             )

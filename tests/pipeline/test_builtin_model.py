@@ -96,10 +96,15 @@ def test_noise_of_a_seed_is_bit_identical_in_any_batch(pipe: TextToImage):
         assert torch.equal(together()[1], alone()[0])
 
 
-def test_each_prompt_can_have_its_own_guidance_scale(pipe: TextToImage):
-    both = pipe(["two", "seven"], guidance_scale=[1.0, 4.0], steps=5, batch_size=1, progress=False)
-    separate = [pipe(p, guidance_scale=w, steps=5, progress=False)[0] for p, w in (("two", 1.0), ("seven", 4.0))]
-    assert [image.tobytes() for image in both] == [image.tobytes() for image in separate]
+def test_prompts_of_a_batch_can_have_their_own_scale_negative_prompt_and_seed(pipe: TextToImage):
+    pipe = in_double_precision(pipe)
+    options: dict[str, Any] = {"guidance_scale": [1.0, 4.0, 3.0], "negative_prompt": ["", "a nine", "one"]}
+    prompts, options = ["two", "seven", "two"], {**options, "seed": [4, 0, 7]}
+    fixed: dict[str, Any] = {"steps": 5, "output_type": "pt", "progress": False}
+    together = pipe(prompts, **options, **fixed)
+    for i, prompt in enumerate(prompts):
+        alone = pipe(prompt, **{name: values[i] for name, values in options.items()}, **fixed)
+        torch.testing.assert_close(together[i], alone[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -309,6 +314,29 @@ except UserError as error:
     assert str(error).startswith("attention_maps: ")
 else:
     raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_arguments_of_another_type_are_user_errors():
+    """In a process without runtime type checks."""
+    code = """
+from cond_diffusion import Config, TextToImage, UserError, load_config
+pipe = TextToImage.from_pretrained()
+for call, start in (
+    (lambda: pipe("two", image="photo.png"), "image: str; expected a PIL image"),
+    (lambda: pipe("two", image=pipe("two", steps=1)[0], mask=[1]), "mask: list; expected a PIL image"),
+    (lambda: pipe([3]), "prompts: 3; expected text"),
+    (lambda: pipe("two", output_type="np"), "output_type: 'np'; expected pil or pt"),
+    (lambda: load_config(Config, "nowhere.yaml"), "--config: nowhere.yaml does not exist"),
+):
+    try:
+        call()
+    except UserError as error:
+        assert str(error).startswith(start), error
+    else:
+        raise AssertionError(start)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

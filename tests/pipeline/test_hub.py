@@ -19,7 +19,8 @@ from cond_diffusion.pipeline.checkpoint import write_card
 @pytest.mark.slow
 def test_model_uploaded_to_the_hub_is_downloaded_unchanged(model_hub: type[ModelHub], tmp_path: Path):
     pipe = TextToImage.from_pretrained()
-    address = pipe.push_to_hub("someone/digits", token="secret")
+    address = pipe.push_to_hub("someone/digits", token="secret", private=True)
+    assert model_hub.private == {"someone/digits"}
     assert address.endswith("/someone/digits")
     files = model_hub.repositories["someone/digits"]
     assert {"model_index.json", "config.yaml", "README.md", "samples.png"} < files.keys()
@@ -40,6 +41,7 @@ def test_model_uploaded_to_the_hub_is_downloaded_unchanged(model_hub: type[Model
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # of diffusers
 def test_card_describes_the_run_and_its_code_generates_images_in_both_libraries(model_hub: type[ModelHub]):
     TextToImage.from_pretrained().push_to_hub("someone/digits", token="secret", prompts=["a digit seven", "two"])
+    assert not model_hub.private
     card = model_hub.repositories["someone/digits"]["README.md"].decode()
     assert card.startswith("---\nlibrary_name: ")
     assert "Data: `mnist`, captions from `label`, 28 x 28. Loss: epsilon; the network predicts epsilon." in card
