@@ -21,6 +21,10 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(name, None)
 
+# Nothing depends on a GPU or on the Hub: there are none.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+
 # The tests write some 400 checkpoints, and lose no power meanwhile.
 os.fsync = lambda descriptor: None
 
@@ -202,7 +206,7 @@ def short_evaluation(small_mnist: None, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def model_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[ModelHub]]:
-    ModelHub.repositories, ModelHub.asked = {}, []
+    ModelHub.repositories, ModelHub.asked, ModelHub.private = {}, [], set()
     with serve(ModelHub) as address:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"

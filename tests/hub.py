@@ -44,6 +44,7 @@ class ModelHub(HubHandler):
 
     repositories: dict[str, dict[str, bytes]] = {}  # noqa: RUF012
     asked: list[str] = []  # noqa: RUF012
+    private: set[str] = set()  # noqa: RUF012
 
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
@@ -73,6 +74,8 @@ class ModelHub(HubHandler):
         if path == "/api/repos/create":
             name = "/".join(filter(None, (json.loads(body).get("organization"), json.loads(body)["name"])))
             self.repositories.setdefault(name, {})
+            if "private" in (json.loads(body).get("visibility"), json.loads(body).get("private") and "private"):
+                self.private.add(name)
             return self._json({"url": f"http://{self.headers['Host']}/{name}"})
         owner, repository, action = path.removeprefix("/api/models/").split("/")[:3]
         name = f"{owner}/{repository}"

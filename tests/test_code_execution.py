@@ -13,6 +13,7 @@ from conftest import ROOT
 from hub import ModelHub
 from safetensors.torch import load_file, save_file
 from stable_diffusion import stable_diffusion
+from transformers import AutoConfig
 
 from cond_diffusion import TextToImage
 from cond_diffusion.config.run import Config, load_config
@@ -83,6 +84,14 @@ def load(marker: Path, load_poisoned: Callable[[], object]) -> None:
     assert not marker.exists()
 
 
+def test_the_added_code_runs_where_it_is_trusted(marker: Path, tmp_path: Path):
+    """The control of the tests below."""
+    shutil.copytree(BUILT_IN_ENCODER, tmp_path / "clip")
+    poison(tmp_path / "clip", marker, POISONS["an unknown model type"])
+    AutoConfig.from_pretrained(tmp_path / "clip", trust_remote_code=True)
+    assert marker.exists()
+
+
 @pytest.mark.parametrize("name", POISONS)
 def test_poisoned_folder_runs_no_code(
     name: str, marker: Path, tmp_path: Path, bars_overrides: list[str], model_hub: type[ModelHub]
@@ -146,16 +155,16 @@ def _is_safe(call: ast.Call) -> bool:
     return isinstance(value, ast.Constant) and value.value is False
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "cond_diffusion").rglob("*.py")), ids=lambda file: file.name)
-def test_every_loading_call_disables_remote_code(file: Path):
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    imported = _imported(tree)
-    assert not imported & set(AUTO_CLASSES)
-    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        match call.func:
-            case ast.Attribute(value=ast.Name(id=owner), attr="from_pretrained" | "from_config" | "load_config"):
-                # A class in a variable is assumed to be a library's, unless it is `cls` in a class method.
-                ours = owner not in imported and owner[0].isupper()
-                assert ours or owner in (*CONCRETE, "cls") or _is_safe(call), f"{file.name}:{call.lineno}"
-            case ast.Attribute(attr="load" | "loads", value=ast.Name(id="torch" | "pickle" | "dill")):
-                pytest.fail(f"{file.name}:{call.lineno} loads a pickle")
+def test_every_loading_call_disables_remote_code():
+    for file in (ROOT / "cond_diffusion").rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        imported = _imported(tree)
+        assert not imported & set(AUTO_CLASSES)
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            match call.func:
+                case ast.Attribute(value=ast.Name(id=owner), attr="from_pretrained" | "from_config" | "load_config"):
+                    # A class in a variable is assumed to be a library's, unless it is `cls` in a class method.
+                    ours = owner not in imported and owner[0].isupper()
+                    assert ours or owner in (*CONCRETE, "cls") or _is_safe(call), f"{file.name}:{call.lineno}"
+                case ast.Attribute(attr="load" | "loads", value=ast.Name(id="torch" | "pickle" | "dill")):
+                    pytest.fail(f"{file.name}:{call.lineno} loads a pickle")

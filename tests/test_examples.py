@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import cond_diffusion
-from cond_diffusion import NoiseSchedule, Prediction, ScheduleConfig, denoiser, dpm_solver, guided
+from cond_diffusion import NoiseSchedule, Prediction, ScheduleConfig, TextToImage, denoiser, dpm_solver, guided
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.evaluation.emoji import Emoji
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODELS
@@ -104,6 +104,7 @@ def test_speedrun_trains_times_and_judges_checkpoints(
     checkpoints = speedrun.timed_checkpoints(config, tmp_path / "run", [*short, *digits, "train.warmup_steps=1"])
     assert [path.name for _, path in checkpoints] == ["step-00000001", "step-00000002"]
     assert 0 < checkpoints[0][0] < checkpoints[1][0]
+    monkeypatch.setattr(speedrun.Digits, "min_accuracy", 0.9)  # a few samples differ between machines
     track = speedrun.Digits(load_config(Config, config), 100)
     untrained, trained = speedrun.judge(track, [checkpoints[1], (1.0, BUILT_IN_MODELS["builtin"])])
     assert not untrained.qualifies
@@ -112,9 +113,15 @@ def test_speedrun_trains_times_and_judges_checkpoints(
 
 
 @pytest.mark.slow
-def test_speedrun_judges_emoji(speedrun: ModuleType, emoji: Emoji, monkeypatch: pytest.MonkeyPatch):
+def test_speedrun_judges_emoji(speedrun: ModuleType, emoji: Emoji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(speedrun, "Emoji", lambda: emoji)
     track = speedrun.HeldOutEmoji(10)
-    (result,) = speedrun.judge(track, [(1.0, BUILT_IN_MODELS["emoji"])])
-    assert result.measures.keys() == {"concept, top 1", "concept, top 5", "style", "family of styles"}
-    assert result.qualifies == (float(result.measures["concept, top 5"].rstrip("%")) >= 50)
+    untrained = TextToImage.from_pretrained("emoji")
+    for weight in untrained.unet.parameters():
+        weight.data.zero_()
+    untrained.save_pretrained(tmp_path / "untrained")
+    checkpoints = [(1.0, BUILT_IN_MODELS["emoji"]), (2.0, tmp_path / "untrained")]
+    trained, other = speedrun.judge(track, checkpoints)
+    assert trained.measures.keys() == {"concept, top 1", "concept, top 5", "style", "family of styles"}
+    assert trained.qualifies
+    assert not other.qualifies

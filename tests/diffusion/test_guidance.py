@@ -10,8 +10,9 @@ from torch import Tensor
 from cond_diffusion.diffusion.guidance import drop_captions, guided, rescale_deviation, threshold_dynamically
 
 X_T = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-CONTEXT = torch.full((3, 2, 5), 7.0)
-NULL_CONTEXT = torch.full((3, 2, 5), 2.0)
+NULL = torch.tensor([2.0, 1.0, 4.0]).reshape(3, 1, 1, 1)  # means of the null contexts of the examples
+NULL_CONTEXT = NULL[:, 0].expand(3, 2, 5)
+CONTEXT = NULL_CONTEXT + 5
 
 
 class Network:
@@ -32,7 +33,7 @@ class Network:
 def test_output_is_uncond_plus_w_times_the_difference_per_example(scales: list[float]):
     w = torch.tensor(scales)
     output = guided(Network(), CONTEXT, NULL_CONTEXT, w)(X_T, 9)
-    torch.testing.assert_close(output, X_T + 2 + w.reshape(-1, 1, 1, 1) * (7 - 2))
+    torch.testing.assert_close(output, X_T + NULL + w.reshape(-1, 1, 1, 1) * 5)
 
 
 def test_both_passes_are_one_batch_and_rows_of_scale_1_are_evaluated_once():
@@ -46,8 +47,8 @@ def test_a_fraction_of_the_guidance_is_the_mean_of_the_phrases_of_each_example()
     def contexts(*means: float) -> list[Tensor]:
         return [torch.full((2, 5), float(mean)) for mean in means]
 
-    phrases, fraction = [contexts(3, 11), [], contexts(5, 5, 1)], 0.25
-    # The difference of the captions is 7 - 2, the means of the phrases' differences are 5 and 5 / 3.
+    phrases, fraction = [contexts(3, 11), [], contexts(7, 7, 3)], 0.25
+    # The difference of the captions is 5, the means of the phrases' differences are 5 and 5 / 3.
     for scales, expected, passes in (
         ([4.0, 3.0, 2.0], [4 * (0.75 * 5 + 0.25 * 5), 3 * 5, 2 * (0.75 * 5 + 0.25 * 5 / 3)], 3 + 3 + 5),
         ([1.0, 3.0, 4.0], [5, 3 * 5, 4 * (0.75 * 5 + 0.25 * 5 / 3)], 3 + 2 + 3),  # a scale of 1 is unguided
@@ -57,7 +58,7 @@ def test_a_fraction_of_the_guidance_is_the_mean_of_the_phrases_of_each_example()
         denoise = guided(
             network, CONTEXT, NULL_CONTEXT, torch.tensor(scales), phrases=phrases, phrase_guidance=fraction
         )
-        torch.testing.assert_close(denoise(X_T, 9), X_T + 2 + torch.tensor(expected).reshape(-1, 1, 1, 1))
+        torch.testing.assert_close(denoise(X_T, 9), X_T + NULL + torch.tensor(expected).reshape(-1, 1, 1, 1))
         assert network.batches == [passes]
     with pytest.raises(ValueError, match="phrases: 1 lists; expected 3"):
         guided(Network(), CONTEXT, NULL_CONTEXT, torch.ones(3), phrases=[contexts(3)], phrase_guidance=fraction)
@@ -70,14 +71,14 @@ def test_below_a_timestep_guidance_leaves_out_the_first_of_several_phrases():
     options: dict[str, Any] = {"phrases": phrases, "phrase_guidance": 0.25, "first_phrase_from": 5}
     network = Network()
     denoise = guided(network, CONTEXT, NULL_CONTEXT, scales, **options)
-    # The difference of the captions is 7 - 2; those of the phrases are 1, 9 and 3. A single phrase stays.
+    # The difference of the captions is 5; those of the phrases are 1, 9 and 3, and 2. A single phrase stays.
     for t, mean in ((9, (1 + 9 + 3) / 3), (5, (1 + 9 + 3) / 3), (4, (9 + 3) / 2), (0, (9 + 3) / 2)):
-        expected = torch.tensor([4 * (0.75 * 5 + 0.25 * mean), 4 * (0.75 * 5 + 0.25 * 1), 4 * 5])
-        torch.testing.assert_close(denoise(X_T, t), X_T + 2 + expected.reshape(-1, 1, 1, 1))
+        expected = torch.tensor([4 * (0.75 * 5 + 0.25 * mean), 4 * (0.75 * 5 + 0.25 * 2), 4 * 5])
+        torch.testing.assert_close(denoise(X_T, t), X_T + NULL + expected.reshape(-1, 1, 1, 1))
     assert network.batches == [3 + 3 + 4, 3 + 3 + 4, 3 + 3 + 3, 3 + 3 + 3]
     mixed = guided(Network(), CONTEXT, NULL_CONTEXT, torch.tensor([1.0, 4.0, 0.0]), **options)(X_T, 4)
-    expected = torch.tensor([5, 4 * (0.75 * 5 + 0.25 * 1), 0])
-    torch.testing.assert_close(mixed, X_T + 2 + expected.reshape(-1, 1, 1, 1))
+    expected = torch.tensor([5, 4 * (0.75 * 5 + 0.25 * 2), 0])
+    torch.testing.assert_close(mixed, X_T + NULL + expected.reshape(-1, 1, 1, 1))
 
 
 def test_outside_the_interval_the_unconditional_pass_is_not_run():
@@ -85,8 +86,8 @@ def test_outside_the_interval_the_unconditional_pass_is_not_run():
     denoise = guided(network, CONTEXT, NULL_CONTEXT, torch.full((3,), 3.0), interval=(5, 8))
     outputs = [denoise(X_T, t) for t in (4, 5, 8, 9)]
     assert network.batches == [3, 6, 6, 3]
-    for output, expected in zip(outputs, (7, 17, 17, 7), strict=True):
-        torch.testing.assert_close(output, X_T + expected)
+    for output, expected in zip(outputs, (5, 15, 15, 5), strict=True):
+        torch.testing.assert_close(output, X_T + NULL + expected)
 
 
 def test_the_context_is_projected_once():

@@ -276,3 +276,19 @@ def test_build_sampler_returns_the_function_of_each_name():
     for name in ("ddpm", "ddim", "euler", "heun", "dpm_solver", "unipc"):
         sampler = build_sampler(SamplingOptions(sampler=name), ScheduleConfig(), 10)
         assert getattr(sampler, "func", sampler) is getattr(samplers, name)
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"),
+    [
+        ({"sampler": "ddim"}, {"eta": 0.0}),
+        ({"sampler": "ddim", "eta": 0.5}, {"eta": 0.5}),
+        ({"sampler": "dpm_solver"}, {"eta": 0.0, "order": 2}),
+        ({"sampler": "dpm_solver", "eta": 0.5}, {"eta": 0.5, "order": 2}),
+        ({"sampler": "dpm_solver", "order": 1}, {"eta": 0.0, "order": 1}),
+        ({"sampler": "unipc"}, {"order": 2}),
+        ({"sampler": "unipc", "order": 3}, {"order": 3}),
+    ],
+)
+def test_build_sampler_passes_on_its_options(options: dict[str, Any], keywords: dict[str, Any]):
+    assert build_sampler(SamplingOptions(**options), ScheduleConfig(), 10).keywords == keywords  # type: ignore[attr-defined]

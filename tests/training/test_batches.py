@@ -1,3 +1,5 @@
+"""Captions, timesteps and dropout of the training samples, as functions of the sample alone."""
+
 import json
 from collections import Counter
 from pathlib import Path
@@ -63,6 +65,28 @@ def test_the_first_caption_has_its_own_probability_and_the_captions_share_the_re
         probability = own + (1 - share) / 3
         deviation = (probability * (1 - probability) / count) ** 0.5
         assert seen.count(name) / count == pytest.approx(probability, abs=4 * deviation)
+
+
+def test_captions_are_dropped_with_the_given_probability_which_leaves_the_other_draws(tmp_path: Path):
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    (tmp_path / "image.txt").write_text("a caption", encoding="utf-8")
+    count, rate = 4000, 0.3
+    whole, _ = first_step(tmp_path, f"train.batch_size={count}")
+    dropped, _ = first_step(tmp_path, f"train.batch_size={count}", f"train.caption_dropout={rate}")
+    is_null = dropped.context.flatten() == 0  # the length of the empty caption
+    assert is_null.double().mean().item() == pytest.approx(rate, abs=4 * (rate * (1 - rate) / count) ** 0.5)
+    assert torch.equal(dropped.context[~is_null], whole.context[~is_null])
+    for name in ("x_0", "t", "eps"):
+        assert torch.equal(getattr(dropped, name), getattr(whole, name))
+
+
+def test_timesteps_are_drawn_from_the_density_of_the_objective(tmp_path: Path):
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    (tmp_path / "image.txt").write_text("a caption", encoding="utf-8")
+    count, share = 4000, 5 / 8  # of the noisiest quarter, whose timesteps are five times as probable
+    batch, _ = first_step(tmp_path, f"train.batch_size={count}", "objective.timesteps=later")
+    is_late = (batch.t >= 750).double().mean().item()
+    assert is_late == pytest.approx(share, abs=4 * (share * (1 - share) / count) ** 0.5)
 
 
 def test_dropped_phrases_depend_on_the_sample_alone_and_leave_its_other_draws(tmp_path: Path):

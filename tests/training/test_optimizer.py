@@ -2,14 +2,18 @@
 
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from conftest import weights
 
-from cond_diffusion.config.run import Config
+from cond_diffusion.config.run import Config, TrainConfig
+from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.errors import UserError
+from cond_diffusion.models.unet import UNet
 from cond_diffusion.training.optimizer import Muon, orthogonalize
+from cond_diffusion.training.setup import new_optimizer
 from cond_diffusion.training.trainer import train
 
 
@@ -26,6 +30,31 @@ def test_orthogonalize_keeps_singular_vectors_and_sets_singular_values_near_one(
         assert singular_values[s > 0.02 * s[0]].min() > 0.65  # much smaller ones are increased only in part
         assert singular_values.max() < 1.25
         assert (core - torch.diag(singular_values)).abs().max() < 1e-3
+
+
+def test_orthogonalize_leaves_the_precision_of_matrix_products():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        orthogonalize([torch.eye(3)])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimizer_has_the_learning_rate_and_the_weight_decay_of_the_config(optimizer: Any):
+    unet = UNet(UNetConfig((32,), (False,), num_groups=8, in_channels=1, sample_size=8, context_dim=8))
+    config = TrainConfig(optimizer=optimizer, learning_rate=0.02, weight_decay=0.1)
+    for group in new_optimizer(config, unet).param_groups:
+        assert (group["lr"], group["weight_decay"]) == (0.02, 0.1)
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_config(bars_config: Config):
+    """The first moment of AdamW after one step is 0.1 times the gradient."""
+    config = replace(bars_config, train=replace(bars_config.train, max_steps=1, max_grad_norm=1e-3))
+    moments = [value for name, value in weights(train(config)).items() if name.endswith(".exp_avg")]
+    assert sum(moment.square().sum() for moment in moments) ** 0.5 == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
 
 def test_steps_equal_those_of_torch_muon_and_adamw():
@@ -58,7 +87,9 @@ def test_resumed_run_with_muon_equals_uninterrupted_run(bars_config: Config):
     newest = train(config)
     expected = weights(newest)
     assert any(name.endswith(".momentum") for name in expected)
-    assert any(name.endswith(".exp_avg") for name in expected)
+    names = [name for name, _ in UNet.from_pretrained(newest / "unet").named_parameters()]
+    for layer in ("conv_in", "conv_out"):  # AdamW updates the first and the last layer
+        assert f"state/optimizer.safetensors:{names.index(f'{layer}.weight')}.exp_avg" in expected
     shutil.rmtree(newest)  # of step 4, which leaves step 2
     assert train(replace(config, resume=True)) == newest
     resumed = weights(newest)

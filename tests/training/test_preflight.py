@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import colours
 import pytest
@@ -12,7 +13,9 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.errors import UserError
+from cond_diffusion.models.unet import UNet
 from cond_diffusion.training import preflight
 from cond_diffusion.training.preflight import activation_bytes, check, verdict
 
@@ -65,6 +68,18 @@ def test_check_accepts_empty_captions(working_directory: Path):
     options = ["unet.channels=[32,32]", "unet.num_groups=8", "latent.patch_size=4", "train.batch_size=2"]
     findings = list(check(load_config(Config, overrides=[f"data.source={working_directory}", *options])))
     assert findings[2].startswith("captions: column text; 1 unique, 0 longer")
+
+
+def test_check_names_what_takes_too_long_or_does_not_fit(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
+    unet = UNet(UNetConfig((32,), (False,), num_groups=8, in_channels=1, sample_size=8, context_dim=8))
+    for gigabytes, names in ((0.001, ["train.max_steps", "train.batch_size", "train.keep_checkpoints"]), (1e3, [])):
+        free = SimpleNamespace(free=gigabytes * 1e9)
+        monkeypatch.setattr(preflight, "free_memory", lambda _, free=free: free.free)
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: free)
+        problems = preflight._cost_problems(bars_config, unet, activations=1.0, hours=25.0 if names else 23.0)
+        assert len(problems) == len(names)
+        for problem, name in zip(problems, names, strict=True):
+            assert f"set {name}" in problem
 
 
 def test_activation_bytes_counts_tensors_saved_for_backward():

@@ -1,6 +1,5 @@
 """Validation against networks whose loss is known, and the metrics that a run logs."""
 
-import json
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -8,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import metrics
+from safetensors.torch import load_file
 from torch import Tensor
 
+from cond_diffusion import TextToImage
 from cond_diffusion.config.run import Config
 from cond_diffusion.data.cache import context_table
 from cond_diffusion.data.dataset import CaptionedBatch
@@ -17,6 +19,7 @@ from cond_diffusion.data.loader import open_training_data
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
+from cond_diffusion.evaluation.evaluator import held_out_loss
 from cond_diffusion.models.latents import PixelPatchify
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.training.trainer import train
@@ -117,9 +120,7 @@ def test_held_out_loss_is_written_to_metrics_and_tracker(
     config = replace(bars_config, track="tensorboard", train=replace(bars_config.train, evaluate_every=2))
     train(replace(config, train=replace(config.train, max_steps=2)))
     train(replace(config, resume=True))
-    lines = [
-        json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = metrics(Path(config.run_dir))
     validations = [line for line in lines if "held_out_loss" in line]
     assert [line["step"] for line in validations] == [2, 4]
     assert all(f"held_out_loss_bucket_{i}" in validations[0] for i in range(NUM_BUCKETS))
@@ -132,6 +133,23 @@ def test_held_out_loss_is_written_to_metrics_and_tracker(
         assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4]
     tracked = [event.value for event in events.Scalars("held_out_loss")]
     assert tracked == pytest.approx([line["held_out_loss"] for line in validations])
+
+
+@pytest.mark.usefixtures("short_validation")
+def test_the_held_out_loss_is_that_of_the_averaged_weights(bars_config: Config):
+    config = replace(bars_config, train=replace(bars_config.train, evaluate_every=4, learning_rate=1e-2))
+    newest = train(config)
+    (logged,) = [line["held_out_loss"] for line in metrics(Path(config.run_dir)) if "held_out_loss" in line]
+    pipe, data = TextToImage.from_pretrained(newest), open_training_data(config.data, config.seed)
+
+    def true_caption() -> float:
+        found = held_out_loss(pipe, config, data)
+        assert found is not None
+        return found["true_caption"]
+
+    assert true_caption() == pytest.approx(logged, rel=1e-5)
+    pipe.unet.load_state_dict(load_file(newest / "state" / "unet.safetensors"))
+    assert abs(true_caption() / logged - 1) > 1e-3
 
 
 def test_an_unknown_or_missing_tracker_is_a_user_error(bars_config: Config):
