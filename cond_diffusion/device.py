@@ -62,7 +62,6 @@ def check_memory(what: str, needed: int, device: torch.device | None = None) -> 
     Args:
         what: The options to reduce, and their values.
         needed: A lower bound of the bytes.
-        device: The device; None is the machine's memory.
     """
     if needed > (free := free_memory(device)):
         raise UserError(f"{what}: at least {needed / 1e9:.3g} GB of memory are needed, {free / 1e9:.3g} GB are free")
@@ -89,8 +88,6 @@ def choose_precision(requested: str, device: torch.device, key: str) -> str:
 
     Args:
         requested: One of these, or "auto" for bf16 where the device computes faster in it, and fp32 elsewhere.
-        device: The device of the network.
-        key: The option, for the log.
     """
     if requested != "auto":
         if is_emulated(requested, device):

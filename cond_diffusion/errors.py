@@ -1,4 +1,7 @@
-"""Errors that a user can cause and fix. A command prints them as one line, without a traceback, and exits with 2."""
+"""Errors that a user can cause and fix. A command prints them as one line, without a traceback, and exits with 2.
+
+Any function of the package may raise UserError; the docstrings of the public API say when.
+"""
 
 import difflib
 from collections.abc import Iterable, Iterator

@@ -124,11 +124,7 @@ def load_tensors(file: Path) -> dict[str, Any]:
 
 
 def check_finite(weights: Iterable[tuple[str, Any]], where: str | Path) -> None:
-    """Raise UserError if a tensor has NaN or infinite values, which make every image black.
-
-    Args:
-        where: Prefix of the error message.
-    """
+    """Raise UserError if a tensor has NaN or infinite values, which make every image black."""
     for name, weight in weights:
         # `isfinite` does not support every 8-bit type.
         if not (weight if weight.element_size() > 1 else weight.float()).isfinite().all():

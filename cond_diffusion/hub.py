@@ -45,9 +45,6 @@ def download(repo_id: str, files: Sequence[str] = FILES, **options: Any) -> Path
 
     Returns:
         The local folder.
-
-    Raises:
-        UserError: The repository is not available, or has only pickled weights.
     """
     try:
         folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=[*files], **options))
@@ -79,9 +76,6 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> s
 
     Returns:
         The URL of the repository.
-
-    Raises:
-        UserError: The upload failed.
     """
     api = huggingface_hub.HfApi(token=token)
     hint = "; check the name, the network and the token (hf auth login)"

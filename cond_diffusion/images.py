@@ -152,14 +152,7 @@ def enlarged(image: Image.Image, width: int) -> Image.Image:
 
 
 def open_image(path: str, option: str) -> Image.Image:
-    """Load an image file and normalize it.
-
-    Args:
-        option: Prefix of the error message.
-
-    Raises:
-        UserError: The file does not exist or is not a readable image.
-    """
+    """Load an image file and normalize it."""
     with opened_image(path, option) as image:
         return normalize_image(image)
 

@@ -54,7 +54,6 @@ class SameOrigin:
     Gradio only withholds its responses from other sites, after it has done what they ask for.
 
     Args:
-        app: The application.
         listening: For each session, the number of open streams of results.
     """
 
@@ -139,7 +138,6 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
     """Return the page as a `gradio.Blocks`.
 
     Args:
-        runs: Folder that contains run folders.
         folder: Folder for the files of a request until Gradio has copied them.
         listening: For each session, the number of open streams of results; a session without one has left.
     """
@@ -267,14 +265,7 @@ def serve(runs: Path, folder: Path, host: str, port: int, other_hosts: Sequence[
     """Start the server with options of `gradio.Blocks.launch`, and return the page.
 
     Args:
-        runs: Folder that contains run folders.
-        folder: Folder for temporary files.
-        host: Name or address to listen on.
-        port: Port to listen on.
         other_hosts: Names that requests may be addressed to, in addition to those of this machine.
-
-    Raises:
-        UserError: If the server cannot listen there.
     """
     import gradio
     from starlette.middleware import Middleware

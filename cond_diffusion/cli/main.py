@@ -208,11 +208,7 @@ def config_parser(description: str, default: Path | None = None) -> argparse.Arg
 
 
 def config_file(path: Path) -> Path:
-    """Return the file that --config refers to. A name without folder and suffix refers to a file in configs/.
-
-    Raises:
-        UserError: There is no config of this name.
-    """
+    """Return the file that --config refers to. A name without folder and suffix refers to a file in configs/."""
     if path.parent != Path() or path.suffix:
         return path
     names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))

@@ -77,11 +77,7 @@ def recorded_settings(path: str | None, given: dict[str, Any]) -> dict[str, Any]
 
 
 def read_prompts(file: str | None) -> list[str]:
-    """Return the non-empty lines of a file, or of standard input for "-".
-
-    Raises:
-        UserError: The file cannot be read or contains no prompts.
-    """
+    """Return the non-empty lines of a file, or of standard input for "-"."""
     if file is None:
         return []
     name = "--prompts-file: " + ("standard input" if file == "-" else file)

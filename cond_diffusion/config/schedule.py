@@ -126,14 +126,7 @@ def to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
 
 
 def from_diffusers(fields: dict[str, Any], where: str | Path = "scheduler config") -> ScheduleConfig:
-    """Convert the config of a diffusers scheduler; inverse of `to_diffusers`.
-
-    Args:
-        where: Prefix of the error message.
-
-    Raises:
-        UserError: A field or value is not supported.
-    """
+    """Convert the config of a diffusers scheduler; inverse of `to_diffusers`."""
     name = fields.get("_class_name", "DDPMScheduler")
     if name not in _SUPPORTED_SCHEDULERS:
         supported = ", ".join(_SUPPORTED_SCHEDULERS)

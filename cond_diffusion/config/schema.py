@@ -139,9 +139,6 @@ def from_json(schema: Any, fields: Any, where: str | Path) -> Any:
     Args:
         schema: The dataclass, or another type that pydantic validates. Fields that it does not declare are ignored.
         where: Prefix of the error message.
-
-    Raises:
-        UserError: A field is missing or has the wrong type or an invalid value.
     """
     try:
         return TypeAdapter(schema).validate_json(json.dumps(fields), strict=True)
@@ -161,25 +158,14 @@ def parse_json(text: str | bytes, where: str | Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the fields of the JSON object in a file; see `from_json` for their check.
-
-    Raises:
-        UserError: There is no such file, or it is not a JSON object.
-    """
+    """Return the fields of the JSON object in a file; see `from_json` for their check."""
     if not file.exists():
         raise UserError(f"{file.parent} is incomplete: there is no {file.name}")
     return parse_json(read_text(file), file)
 
 
 def from_yaml(schema: type, text: str, where: str) -> dict[str, Any]:
-    """Parse YAML text into keyword arguments of `schema`.
-
-    Args:
-        where: Prefix of errors.
-
-    Raises:
-        UserError: The text is not YAML, has an unknown key or one twice, or a value where a section is expected.
-    """
+    """Parse YAML text into keyword arguments of `schema`."""
     try:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
         if node is not None and not isinstance(node, yaml.MappingNode):
@@ -192,11 +178,7 @@ def from_yaml(schema: type, text: str, where: str) -> dict[str, Any]:
 
 
 def from_override(schema: type, override: str) -> tuple[list[str], Any]:
-    """Parse `key=value`, with the full key, into the parts of the key and the input of its field.
-
-    Raises:
-        UserError: As in `from_yaml`.
-    """
+    """Parse `key=value`, with the full key, into the parts of the key and the input of its field."""
     key, equals, value = check_text(override, "overrides").partition("=")
     if not equals:
         raise UserError(f"{override!r:.80} is not an override; expected key=value, for example train.batch_size=64")
@@ -298,14 +280,7 @@ def _one_line(error: Exception) -> str:
 
 
 def read_text(file: Path, option: str = "") -> str:
-    """Return the text of a file.
-
-    Args:
-        option: The option that gave the file, for error messages.
-
-    Raises:
-        UserError: The file does not exist, is not a regular file, is too large, or cannot be read.
-    """
+    """Return the text of a file."""
     where = f"{option}: {file}" if option else str(file)
     with user_errors(f"{where} cannot be read", OSError, ValueError):
         if not file.exists():

@@ -120,14 +120,7 @@ class _DiffusersConfig:
 
 
 def from_diffusers(fields: dict[str, Any], where: str | Path = "UNet config") -> UNetConfig:
-    """Convert the config of diffusers' `UNet2DConditionModel`; inverse of `to_diffusers`.
-
-    Args:
-        where: Prefix of the error message.
-
-    Raises:
-        UserError: A field or value is not supported.
-    """
+    """Convert the config of diffusers' `UNet2DConditionModel`; inverse of `to_diffusers`."""
     fields = dict(fields)
     refuse_other_values(fields, _ONLY_SUPPORTED, where)
     theirs = from_json(_DiffusersConfig, fields, where)

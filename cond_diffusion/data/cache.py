@@ -46,15 +46,7 @@ def cached_shards(
     The processes of a machine share the work.
 
     Args:
-        folder: Where the shards are.
-        count: Number of rows.
-        per_shard: Rows per shard.
         compute: Maps a range of rows to their tensors.
-        accelerator: Gives the number of processes.
-        what: Description for the progress bar and for errors.
-
-    Raises:
-        UserError: If a shard cannot be written.
     """
     # A separate process group: the default one times out after some minutes. Created before the work starts, while all
     # processes are at the same point.
@@ -97,9 +89,6 @@ def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerato
     """Compute the embeddings of unique captions, or load them from the cache; return the function that looks them up.
 
     Up to `CAPTIONS_PER_SHARD` captions are embedded by each process and are not cached.
-
-    Raises:
-        UserError: If the cache cannot be written.
     """
     if len(captions) <= CAPTIONS_PER_SHARD:
         shards = [{"contexts": embed(text_encoder, captions)}]
@@ -142,7 +131,6 @@ class LatentSet:
     Attributes:
         shards: x_0 of the images; rows are counted across all shards.
         group_of: Row i has the captions `caption_groups[group_of[i]]`.
-        caption_groups: The caption groups.
         is_read: Which rows of the source the rows are; None for all.
     """
 
@@ -175,9 +163,6 @@ def latent_set(files: CaptionedFiles, vae: LatentSpace, accelerator: Accelerator
     """Encode each image of a dataset once, or load the latents from the cache.
 
     Latents are stored in half precision, a relative rounding error below 1e-3.
-
-    Raises:
-        UserError: If more than `data.max_bad_fraction` of the images are unreadable, or the cache cannot be written.
     """
     data = files.config
     settings = (vae.digest(), files.fingerprint(), data.resolution, data.channels, data.background)

@@ -61,7 +61,6 @@ class Decoder:
     """Decodes and preprocesses images, and counts those that are unreadable.
 
     Args:
-        config: Gives the size, the number of channels and the background.
         expected: Number of images in the dataset, or None if unknown.
     """
 
@@ -78,7 +77,6 @@ class Decoder:
         """Return each image's pixels (h w c), or None if it is unreadable.
 
         Args:
-            encoded: The images.
             crops: Position of each crop along the longer side, 0 to 1.
         """
         decoded: list[Pixels | None] = []
@@ -137,12 +135,8 @@ def decode_all(
     """Decode one image per crop, replacing unreadable ones.
 
     Args:
-        decoder: Decodes the images.
         fetch: Maps (positions in `crops`, attempt) to images: attempt 0 to the requested ones, others to replacements.
         crops: Position of each crop along the longer side, 0 to 1.
-
-    Raises:
-        UserError: If too many images are unreadable.
     """
     decoded: list[Pixels | None] = [None] * len(crops)
     todo, attempt = list(range(len(crops))), 0
@@ -235,10 +229,8 @@ class CaptionedFiles:
     """A dataset whose images are decoded on each access: larger than memory, or with random crops.
 
     Attributes:
-        config: The data config.
         files: A table with the image files in column `config.image_column`.
         group_of: Row i has the captions `caption_groups[group_of[i]]`.
-        caption_groups: The caption groups.
         columns: Names of all columns of the source.
     """
 
@@ -256,11 +248,7 @@ class CaptionedFiles:
         return len(self.files)
 
     def read(self, candidates: Candidates, draws: RandomDraws) -> CaptionedBatch:
-        """Decode the samples `candidates(0)`; unreadable ones are replaced by those of the next attempt.
-
-        Raises:
-            UserError: If too many images are unreadable.
-        """
+        """Decode the samples `candidates(0)`; unreadable ones are replaced by those of the next attempt."""
         rows = candidates(0).tolist()
 
         def fetch(positions: list[int], attempt: int) -> list[EncodedImage]:
@@ -274,11 +262,7 @@ class CaptionedFiles:
         return CaptionedBatch.of(pixels, [self.caption_groups[i] for i in self.group_of[rows].tolist()], draws)
 
     def in_memory(self) -> CaptionedImages:
-        """Decode all images with center crops.
-
-        Raises:
-            UserError: If too many images are unreadable.
-        """
+        """Decode all images with center crops."""
         size, total = self.config.resolution, len(self)
         needed = (total + min(total, DECODING_BATCH_SIZE)) * self.config.channels * size**2
         what = f"data.resolution: {total} images of {size} x {size} pixels in memory, unless data.memory_gb is 0"
@@ -347,12 +331,7 @@ def open_captioned_files(config: DataConfig, split: str = "train", dataset: Exam
     """Open a dataset and read its captions; images are decoded on access.
 
     Args:
-        config: The data config.
-        split: Split of `config.source`.
         dataset: Used instead of `config.source`; see `as_table`.
-
-    Raises:
-        UserError: If the source, a column or a caption template is invalid.
     """
     config = config.with_captions()
     columns = (config.image_column, config.caption_column)
@@ -380,11 +359,7 @@ def load_captioned_images(config: DataConfig, split: str = "train") -> Captioned
 
 
 def select_image_column(table: Any, config: DataConfig) -> Any:
-    """Return a table or a stream with its image column undecoded.
-
-    Raises:
-        UserError: If a configured column is missing, or the image column has another type.
-    """
+    """Return a table or a stream with its image column undecoded."""
     names = table.column_names
     for key, column in (("image_column", config.image_column), ("caption_column", config.caption_column)):
         if column not in names:

@@ -40,7 +40,6 @@ class ShuffledDataset:
     for.
 
     Args:
-        data: The dataset.
         seed: Determines the order of training, not the split.
         held_out: Number of rows to hold out; at most a twentieth of the source.
     """
@@ -125,12 +124,7 @@ def open_training_data(config: DataConfig, seed: int, dataset: Examples | None =
     """Open the training data: as a stream if `config.streaming`, otherwise in memory if it fits.
 
     Args:
-        config: The data config.
-        seed: Determines the order of training.
         dataset: Used instead of `config.source`; see `as_table`.
-
-    Raises:
-        UserError: If the source, a column or a caption template is invalid.
     """
     if config.streaming and dataset is None:
         return CaptionedStream(config, seed)

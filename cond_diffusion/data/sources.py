@@ -62,12 +62,7 @@ def open_source(
 
     Args:
         source: Name of a built-in dataset, a folder, a .parquet or .tar file, or a Hub id.
-        split: Name of the split.
-        streaming: Read the source sequentially, without a copy on this disk.
         columns: Columns that are needed. Parquet files may differ in the others.
-
-    Raises:
-        UserError: If the source or the split does not exist, or cannot be read.
     """
     path = BUILT_IN_SOURCES.get(source, Path(source))
     _warn_if_ambiguous(source, path)
@@ -142,11 +137,7 @@ class _Files:
 
 
 def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _Files:
-    """Return the table of images with text files, or the files of another kind of folder.
-
-    Raises:
-        UserError: If the folder does not have the split, or holds several kinds of data.
-    """
+    """Return the table of images with text files, or the files of another kind of folder."""
     all_files, links = _list_files(folder)
     split_folder = folder / split if (folder / split).is_dir() else folder
     left_out = [other for name in OTHER_SPLITS if split_folder == folder and (other := folder / name).is_dir()]
@@ -270,11 +261,7 @@ def _of_files(source: str, table: Any, files: Sequence[Path]) -> Any:
 
 
 def _read_caption(file: Path) -> str:
-    """Return the text of a caption file.
-
-    Raises:
-        UserError: If the file cannot be read or is not UTF-8.
-    """
+    """Return the text of a caption file."""
     with user_errors(f"data.source: {file} cannot be read", OSError):
         content = file.read_bytes()
     return decode_text(content, f"data.source: {file}").strip()
@@ -328,9 +315,6 @@ def as_table(dataset: Examples, config: DataConfig) -> datasets.Dataset:
         dataset: A `datasets.Dataset`, or pairs (image, caption). An image is a PIL image, an array, bytes or a path; a
             caption is a string or a list of strings.
         config: Names the columns.
-
-    Raises:
-        UserError: If an item is not such a pair.
     """
     if isinstance(dataset, datasets.Dataset):
         return dataset.with_format(None)
@@ -381,15 +365,7 @@ CaptionGroup = tuple[str, ...]
 
 
 def caption_reader(config: DataConfig, feature: Any) -> Callable[[Any], CaptionGroup]:
-    """Return the function that maps a cell of the caption column to its caption group.
-
-    Args:
-        config: Gives the caption templates and the label names.
-        feature: Type of the column.
-
-    Raises:
-        UserError: If labels, templates and names are inconsistent; the returned function raises it, too.
-    """
+    """Return the function that maps a cell of the caption column to its caption group."""
     if not config.caption_templates:
         if isinstance(feature, datasets.ClassLabel):
             raise UserError(

@@ -45,9 +45,6 @@ class CaptionedStream:
     Attributes:
         state: The beginning of the current block.
         last_consumed_state: The beginning of the block that was trained on last; set by the caller, which may prefetch.
-
-    Raises:
-        UserError: If the source, a column or a caption template is invalid.
     """
 
     is_in_memory = False
@@ -114,9 +111,6 @@ class CaptionedStream:
         """Decode one row per draw, from position `first` on, which must not be before rows that were already read.
 
         An unreadable image is replaced by the next readable one in its block.
-
-        Raises:
-            UserError: If too many images are unreadable.
         """
         assert first >= self.position
         skipped, self.position = first - self.position, first + len(draws.crop)

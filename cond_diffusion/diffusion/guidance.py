@@ -126,8 +126,6 @@ def rescale_deviation(
     High guidance scales increase the standard deviation, which over- or underexposes images.
 
     Args:
-        guided_output: Output with guidance.
-        cond: Output of the conditional pass.
         phi: Strength, 0 (none) to 1 (the deviation of `cond`).
     """
     deviation = guided_output.flatten(1).std(1)
@@ -139,7 +137,6 @@ def threshold_dynamically(x_0_hat: Float[Tensor, "b *chw"], share: float) -> Flo
     """Clip each image to [-s, s] and divide it by s (dynamic thresholding, Saharia et al. 2022, section 2.3).
 
     Args:
-        x_0_hat: Predicted images.
         share: Quantile of the absolute pixel values that s is set to, but at least 1: images in [-1, 1] stay the same.
     """
     s = x_0_hat.flatten(1).abs().float().quantile(share, dim=1).clamp(min=1)

@@ -181,10 +181,7 @@ def evaluate_emoji(pipe: TextToImage, count: int, sampling: SamplingOptions, res
     """Generate one image for each of up to `count` prompts of each subset, measure them, and write grids.
 
     Args:
-        pipe: The pipeline.
-        count: Maximum number of prompts of a subset.
         sampling: Options to generate with; image i of a subset has the seed `seed` + i.
-        results: Folder to write to: a grid of samples, and one of samples with their nearest training images.
 
     Returns:
         The part "samples" of `evaluation.json`.

@@ -121,9 +121,6 @@ class Evaluator:
         classifier: Classifier trained on `train`; None if the captions are not class labels.
         clip: CLIP that accepts the images, if there is one. A classifier or a CLIP is required.
         features: Feature extractor for distances; by default the classifier or, without one, the CLIP.
-
-    Raises:
-        UserError: If there is neither a classifier nor a CLIP.
     """
 
     def __init__(
@@ -158,11 +155,7 @@ class Evaluator:
         """Return up to `count` prompts with the indices of their caption groups.
 
         Args:
-            count: Maximum number of prompts.
             paraphrases: Use all captions of each group except the first, instead of the first.
-
-        Raises:
-            UserError: If there are no paraphrases.
         """
         selected = slice(1, None) if paraphrases else slice(0, 1)
         prompts = [(prompt, i) for i, group in enumerate(self.train.caption_groups) for prompt in group[selected]]
@@ -240,13 +233,8 @@ def load_evaluator(
     does not accept the images, the one given as `features`.
 
     Args:
-        pipe: Pipeline of the checkpoint.
-        config: Config of the checkpoint's run.
         features: Feature extractor for distances; see `Evaluator`.
         training_data: The training data, if it is already open.
-
-    Raises:
-        UserError: If there are too few test images, or neither a classifier nor a CLIP.
     """
     if training_data is None:
         training_data = open_training_data(config.data, config.seed)
@@ -270,11 +258,7 @@ def load_evaluator(
 
 
 def load_real_images(config: Config, training_data: TrainingData) -> tuple[CaptionedImages, CaptionedImages]:
-    """Load the training and the test images into memory; without a test split, the held-out images replace it.
-
-    Raises:
-        UserError: If there are no test images, or if they are invalid.
-    """
+    """Load the training and the test images into memory; without a test split, the held-out images replace it."""
     data = training_data.in_memory()
     try:
         return data, renumber_groups(load_captioned_images(config.data, "test"), data.caption_groups)

@@ -58,7 +58,6 @@ def step_bits(
     Args:
         x_0: Images in [-1, 1].
         x_0_hat: The network's predictions of x_0 from x_t.
-        variance: Variance of p, "posterior" or "beta".
     """
     if t == 0:
         return decoder_bits(x_0, x_0_hat, schedule.decoder_variance)
@@ -107,18 +106,11 @@ def bits_per_dimension(
     """Compute the variational bound of a data split, in bits per dimension.
 
     Args:
-        pipe: Model and noise schedule.
-        config: Data set of the split.
-        split: Name of the split, for example "test".
         count: Number of images, from the first one; None for all.
-        batch_size: Number of images per batch.
         seed: Seed of the noise in x_t.
 
     Returns:
         The prior term of each image, and the other terms from t = T - 1 to 0 for each variance and image.
-
-    Raises:
-        UserError: For a latent-space model, since the bound is defined for pixels.
     """
     if pipe.latent_space.is_latent:
         raise UserError(f"checkpoint: {pipe.folder} generates latents; bits per dimension are defined only for pixels")

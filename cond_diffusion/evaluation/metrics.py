@@ -111,11 +111,7 @@ def accuracy(classifier: Classifier, data: CaptionedImages) -> float:
 
 
 def load_or_train_classifier(data: CaptionedImages) -> Classifier:
-    """Return the shipped classifier if it was trained on this data, else one from the cache, trained on first use.
-
-    Raises:
-        UserError: If the cache cannot be written.
-    """
+    """Return the shipped classifier if it was trained on this data, else one from the cache, trained on first use."""
     trained_on = fingerprint(data)
     with safe_open(SHIPPED, "pt") as shipped:
         if (shipped.metadata() or {}).get(TRAINED_ON) == trained_on:
@@ -157,8 +153,6 @@ class ClipJudge(nn.Module):
     """Maps images and captions to unit vectors in CLIP's joint embedding space (Radford et al. 2021).
 
     Args:
-        clip: Model with image and text encoder.
-        tokenizer: Tokenizer of the text encoder.
         processor: Preprocessing of images; None if the model accepts images in [-1, 1].
         max_length: Number of tokens that captions are cut to.
     """
@@ -174,11 +168,7 @@ class ClipJudge(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, max_length: int = 77) -> "ClipJudge":
-        """Load a CLIP from "builtin", a folder or a Hub id.
-
-        Raises:
-            UserError: If there is no CLIP, or only its text encoder.
-        """
+        """Load a CLIP from "builtin", a folder or a Hub id."""
         with clip_errors("CLIP", source):
             folder = find_clip(source)
             if not (folder / "text_encoder").is_dir() and clip_kind(folder) == "clip":
@@ -211,11 +201,7 @@ class ClipJudge(nn.Module):
 
 
 def load_clip_judge(source: str, data: DataConfig, max_length: int = 77) -> ClipJudge:
-    """Load a CLIP that accepts the images of `data`.
-
-    Raises:
-        UserError: If there is no CLIP, or if it has no processor and another input shape.
-    """
+    """Load a CLIP that accepts the images of `data`."""
     judge = ClipJudge.from_pretrained(source, max_length)
     vision = cast(Any, judge.clip.config.vision_config)
     if judge.processor is None and (vision.num_channels, vision.image_size) != (data.channels, data.resolution):
@@ -244,19 +230,11 @@ def prdc(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 5) 
 
     The manifold of a set is the union of balls, around each row, that reach to its k-th nearest neighbor.
 
-    Args:
-        samples: Features of samples.
-        real: Features of real images.
-        k: Number of neighbors.
-
     Returns:
         precision, recall: Fraction of samples in a ball of a real image, and vice versa (Kynkäänniemi et al. 2019).
         density: Mean number of balls of real images around a sample, divided by k (Naeem et al. 2020).
         coverage: Fraction of real images whose ball contains a sample (Naeem et al. 2020).
         For equal distributions, density and coverage are close to 1, precision and recall are lower.
-
-    Raises:
-        UserError: If a set has at most k rows.
     """
     if min(len(samples), len(real)) <= k:
         raise UserError(

@@ -33,9 +33,6 @@ class Results:
     Args:
         folder: Folder of the report; it must be new, or contain an evaluation with the same settings.
         settings: Options of the evaluation.
-
-    Raises:
-        UserError: If the folder has other contents or settings, or cannot be written.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -71,11 +68,7 @@ def evaluate(
     """Generate and measure samples, and write grids of them and of their nearest training images.
 
     Args:
-        evaluator: Real images and evaluation models.
-        prompts: Prompts of the samples.
         generate: Returns the same number of samples of each prompt, in the order of the prompts.
-        sampling: Options to generate with.
-        results: Folder to write to.
 
     Returns:
         The part "samples" of `evaluation.json`.
@@ -114,12 +107,7 @@ def sweep(
     """Measure and plot accuracy and distance by guidance scale, and by number of steps for each sampler.
 
     Args:
-        evaluator: Real images and evaluation models.
-        generate: Generates samples with given options.
-        sampling: Options that the sweep varies.
-        results: Folder to write to.
         count: Number of real images of the baseline.
-        num_timesteps: Maximum number of steps.
     """
 
     def point(name: str, sampling: SamplingOptions) -> Point:
@@ -166,9 +154,7 @@ def plot(lines: Mapping[str, Sequence[Point]], option: str, baseline: float, fil
 
     Args:
         lines: Points of each line, by label.
-        option: Name of the option on the x axis.
         baseline: Fréchet distance of real images.
-        file: Image file to write.
     """
     from matplotlib.figure import Figure  # in the extra `eval`
 

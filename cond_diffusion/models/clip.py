@@ -78,7 +78,6 @@ def untrained_text_encoder(config: ClipPretrainingConfig, captions: Sequence[str
     """Return a randomly initialized text encoder with the vocabulary and the shape of the CLIP to train.
 
     Args:
-        captions: The captions of the data.
         text: The run's section `text`. Its `max_length` is by default that of the longest caption, within 16 and 77.
     """
     tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)

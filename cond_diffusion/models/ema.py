@@ -110,11 +110,7 @@ def snapshot_files(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def weights_of_width(checkpoint: Path, width: float) -> dict[str, Tensor]:
-    """Reconstruct the average of another width at a checkpoint from the snapshots of its run.
-
-    Raises:
-        UserError: If there are no snapshots, or they are too few for this width.
-    """
+    """Reconstruct the average of another width at a checkpoint from the snapshots of its run."""
     step = re.fullmatch(r"step-(\d+)", checkpoint.name)
     snapshots = snapshots_until(checkpoint.parent.parent, int(step[1])) if step else []
     if not snapshots or step is None:
@@ -136,11 +132,7 @@ def weights_of_width(checkpoint: Path, width: float) -> dict[str, Tensor]:
 
 
 def reconstruct(snapshots: Sequence[Snapshot], step: int, width: float) -> dict[str, Tensor]:
-    """Return the average of relative width `width` after `step` steps as a combination of snapshots.
-
-    Raises:
-        UserError: If the width is out of range, or too far from those of the snapshots.
-    """
+    """Return the average of relative width `width` after `step` steps as a combination of snapshots."""
     if not 0 < width <= 0.28:
         raise UserError(f"--ema-width: {width}; expected more than 0 and at most 0.28")
     coefficients, error = combination([(s.step, s.width) for s in snapshots], step, width)
@@ -165,8 +157,6 @@ def combination(known: Sequence[tuple[int, float]], step: int, width: float) -> 
 
     Args:
         known: Step and width of each known average.
-        step: Step of the target.
-        width: Width of the target.
 
     Returns:
         The coefficients, which sum to 1, and the relative error of the profile.

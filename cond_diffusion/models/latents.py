@@ -120,9 +120,6 @@ class VAE:
 
         Args:
             source: A folder or a Hub id, of the autoencoder or of a pipeline with `vae/`.
-
-        Raises:
-            UserError: If diffusers is not installed, or the source has no supported `AutoencoderKL`.
         """
         if importlib.util.find_spec("diffusers") is None:
             raise UserError('latent.vae needs diffusers; install it: pip install "cond_diffusion[latent]"')

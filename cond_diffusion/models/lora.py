@@ -69,12 +69,8 @@ def add_lora_file(unet: UNet, source: str | Path, **options: Any) -> None:
     """Add (alpha / rank) B A of a LoRA file, from this package or diffusers, to the weights of a network, in place.
 
     Args:
-        unet: The network.
         source: The file, a folder that contains it, or a Hub id.
         **options: Those of `hub.download`.
-
-    Raises:
-        UserError: If the file cannot be read, or belongs to another network.
     """
     file = Path(source)
     with user_errors(f"lora: {source!s:.80} cannot be read", OSError):

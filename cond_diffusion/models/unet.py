@@ -292,11 +292,7 @@ class UNet(nn.Module):
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """Return the safetensors files of weights: one, in half precision if there is no other, or the shards of an index.
-
-    Raises:
-        UserError: The index is damaged.
-    """
+    """Return the safetensors files of weights: one, if need be in half precision, or the shards of an index."""
     index = folder / f"{name}.index.json"
     if not (folder / name).exists() and index.exists():
         shards: Any = from_json(dict[str, str], read_json(index).get("weight_map"), f"{index}: weight_map")

@@ -116,9 +116,6 @@ def open_checkpoint(source: str | Path, **options: Any) -> Checkpoint:
     Args:
         source: A name in `BUILT_IN_MODELS`, a run folder, a checkpoint folder or a Hub id, which is downloaded.
         **options: Options of `hub.download`.
-
-    Raises:
-        UserError: If there is no checkpoint, or one of its files does not match its checksum.
     """
     if source in BUILT_IN_MODELS:
         return Checkpoint(BUILT_IN_MODELS[str(source)])
@@ -198,14 +195,9 @@ def write_card(
     """Write the model card, and the config of the training run if there is one.
 
     Args:
-        folder: The folder to write into.
         name: Hub id of the model.
-        latent_space: The space that the diffusion runs in.
-        image_size: Width and height of the images in pixels.
-        prediction: What the network predicts.
         prompts: One prompt per row of the sample grid.
         checkpoint: Checkpoint folder of the run that the pipeline was loaded from, if any.
-        split_phrases: Whether the text encoder encodes the phrases of a prompt independently.
     """
     config = _run_config(checkpoint)
     if checkpoint is not None and config is not None:

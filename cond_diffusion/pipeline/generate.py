@@ -53,13 +53,10 @@ def generate_to_file(
     The PNG comes first, then the animation and the attention maps if requested. The PNG stores the settings.
 
     Args:
-        settings: What to generate, and with which checkpoint.
         output: Path of the PNG; None derives an unused name from the prompt.
         film: Path of an animation of the sampling, .gif or .webp.
-        attention_maps: Path of a PNG with the cross-attention maps.
         labels: Whether to write the prompts beside the rows if there are several.
         batch_size: Number of images per batch; None uses as many as fit into memory.
-        callback_on_step_end: Called after each sampling step.
 
     Raises:
         UserError: If the settings are not valid, or a file exists or cannot be written.
@@ -176,15 +173,7 @@ def encode_png(image: Image.Image, settings: GenerationSettings) -> bytes:
 
 
 def read_settings(path: str, option: str) -> dict[str, Any]:
-    """Return the settings that `encode_png` stored in a PNG, by name.
-
-    Args:
-        path: Path of the PNG.
-        option: The option that gave the path, for error messages.
-
-    Raises:
-        UserError: If the PNG has no settings, or they are damaged or unknown.
-    """
+    """Return the settings that `encode_png` stored in a PNG, by name."""
     with opened_image(path, option) as image:
         chunks = getattr(image, "text", {})
     ours = {name.removeprefix(CHUNK_PREFIX): text for name, text in chunks.items() if name.startswith(CHUNK_PREFIX)}
@@ -227,12 +216,7 @@ def output_path(wanted: str | None, prompts: Sequence[str], option: str, suffixe
 
     Args:
         wanted: The path; None derives an unused name from the first prompt.
-        prompts: The prompts.
-        option: The option that gave the path, for error messages.
         suffixes: Allowed suffixes; the first one is the default.
-
-    Raises:
-        UserError: If the path exists or cannot be written.
     """
     if wanted is None:
         endings = chain([""], (f"-{number}" for number in count(2)))
@@ -253,11 +237,7 @@ def output_path(wanted: str | None, prompts: Sequence[str], option: str, suffixe
 
 
 def write_output(path: Path, content: bytes, option: str) -> None:
-    """Write a new file. If that fails, for example on a full disk, write it into the folder for temporary files.
-
-    Raises:
-        UserError: If the file could not be written to `path`; the message says where it is instead.
-    """
+    """Write a new file. If that fails, for example on a full disk, write it into the folder for temporary files."""
     try:
         write_file(path, content, overwrite=False)
     except OSError as error:

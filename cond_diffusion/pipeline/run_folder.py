@@ -71,7 +71,6 @@ def check_new_run_dir(run_dir: Path, or_else: str = "") -> None:
     """Raise UserError if the folder for a new run cannot be written to, or has files of an earlier run.
 
     Args:
-        run_dir: The folder.
         or_else: Appended to the error message: an alternative to choosing another folder.
     """
     ours = re.compile(f"{re.escape(LOCK_NAME)}|{UNFINISHED.pattern}")  # of processes that start at the same time
@@ -148,11 +147,7 @@ def newest_checkpoint(run_dir: Path, *, with_state: bool) -> Path | None:
     """Return the newest intact checkpoint of a run, or None if it has no checkpoints. Log a warning for damaged ones.
 
     Args:
-        run_dir: The run's folder.
         with_state: Whether to check the training state too.
-
-    Raises:
-        UserError: If all checkpoints are damaged.
     """
     while True:
         problem = None
@@ -212,7 +207,6 @@ def find_corruption(checkpoint: Path, *, with_state: bool) -> str | None:
     """Return a description of the first missing, truncated or changed file of a checkpoint, or None if it is intact.
 
     Args:
-        checkpoint: The checkpoint's folder.
         with_state: Whether to check the training state too, which sampling does not need.
     """
     if not (checkpoint / CHECKSUMS_NAME).exists():  # written by other software, or by a version without checksums
@@ -247,16 +241,10 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
     """Write the checkpoint of `step`, then delete all but the newest `keep` and the one with the lowest held-out loss.
 
     Args:
-        run_dir: The run's folder.
-        step: The number of completed steps.
         write: Writes the checkpoint's files into the folder that it is given.
-        keep: Number of checkpoints to keep.
 
     Returns:
         The checkpoint's folder.
-
-    Raises:
-        UserError: If it cannot be written, for example because the disk is full; earlier checkpoints stay intact.
     """
     final = checkpoint_of(run_dir, step)
     hint = "; earlier checkpoints are intact"

@@ -50,9 +50,6 @@ class Film:
         Args:
             path: The file that it is for, .gif or .webp.
             columns: Number of images per row.
-
-        Raises:
-            UserError: If the frames are too large for the format.
         """
         first, *others = [_side_by_side(*(_image_grid(half, columns) for half in frame)) for frame in self.frames]
         durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]

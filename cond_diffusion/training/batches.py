@@ -73,11 +73,7 @@ class Batches:
         self._samples = prefetch(jobs, depth=0 if training_data.is_in_memory else PREFETCH_DEPTH)
 
     def next_step(self) -> Iterator[MicroBatch]:
-        """Read the data of the next step, and return an iterator over its micro-batches on this process.
-
-        Raises:
-            UserError: If too many images are unreadable, or a stream cannot be read.
-        """
+        """Read the data of the next step, and return an iterator over its micro-batches on this process."""
         return (complete() for complete in list(islice(self._samples, self.accumulation_steps)))
 
     def sample_names(self, step: int) -> str:

@@ -29,7 +29,6 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices and convolution kernels, AdamW for everything else.
 
     Args:
-        parameters: All parameters.
         adamw_parameters: Parameters that AdamW updates whatever their shape: the input and output layers.
     """
 

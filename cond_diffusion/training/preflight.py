@@ -46,9 +46,6 @@ def check(config: Config) -> Iterator[str]:
 
     Yields:
         One line per finding.
-
-    Raises:
-        UserError: If training would fail at once.
     """
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:

@@ -137,11 +137,7 @@ class Reporter:
                 logger.warning("%s cannot be written (%s); continuing without it", file, error.strerror)
 
     def log_summary(self, checkpoint: Path | None) -> Path:
-        """Log the newest checkpoint and the command that samples from it; return the checkpoint.
-
-        Raises:
-            UserError: If the run has no checkpoint.
-        """
+        """Log the newest checkpoint and the command that samples from it; return the checkpoint."""
         if checkpoint is None:
             raise UserError(
                 f"train.learning_rate: {self.run_dir} has no checkpoint, because no step had finite gradients; lower it"

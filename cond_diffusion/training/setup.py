@@ -119,9 +119,6 @@ def build_run(config: Config, accelerator: Accelerator, dataset: Examples | None
 
     Args:
         dataset: Used instead of `config.data.source`; see `as_table`.
-
-    Raises:
-        UserError: If the config contradicts itself, the run that it resumes, or the model that it starts from.
     """
     newest = find_run(config)
     resumed = None if newest is None else Checkpoint(newest)
@@ -188,11 +185,7 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def check_launcher(config: TrainConfig) -> None:
-    """Refuse settings of `accelerate launch` and its environment that training would ignore.
-
-    Raises:
-        UserError: Names the setting, and the key that replaces it.
-    """
+    """Refuse settings of `accelerate launch` and its environment that training would ignore."""
     for name, replacement in REFUSED_SETTINGS.items():
         if os.environ.get(name, "false").lower() not in ("false", "0", "no", "none", ""):
             raise UserError(f"{name}={os.environ[name]}: not supported; {replacement}")
@@ -208,9 +201,6 @@ def mixed_precision(config: TrainConfig, device: torch.device) -> str:
     """Return Accelerate's name of the precision to use: the config's, or else the launcher's, or else the device's.
 
     A CPU without the instructions uses fp32, since it would be many times slower otherwise.
-
-    Raises:
-        UserError: If config and launcher differ.
     """
     # Runs of earlier versions stored null. The launcher sets "no" where nothing was given.
     given = None if config.mixed_precision == "auto" else config.mixed_precision
@@ -229,11 +219,7 @@ def mixed_precision(config: TrainConfig, device: torch.device) -> str:
 
 
 def find_run(config: Config | ClipPretrainingConfig) -> Path | None:
-    """Return the checkpoint to resume from, the one that `resume` names or the newest; None if the run is new.
-
-    Raises:
-        UserError: If the folder contains something else, or the named checkpoint does not exist.
-    """
+    """Return the checkpoint to resume from, the one that `resume` names or the newest; None if the run is new."""
     run_dir = Path(config.run_dir)
     if not config.resume:
         check_new_run_dir(run_dir, or_else=", or continue it by resume=true")
@@ -265,9 +251,6 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
 
     Returns:
         The config, and the checkpoint with the initial weights if they are needed.
-
-    Raises:
-        UserError: If the config contradicts the checkpoint.
     """
     init_from = config.init_from
     if init_from is None:
@@ -347,11 +330,7 @@ def _load_text_encoder(config: Config, source: Checkpoint | None, dataset: Examp
 
 
 def check_config(config: Config, resumed: Checkpoint) -> None:
-    """Compare the config with that of the resumed run; log changes that are allowed.
-
-    Raises:
-        UserError: If a changed key makes the weights or the optimizer state invalid.
-    """
+    """Compare the config with that of the resumed run; log changes that are allowed."""
     before = resumed.run_config
     check_unchanged(before, config, ("seed", "train.ema_width", "train.optimizer", "train.lora_rank"))
     for name in ("data", "text", "latent", "unet", "schedule", "objective"):
@@ -374,11 +353,7 @@ def check_unchanged(before: Any, config: Any, keys: Iterable[str]) -> None:
 
 
 def complete_unet_config(config: Config, context_dim: int, latent_space: LatentSpace) -> UNetConfig:
-    """Return `config.unet` completed with the channels, size and context width of the data and the text encoder.
-
-    Raises:
-        UserError: If `config.unet` contradicts them.
-    """
+    """Return `config.unet` completed with the channels, size and context width of the data and the text encoder."""
     channels, side, _ = latent_space.shape(config.data)
     required = {"in_channels": channels, "sample_size": side, "context_dim": context_dim}
     for name, value in required.items():
@@ -511,9 +486,6 @@ def prepare_run_dir(
 
     Called once the config and the data are known to be valid. Checkpoints later than the one that `resume` names are
     renamed.
-
-    Raises:
-        UserError: If another process has started training in the folder.
     """
     run_dir = lock.run_dir
     accelerator.wait_for_everyone()  # until all processes have checked that the folder does not exist

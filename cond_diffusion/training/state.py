@@ -116,11 +116,7 @@ class TrainingState:
             save_tensors(tensors, folder / f"{stem}{suffix}.safetensors")
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Load the state of a checkpoint; return its progress.
-
-        Raises:
-            UserError: If the checkpoint is damaged or belongs to a different network.
-        """
+        """Load the state of a checkpoint; return its progress."""
         folder = checkpoint / "state"
         if len(self.averages) > 1 and not any(folder.glob("narrow_ema*")):
             raise UserError("train.snapshots: this run has stored no second average so far; expected 0")
@@ -235,7 +231,6 @@ class Saver:
         """Copy the state and start writing it; all processes must call this together.
 
         Args:
-            step: Number of completed steps.
             progress: Progress to store in a checkpoint; None writes no checkpoint.
             snapshot: Whether to write a snapshot of the averages.
         """

@@ -164,11 +164,7 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
 
 
 def resume_from(run: Run, state: TrainingState, training_data: TrainingData) -> dict[str, Any]:
-    """Load the checkpoint that the run continues from and move the data to its position; return its progress.
-
-    Raises:
-        UserError: If the checkpoint is damaged, or the number of samples per step has changed.
-    """
+    """Load the checkpoint that the run continues from and move the data to its position; return its progress."""
     if run.resumed_from is None:
         return {}
     progress = state.load(run.resumed_from)
