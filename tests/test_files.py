@@ -13,7 +13,7 @@ from PIL import Image
 
 from cond_diffusion import TextToImage, UserError, files
 from cond_diffusion.config.run import Config, save_config
-from cond_diffusion.config.sampling import GenerationSettings, SamplingOptions
+from cond_diffusion.config.sampling import GenerationSettings
 from cond_diffusion.evaluation.report import Results, plot, save_grid
 from cond_diffusion.models.ema import save_snapshot
 from cond_diffusion.models.lora import save_lora
@@ -21,7 +21,7 @@ from cond_diffusion.pipeline import generate
 from cond_diffusion.pipeline.generate import generate_to_file, generate_to_folder
 from cond_diffusion.pipeline.run_folder import save_checkpoint
 
-SETTINGS = GenerationSettings(prompts=("seven",), sampling=SamplingOptions(steps=2))
+SETTINGS = GenerationSettings(prompts=("seven",), steps=2)
 POINT = {"steps": 5, "prompt accuracy": 0.5, "Fréchet distance": 2.0}
 
 

@@ -25,6 +25,7 @@ from cond_diffusion.cli.sample import read_prompts
 from cond_diffusion.config import unet as unet_config
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.config.sampling import GenerationSettings
 from cond_diffusion.config.schema import from_json, read_json, read_text
 from cond_diffusion.data.dataset import open_captioned_files
 from cond_diffusion.data.stream import CaptionedStream
@@ -34,7 +35,7 @@ from cond_diffusion.models.latents import VAE, AutoencoderConfig
 from cond_diffusion.models.lora import FILE_NAME, add_lora_file
 from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder, clip_errors, clip_kind, load_tokenizer
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL, Checkpoint
-from cond_diffusion.pipeline.generate import CHUNK_PREFIX, encode_png, from_flat, read_settings
+from cond_diffusion.pipeline.generate import CHUNK_PREFIX, encode_png, read_settings
 from cond_diffusion.pipeline.run_folder import find_corruption, read_progress
 from cond_diffusion.training.setup import build_run, make_accelerator
 
@@ -336,7 +337,7 @@ def test_what_is_not_a_regular_file_is_not_read(tmp_path: Path):
 
 def test_every_wrong_setting_in_a_png_is_refused_or_correct(tmp_path: Path):
     file = tmp_path / "a.png"
-    settings = from_flat({"prompts": ["a"], "seed": 1, "guidance_scale": 2.0, "eta": 0.5, "sampler": "ddim"})
+    settings = GenerationSettings(prompts=("a",), seed=1, guidance_scale=2.0, eta=0.5, sampler="ddim")
     file.write_bytes(encode_png(Image.new("L", (2, 2)), settings))
     with Image.open(file) as image:
         stored: dict[str, str] = image.text  # type: ignore[attr-defined]
@@ -346,7 +347,7 @@ def test_every_wrong_setting_in_a_png_is_refused_or_correct(tmp_path: Path):
             for chunk, text in {**stored, name: wrong}.items():
                 chunks.add_itxt(chunk, text)
             Image.new("L", (2, 2)).save(file, pnginfo=chunks)
-            accepts(lambda: from_flat(read_settings(str(file), "--from-image")))
+            accepts(lambda: GenerationSettings(**read_settings(str(file), "--from-image")))
 
 
 def test_text_of_a_file_reaches_the_terminal_escaped(capsys: pytest.CaptureFixture[str]):

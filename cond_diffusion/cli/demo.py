@@ -20,7 +20,7 @@ from PIL import Image
 from psutil import net_if_addrs
 
 from cond_diffusion.cli.main import ArgumentParser
-from cond_diffusion.config.sampling import GenerationSettings, SamplerName, SamplingOptions
+from cond_diffusion.config.sampling import GenerationSettings, SamplerName
 from cond_diffusion.config.schema import local_path
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError, user_errors
@@ -87,7 +87,7 @@ def generate_in_thread(folder: Path, settings: GenerationSettings) -> Iterator[U
         if stopped.is_set() or closing.is_set():
             raise ClientDisconnected
         if updates.empty():  # otherwise the page has not shown the previous step yet
-            image = enlarged(grid(to_pillow(step.x), settings.sampling.num_images), MIN_WIDTH)
+            image = enlarged(grid(to_pillow(step.x), settings.num_images), MIN_WIDTH)
             updates.put((image, f"step {number + 1} of {total}", []))
 
     def generate() -> None:
@@ -169,16 +169,17 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
             return  # Gradio notices that a client leaves, but not that it never listened
         try:
             with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as job:
-                sampling = SamplingOptions(
+                settings = GenerationSettings(
+                    prompts=tuple(prompts),
+                    checkpoint=checkpoint,
                     num_images=count,
                     seed=seed or 0,
-                    sampler=sampler,  # type: ignore[arg-type]  # checked by SamplingOptions
+                    sampler=sampler,  # type: ignore[arg-type]  # checked by GenerationSettings
                     steps=steps,
                     guidance_scale=scale,
                     phrase_guidance=of_phrases,
                     negative_prompt=negative,
                 )
-                settings = GenerationSettings(prompts=tuple(prompts), sampling=sampling, checkpoint=checkpoint)
                 for update in generate_in_thread(Path(job), settings):
                     if not listening[str(request.session_hash)]:
                         return

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cond_diffusion.cli.main import ArgumentParser, add_options
-from cond_diffusion.config.sampling import IMAGE_OPTIONS, SAMPLERS_OF, GenerationSettings, SamplingOptions
+from cond_diffusion.config.sampling import IMAGE_OPTIONS, SAMPLERS_OF, GenerationSettings
 from cond_diffusion.config.schema import MAX_TEXT_BYTES, decode_text, expand_home, read_text
 from cond_diffusion.errors import UserError, user_errors
 
@@ -22,7 +22,6 @@ def sample_parser() -> argparse.ArgumentParser:
         "--prompts-file", type=expand_home, metavar="FILE", help="more prompts, one per line; - is standard input"
     )
     add_options(parser, GenerationSettings)
-    add_options(parser, SamplingOptions)
     parser.add_argument("--batch-size", type=int, help="images per batch (default: as many as fit, at most 64)")
     from_image_help = "PNG to regenerate from its embedded settings; other options override them"
     parser.add_argument("--from-image", type=expand_home, metavar="PNG", help=from_image_help)
@@ -46,13 +45,13 @@ def sample(arguments: list[str] | None = None) -> None:
     """Generate images from prompts."""
     parser = sample_parser()
     given = vars(parser.parse_intermixed_args(arguments))
-    from cond_diffusion.pipeline.generate import from_flat, generate_to_file, generate_to_folder
+    from cond_diffusion.pipeline.generate import generate_to_file, generate_to_folder
 
     files = {name: given.pop(name) for name in FILES}
     folder, batch_size = given.pop("output_dir"), given.pop("batch_size")
     prompts = given.pop("prompts") + read_prompts(given.pop("prompts_file"))
     recorded = recorded_settings(given.pop("from_image"), given)
-    settings = from_flat({**recorded, **given, **({"prompts": prompts} if prompts else {})})
+    settings = GenerationSettings(**{**recorded, **given, **({"prompts": prompts} if prompts else {})})
     if not settings.prompts:
         parser.error('no PROMPT; expected at least one, for example "a digit seven"')
     if folder is None:

@@ -122,11 +122,10 @@ class SamplingOptions:
 
 @section("")
 @dataclass(frozen=True)
-class GenerationSettings:
-    """Settings that a PNG stores to reproduce it. Input images are stored as paths."""
+class GenerationSettings(SamplingOptions):
+    """Settings that a PNG stores to reproduce it: options, prompts and model. Input images are stored as paths."""
 
     prompts: tuple[str, ...] = ()
-    sampling: SamplingOptions = Field(default_factory=SamplingOptions)
     checkpoint: LocalPath = option("builtin", "builtin (digits), emoji, a run folder, a checkpoint folder or a Hub id")
     ema_width: float | None = option(
         None, "relative width of the average of the weights, at most 0.28, from train.snapshots (default: as trained)"

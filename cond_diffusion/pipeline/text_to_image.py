@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -49,6 +49,7 @@ FEATURE_MAPS_PER_IMAGE, MIN_FEATURE_MAPS = 120, 20
 BYTES_PER_EXAMPLE = 1000  # of a generated image's Python objects
 PROMPT_BATCH_SIZE = 256  # prompts whose embeddings, and those of their phrases, are in memory at once
 
+Options = TypeVar("Options", bound=SamplingOptions)
 StepCallback = Callable[[Step, int, int], None]
 """(step, index of the step from 0, number of steps); the step's `x` and `x_0_hat` are decoded to pixels."""
 
@@ -304,7 +305,7 @@ class TextToImage:
             return partial(threshold_dynamically, share=dynamic_thresholding)
         return (lambda x_0_hat: x_0_hat.clamp(-1, 1)) if self.schedule.config.clip_x_0 else (lambda x_0_hat: x_0_hat)
 
-    def completed(self, options: SamplingOptions) -> SamplingOptions:
+    def completed(self, options: Options) -> Options:
         """Return the options with the model's number of steps and guidance where not given."""
         defaults = {"steps": min(DEFAULT_STEPS, self.schedule.num_timesteps), **self.guidance}
         return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from time import sleep
 from typing import Any, cast
 
 import torch
@@ -63,6 +64,7 @@ from cond_diffusion.pipeline.run_folder import (
 from cond_diffusion.training.optimizer import Muon
 from cond_diffusion.training.reporting import check_tracker
 
+SECONDS_TO_APPEAR = 60  # of a new folder, on a disk that machines share
 # Keys that a resumed run may change, because the weights stay valid; all other keys of the sections are fixed.
 CHANGEABLE_KEYS = {
     "objective": ("loss", "min_snr_gamma", "timesteps"),
@@ -493,6 +495,10 @@ def prepare_run_dir(
         with user_errors(f"run_dir: {run_dir} cannot be created", OSError):
             run_dir.mkdir(parents=True, exist_ok=True)
     acquire_lock(lock, accelerator)
+    for _ in range(SECONDS_TO_APPEAR):  # a network disk may show a new folder late
+        if run_dir.is_dir():
+            break
+        sleep(1)
     check_shared(run_dir.is_dir(), run_dir, accelerator)
     if not accelerator.is_main_process:
         return

@@ -23,7 +23,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from cond_diffusion.cli import demo
 from cond_diffusion.cli.demo import generate_in_thread, list_checkpoints
-from cond_diffusion.config.sampling import GenerationSettings, SamplingOptions
+from cond_diffusion.config.sampling import GenerationSettings
 from cond_diffusion.errors import UserError
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL
 from cond_diffusion.pipeline.generate import read_settings
@@ -154,8 +154,7 @@ def test_page_shows_errors_and_lists_runs(page: Page):
 
 
 def test_closing_the_generator_stops_sampling(tmp_path: Path):
-    sampling = SamplingOptions(sampler="ddim", steps=1000)
-    settings = GenerationSettings(prompts=("a digit seven",), sampling=sampling)
+    settings = GenerationSettings(prompts=("a digit seven",), sampler="ddim", steps=1000)
     updates = generate_in_thread(tmp_path, settings)
     image, state, files = next(updates)
     assert image is not None

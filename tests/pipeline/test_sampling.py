@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import to_pillow
 from cond_diffusion.models.layers import Attention
-from cond_diffusion.pipeline.generate import from_flat, generate_to_file, read_settings
+from cond_diffusion.pipeline.generate import generate_to_file, read_settings
 from cond_diffusion.pipeline.visualize import FRAMES, AttentionMaps, Film, attention_weights, maps_per_word, render_maps
 
 
@@ -196,7 +195,7 @@ def png_with_chunks(folder: Path, **chunks: str) -> str:
 )
 def test_png_with_invalid_settings_raises_user_error(tmp_path: Path, chunks: dict[str, str], message: str):
     with pytest.raises(UserError) as error:
-        from_flat(recorded_settings(png_with_chunks(tmp_path, **chunks), {}))
+        GenerationSettings(**recorded_settings(png_with_chunks(tmp_path, **chunks), {}))
     assert message in str(error.value)
 
 
@@ -224,7 +223,8 @@ def test_options_of_a_replaced_sampler_or_image_are_dropped(tmp_path: Path):
 def test_settings_of_older_versions_stored_as_text_are_read(tmp_path: Path):
     chunks = {"guidance_scale": "2.0,4.0", "guidance_interval": "100,900", "steps": "3", "seed": "5"}
     path = png_with_chunks(tmp_path, prompts='["a", "b"]', **{key: json.dumps(value) for key, value in chunks.items()})
-    wanted = SamplingOptions(
+    wanted = GenerationSettings(
+        prompts=("a", "b"),
         guidance_scale=(2.0, 4.0),
         phrase_guidance=0.0,
         first_phrase_from=0,
@@ -232,11 +232,11 @@ def test_settings_of_older_versions_stored_as_text_are_read(tmp_path: Path):
         steps=3,
         seed=5,
     )
-    assert from_flat(recorded_settings(path, {})).sampling == wanted
+    assert GenerationSettings(**recorded_settings(path, {})) == wanted
 
 
 def test_images_are_written_if_the_film_is_too_large(tmp_path: Path):
-    settings = GenerationSettings(prompts=("seven",), sampling=SamplingOptions(num_images=100, steps=1))
+    settings = GenerationSettings(prompts=("seven",), num_images=100, steps=1)
     files = generate_to_file(settings, output=str(tmp_path / "x.png"), film=str(tmp_path / "x.webp"))
     assert next(files) == tmp_path / "x.png"
     with pytest.raises(UserError, match=r"^--film: .*x\.webp, 17204 x 84 pixels"):
@@ -245,7 +245,7 @@ def test_images_are_written_if_the_film_is_too_large(tmp_path: Path):
 
 
 def generate(prompts: list[str], output: Path, **changes: Any) -> None:
-    settings = GenerationSettings(prompts=tuple(prompts), sampling=replace(SAMPLING, **changes))
+    settings = GenerationSettings(**{**vars(SAMPLING), "prompts": tuple(prompts), **changes})
     assert [*generate_to_file(settings, output=str(output))] == [output]
 
 
@@ -256,7 +256,7 @@ def test_png_stores_its_settings_in_text_chunks(tmp_path: Path):
         chunks = {name: json.loads(value) for name, value in image.text.items()}  # type: ignore[attr-defined]
     ours = {name.removeprefix("cond_diffusion:"): value for name, value in chunks.items()}
     assert ours.pop("version") == __version__
-    assert from_flat(ours) == GenerationSettings(prompts=tuple(prompts), sampling=SAMPLING)
+    assert GenerationSettings(**ours) == GenerationSettings(**vars(SAMPLING), prompts=tuple(prompts))
     assert (ours["eta"], ours["guidance_scale"]) == (0.5, [2.0, 4.0])
 
 
@@ -316,9 +316,8 @@ def test_settings_of_another_version_log_a_warning(tmp_path: Path, caplog: pytes
     for name, value in (("prompts", ["a"]), ("version", "0.0.1"), ("seed", "5")):
         chunks.add_itxt(f"cond_diffusion:{name}", json.dumps(value))
     Image.new("L", (2, 2)).save(tmp_path / "old.png", pnginfo=chunks)
-    assert from_flat(read_settings(str(tmp_path / "old.png"), "")) == GenerationSettings(
-        prompts=("a",), sampling=SamplingOptions(seed=5, phrase_guidance=0.0, first_phrase_from=0)
-    )
+    found = GenerationSettings(**read_settings(str(tmp_path / "old.png"), ""))
+    assert found == GenerationSettings(prompts=("a",), seed=5, phrase_guidance=0.0, first_phrase_from=0)
     assert re.search(r"old\.png .*version 0\.0\.1", caplog.text)
 
 
