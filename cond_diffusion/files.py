@@ -37,7 +37,7 @@ def written_aside(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     path = path.absolute()
     # What is mounted or linked can be on another disk than the folder around it.
-    is_elsewhere = path.is_dir() and (path.is_symlink() or path.is_mount())
+    is_elsewhere = path.is_dir() and (path.is_symlink() or os.path.ismount(path))
     parent = path.resolve() if is_elsewhere else path.parent
     unfinished = parent / f".{path.name[:32]}.{secrets.token_hex(4)}.part"
     try:

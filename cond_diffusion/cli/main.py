@@ -85,10 +85,10 @@ def command_line(command: Callable[[], None]) -> int:
         print(f"error: {printable(str(error.filename)):.200}: {error.strerror}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("(out of|can't allocate|not enough) memory", str(error)):
             raise
-        hint = "set train.batch_size or --batch-size lower, or train.gradient_checkpointing=true"
-        print(f"error: out of memory ({printable(first_line(error))}); {hint}", file=sys.stderr)
+        reason = printable(first_line(error))
+        print(f"error: out of memory ({reason}); choose a smaller batch size", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interruption:
         if is_main:

@@ -218,7 +218,7 @@ class Config:
     resume: Annotated[bool | str, Field(union_mode="left_to_right")] = option(
         False,
         "`true`: continue from the newest checkpoint in `run_dir`, if there is one; `step-00001000`: from that one; "
-        "later ones are renamed",
+        "later checkpoints, snapshots and metrics are kept under other names",
     )
     init_from: LocalPath | None = option(
         None,

@@ -265,8 +265,7 @@ class CaptionedFiles:
         """Decode all images with center crops."""
         size, total = self.config.resolution, len(self)
         needed = (total + min(total, DECODING_BATCH_SIZE)) * self.config.channels * size**2
-        what = f"data.resolution: {total} images of {size} x {size} pixels in memory, unless data.memory_gb is 0"
-        check_memory(what, needed * processes_of_machine())
+        check_memory(f"data.resolution: {total} images of {size} x {size} pixels", needed * processes_of_machine())
         images = np.empty((total, self.config.channels, size, size), dtype=np.uint8)
         read: list[int] = []
         hidden = not is_main_process()

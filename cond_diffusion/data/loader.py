@@ -55,7 +55,8 @@ class ShuffledDataset:
         is_read = data.is_read
         total = len(data) if is_read is None else len(is_read)
         order = permutation(total, "held-out")
-        trained_on, held_out_rows = order.split([total - (count := min(held_out, total // 20)), count])
+        count = min(held_out, total // 20)
+        trained_on, held_out_rows = order.split([total - count, count])
         if is_read is not None:  # from rows of the source to samples
             sample = is_read.cumsum(0) - 1
             trained_on, held_out_rows = (sample[rows[is_read[rows]]] for rows in (trained_on, held_out_rows))
@@ -110,8 +111,9 @@ class ShuffledDataset:
         return self.data.in_memory()
 
     def identity(self) -> dict[str, Any]:
-        """Return what identifies the dataset: the number of images and a hash of the captions."""
-        return {"pictures": len(self.data), "captions": self._digest}
+        """Return what identifies the dataset: the numbers of images and of rows, and a hash of the captions."""
+        rows = {} if self.data.is_read is None else {"rows": len(self.data.is_read)}
+        return {"pictures": len(self.data), "captions": self._digest, **rows}
 
     def resume(self, progress: dict[str, Any], position: int, *, same: bool) -> None:
         """Do nothing; a stream goes to its saved state here."""

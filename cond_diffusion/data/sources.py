@@ -116,7 +116,7 @@ def open_source(
         raise UserError(f"data.source: cannot read {source} ({first_line(error.__cause__ or error)})") from error
     if split not in splits:
         raise UserError(f"data.source: {source} has no split {split!r}; it has {', '.join(map(repr, splits))}")
-    return _of_files(source, splits[split], found.files) if found.builder == "imagefolder" else splits[split]
+    return _of_split(source, splits[split], found, columns) if found.builder == "imagefolder" else splits[split]
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ class _Files:
     split: str = ""
     files: Sequence[Path] = ()
     folders: Sequence[Path] = ()
+    is_mixed: bool = False  # whether `datasets` also finds images that are not among the files
 
     def patterns(self) -> dict[str, list[str]] | None:
         if not self.files:
@@ -174,7 +175,9 @@ def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _F
     if left_out:
         inside = sorted({folder / file.relative_to(folder).parts[0] for file in files if file.parent != folder})
     folders = [*dict.fromkeys([*inside, *(link for link in links if any(map(link.is_relative_to, inside)))])]
-    return _Files("imagefolder", split, [*files, *(set(metadata) - set(files))], folders)
+    has_other_splits = bool(left_out) or split_folder != folder
+    is_mixed = any(file.suffix == ".zip" for file in files) or (bool(root_metadata) and has_other_splits)
+    return _Files("imagefolder", split, [*files, *(set(metadata) - set(files))], folders, is_mixed)
 
 
 def _list_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -193,7 +196,7 @@ def _list_files(folder: Path) -> tuple[list[Path], list[Path]]:
         # A pipe or a device can be endless. A broken link is reported where it is read.
         files += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]  # noqa: PTH110, PTH113
     for path in files:
-        check_text(path.name, f"data.source: {path.parent}: the name of a file")
+        check_text(str(path), "data.source: a file name")
     return sorted(files), links
 
 
@@ -229,7 +232,7 @@ def _warn_unpaired(source: str, files: Sequence[Path], pairs: dict[Path, Path]) 
             logger.warning("data.source: %s: skipping %d %s: %s", source, len(left_out), kind, names)
 
 
-def _of_files(source: str, table: Any, files: Sequence[Path]) -> Any:
+def _of_split(source: str, table: Any, found: _Files, columns: Sequence[str]) -> Any:
     """Return the rows of a table or stream whose images are among the files of the split, or do not exist.
 
     `datasets` also reads images of other splits that metadata of the whole folder lists, and those in .zip files. A
@@ -239,25 +242,35 @@ def _of_files(source: str, table: Any, files: Sequence[Path]) -> Any:
 
     def place(path: str | Path) -> tuple[str, str]:
         folder, name = os.path.split(path)
-        return resolve(folder), name
+        return resolve(folder), os.path.normcase(name)
 
+    files = found.files
+    images = [name for name, kind in (table.features or {}).items() if isinstance(kind, datasets.Image)]
+    if (
+        not images
+        or not any(_is_image(file) for file in files)
+        or not any(file.name in METADATA_NAMES for file in files)
+    ):
+        return table  # all images are in .zip files, or none of them is listed
+    column = next((name for name in columns if name in images), images[0])
     places = {place(file) for file in files}
-    column = next((name for name, kind in (table.features or {}).items() if isinstance(kind, datasets.Image)), None)
-    if column is None or not any(map(_is_image, files)):  # all images are in .zip files
-        return table
 
     def belongs(image: dict[str, Any] | None) -> bool:
         path = (image or {}).get("path")
         return path is None or ("://" not in path and (place(path) in places or not Path(path).exists()))
 
     if isinstance(table, datasets.IterableDataset):
-        return table.cast_column(column, datasets.Image(decode=False)).filter(belongs, input_columns=[column])
+        return table.decode(False).filter(belongs, input_columns=[column]) if found.is_mixed else table
     paths = [path for chunk in table.data.column(column).chunks for path in chunk.field("path").to_pylist()]
-    rows = [row for row, path in enumerate(paths) if belongs({"path": path})]
+    rows = [row for row, path in enumerate(paths) if not found.is_mixed or belongs({"path": path})]
     listed = {place(path) for path in paths if path}
     if left_out := sum(_is_image(file) and place(file) not in listed for file in files):
         logger.warning("data.source: %s: skipping %d image(s) that are not in the metadata", source, left_out)
-    return table if len(rows) == len(table) else table.select(rows)
+    if len(rows) == len(table):
+        return table
+    message = "data.source: %s: skipping %d row(s) of the metadata whose images are not in the split"
+    logger.info(message, source, len(table) - len(rows))
+    return table.select(rows)
 
 
 def _read_caption(file: Path) -> str:

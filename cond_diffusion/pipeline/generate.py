@@ -271,9 +271,8 @@ def _existing_images(settings: GenerationSettings, folder: Path, image_of: Setti
 
 def _check_same_settings(path: Path, settings: GenerationSettings) -> None:
     """Raise UserError if an existing image was generated with other settings."""
-    stored, wanted = (
-        _stored(each) for each in (GenerationSettings(**read_settings(str(path), "--output-dir")), settings)
-    )
+    stored = _stored(GenerationSettings(**read_settings(str(path), "--output-dir")))
+    wanted = _stored(settings)
     for name in sorted(stored.keys() | wanted.keys()):
         if (then := stored.get(name)) != (now := wanted.get(name)):
             raise UserError(

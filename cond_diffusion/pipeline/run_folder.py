@@ -179,18 +179,15 @@ def named_checkpoint(run_dir: Path, name: str) -> Path:
     return checkpoint
 
 
-def supersede_after(run_dir: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, for a run that resumes from `step`. Returns their new paths.
-
-    Renamed checkpoints stay on disk and are excluded from rotation.
-    """
-    return [supersede(path) for path in checkpoints(run_dir) if path.name > checkpoint_of(run_dir, step).name]
+def superseded_name(path: Path) -> Path:
+    """Return the first unused path `*.superseded-N`."""
+    paths = (path.with_name(f"{path.name}.superseded-{number}") for number in count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def supersede(path: Path) -> Path:
-    """Rename a file or folder to the first unused name `*.superseded-N`; return its new path."""
-    names = (path.with_name(f"{path.name}.superseded-{number}") for number in count(1))
-    return path.rename(next(name for name in names if not name.exists()))
+    """Rename a file or folder to `superseded_name`, which nothing reads or deletes; return its new path."""
+    return path.rename(superseded_name(path))
 
 
 def remove_unfinished(run_dir: Path) -> None:

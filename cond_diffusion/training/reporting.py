@@ -165,13 +165,13 @@ class Reporter:
 
     def end(self) -> None:
         """Close experiment trackers and, on GPUs, the process group."""
-        if self.accelerator.device.type != "cpu":
-            self._track(self.accelerator.end_training)
-            return
-        # Gloo's process group ends with the process. Closing it here can deadlock: the caller holds Python's GIL and
-        # waits for gloo's threads, one of which may need the GIL to release the last tensor.
         for tracker in self.accelerator.trackers:
             self._track(tracker.finish)
+        self.accelerator.trackers = []
+        # Gloo's process group ends with the process. Closing it here can deadlock: the caller holds Python's GIL and
+        # waits for gloo's threads, one of which may need the GIL to release the last tensor.
+        if self.accelerator.device.type != "cpu":
+            self.accelerator.end_training()
 
     def _track(self, action: Callable[[], None]) -> None:
         """Call a method of the trackers; stop tracking if it fails, for example because the disk is full."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import Any, cast
 
 import torch
@@ -31,6 +31,7 @@ from cond_diffusion.config.run import (
     ObjectiveConfig,
     TextConfig,
     TrainConfig,
+    load_config,
     save_config,
 )
 from cond_diffusion.config.unet import UNetConfig
@@ -53,13 +54,15 @@ from cond_diffusion.pipeline.run_folder import (
     METRICS_NAME,
     RunLock,
     check_new_run_dir,
+    checkpoints,
     exists,
     named_checkpoint,
     newest_checkpoint,
     read_metrics,
     remove_unfinished,
+    step_of,
     supersede,
-    supersede_after,
+    superseded_name,
 )
 from cond_diffusion.training.optimizer import Muon
 from cond_diffusion.training.reporting import check_tracker
@@ -235,12 +238,13 @@ def find_run(config: Config | ClipPretrainingConfig) -> Path | None:
         return named_checkpoint(run_dir, config.resume)
     newest = newest_checkpoint(run_dir, with_state=True)
     if newest is None:
-        train = config.train if isinstance(config, Config) else config
-        every, metrics = train.checkpoint_every, run_dir / METRICS_NAME
+        before: Any = load_config(type(config), run_dir / CONFIG_NAME)
+        every, metrics = getattr(before, "train", before).checkpoint_every, run_dir / METRICS_NAME
         last = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
         if 0 < 2 * every <= last:
             problem = f"resume: {run_dir} has no checkpoint, but {METRICS_NAME} reaches step {last}"
-            raise UserError(f"{problem}; put its folder checkpoints back in place, or choose another run_dir")
+            hint = f"put its folder checkpoints back in place, or delete {METRICS_NAME} to start at the first step"
+            raise UserError(f"{problem}; {hint}")
         logger.warning("resume: no checkpoint in %s; starting at the first step", run_dir)
     return newest
 
@@ -495,9 +499,8 @@ def prepare_run_dir(
         with user_errors(f"run_dir: {run_dir} cannot be created", OSError):
             run_dir.mkdir(parents=True, exist_ok=True)
     acquire_lock(lock, accelerator)
-    for _ in range(SECONDS_TO_APPEAR):  # a network disk may show a new folder late
-        if run_dir.is_dir():
-            break
+    deadline = monotonic() + SECONDS_TO_APPEAR
+    while not run_dir.is_dir() and monotonic() < deadline:  # a network disk may show a new folder late
         sleep(1)
     check_shared(run_dir.is_dir(), run_dir, accelerator)
     if not accelerator.is_main_process:
@@ -506,12 +509,15 @@ def prepare_run_dir(
         check_new_run_dir(run_dir)  # check again: the folder had to exist before it could be locked
     with user_errors(f"run_dir: {run_dir} cannot be written to", OSError):
         repeated = [snapshot for step, snapshot in snapshot_files(run_dir) if step > start]
-        if isinstance(config.resume, str) and (later := supersede_after(run_dir, start)):
-            logger.warning("resume: renamed later checkpoints to %s", ", ".join(path.name for path in later))
-            if (metrics := run_dir / METRICS_NAME).exists():
-                shutil.copy(supersede(metrics), metrics)
+        later = [path for path in checkpoints(run_dir) if step_of(path) > start]
+        if isinstance(config.resume, str) and later:  # last the checkpoints, in case that this process is killed
+            metrics = run_dir / METRICS_NAME
+            if metrics.exists():
+                shutil.copy(metrics, superseded_name(metrics))
             for snapshot in repeated:
                 supersede(snapshot)
+            names = ", ".join(supersede(path).name for path in later)
+            logger.warning("resume: renamed later checkpoints to %s", names)
         else:  # written again, the same
             for snapshot in repeated:
                 snapshot.unlink()

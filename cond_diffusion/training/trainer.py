@@ -61,7 +61,7 @@ def train(config: Config, dataset: Examples | None = None) -> Path:
     """
     if dataset is not None:
         config = replace(config, data=replace(config.data, source=DATASET_ARGUMENT, streaming=False))
-        dataset = as_table(dataset, config.data)  # once: it may be a generator
+        dataset = as_table(dataset, config.data)  # once, since it encodes all images
     accelerator = make_accelerator(config)
     with RunLock(Path(config.run_dir)) as lock:
         acquire_resumed(lock, config, accelerator)

@@ -81,7 +81,7 @@ def test_a_lack_of_memory_is_one_line_and_other_errors_of_torch_are_not(
             command_line(command)
         return
     assert command_line(command) == 2
-    assert re.fullmatch(r"error: out of memory \(.*\); set train\.batch_size or .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: out of memory \(.*\); choose a smaller batch size\n", capsys.readouterr().err)
 
 
 def test_sample_writes_a_png_and_prints_its_path(run_script, tmp_path: Path):

@@ -470,12 +470,12 @@ def test_unreadable_images_do_not_change_what_the_others_are_used_for(one_bad: D
         return {data.data.caption_groups[group][0] for group in data.data.group_of[indices].tolist()}
 
     unreadable = {f"number {i}" for i in (3, 5, 20, 33)}
-    held_out, trained_on = (
+    disk, memory = (
         [captions(data, data.held_out_indices()), captions(data, data.indices(0, data.num_trained_on))]
         for data in (on_disk, in_memory)
     )
-    assert [kind - unreadable for kind in held_out] == trained_on
-    assert len(trained_on[0] | trained_on[1]) == 36
+    assert [kind - unreadable for kind in disk] == memory
+    assert len(memory[0] | memory[1]) == 36
 
 
 def test_rows_of_a_dataset_that_were_selected_shuffled_or_formatted_keep_their_captions():

@@ -387,11 +387,19 @@ def test_a_tracker_that_fails_does_not_end_a_run(
 def test_a_run_folder_that_another_machine_does_not_see_is_refused(
     bars_config: Config, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(setup, "any_process", lambda condition, _: condition)
-    accelerator = make_accelerator(bars_config)
-    setup.check_shared(True, Path("run"), accelerator)
-    with pytest.raises(UserError, match=r"^run_dir: run is not on a disk that all machines share"):
-        setup.check_shared(False, Path("run"), accelerator)
+    """Another process reports that the folder is missing."""
+    monkeypatch.setattr(setup, "SECONDS_TO_APPEAR", 0)
+    any_process, accelerator = setup.any_process, make_accelerator(bars_config)
+    reported: list[bool] = []
+
+    def of_two(condition: bool, accelerator: Any) -> bool:
+        reported.append(condition)
+        return any_process(condition, accelerator) or len(reported) > 1
+
+    monkeypatch.setattr(setup, "any_process", of_two)
+    with RunLock(Path(bars_config.run_dir)) as lock, pytest.raises(UserError, match=r"^run_dir: .* all machines share"):
+        setup.prepare_run_dir(lock, bars_config, accelerator, None, 0)
+    assert reported == [False, False]  # of the lock, and of the folder
 
 
 def test_resuming_from_a_named_checkpoint_renames_later_ones(bars_config: Config, caplog: pytest.LogCaptureFixture):
