@@ -15,7 +15,7 @@ from cond_diffusion.errors import UserError
 
 def cache_folder() -> Path:
     """Return the folder of cached results on this machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cond_diffusion"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cond_diffusion"
 
 
 UNFINISHED = re.compile(r"\..*\.[0-9a-f]{8}\.part")

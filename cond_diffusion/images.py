@@ -3,8 +3,8 @@
 import importlib.util
 import io
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from textwrap import wrap
@@ -152,17 +152,10 @@ def enlarged(image: Image.Image, width: int) -> Image.Image:
 
 
 def open_image(path: str, option: str) -> Image.Image:
-    """Load an image file and normalize it."""
-    with opened_image(path, option) as image:
-        return normalize_image(image)
-
-
-@contextmanager
-def opened_image(path: str, option: str) -> Iterator[Image.Image]:
-    """Open an image file as PIL does and load its pixels; raises the errors of `open_image`."""
+    """Load an image file as PIL does; it is not normalized yet."""
     with user_errors(f"{option}: {path} is not a readable image", *PILLOW_ERRORS):
         if not Path(path).is_file():  # a pipe or a device can be endless
             raise UserError(f"{option}: there is no file {path}")
         with Image.open(path) as image:
             image.load()
-            yield image
+            return image

@@ -125,6 +125,11 @@ def test_path_that_cannot_be_written_is_reported_before_the_model_is_loaded(
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+def test_an_empty_variable_leaves_the_cache_in_the_home_folder(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert files.cache_folder() == Path.home() / ".cache" / "cond_diffusion"
+
+
 def test_a_folder_that_is_a_link_is_written_on_the_disk_that_it_leads_to(tmp_path: Path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "here").mkdir()

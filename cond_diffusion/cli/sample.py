@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cond_diffusion.cli.main import ArgumentParser, add_options
-from cond_diffusion.config.sampling import IMAGE_OPTIONS, SAMPLERS_OF, GenerationSettings
+from cond_diffusion.config.sampling import GUIDANCE_OF_MODEL, IMAGE_OPTIONS, SAMPLERS_OF, GenerationSettings
 from cond_diffusion.config.schema import MAX_TEXT_BYTES, decode_text, expand_home, read_text
 from cond_diffusion.errors import UserError, user_errors
 
@@ -66,12 +66,14 @@ def sample(arguments: list[str] | None = None) -> None:
 
 
 def recorded_settings(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings stored in a PNG, without options of a sampler or input image that `given` replaces."""
+    """Return the settings stored in a PNG, without options of a sampler, input image or model that `given` replaces."""
     if path is None:
         return {}
     from cond_diffusion.pipeline.generate import read_settings
 
-    replaced = {*(SAMPLERS_OF if "sampler" in given else ()), *(IMAGE_OPTIONS if "image" in given else ())}
+    of_model = (*GUIDANCE_OF_MODEL, "ema_width", "lora")
+    options = {"sampler": SAMPLERS_OF, "image": IMAGE_OPTIONS, "checkpoint": of_model}
+    replaced = {name for option, names in options.items() if option in given for name in names}
     return {name: value for name, value in read_settings(path, "--from-image").items() if name not in replaced}
 
 

@@ -168,11 +168,18 @@ class Edit:
     def begin(
         self, eps: Float[Tensor, "b c h w"], schedule: NoiseSchedule, timesteps: list[int]
     ) -> Float[Tensor, "b c h w"]:
-        """Return x at the first of the timesteps, with eps as its noise."""
+        """Return x at the first of the timesteps, with eps as its noise.
+
+        With a mask and strength 1, what is generated begins with eps alone: x_T of many schedules still contains the
+        brightness of x_0 (Lin et al. 2023).
+        """
         if self.x_0 is None:
             return eps
         x_0 = self.x_0.expand_as(eps)
-        return schedule.q_sample(x_0, torch.full((len(eps),), timesteps[0]), eps) if timesteps else x_0
+        if not timesteps:
+            return x_0
+        x = schedule.q_sample(x_0, torch.full((len(eps),), timesteps[0]), eps)
+        return x if self.mask is None or self.strength < 1 else self.mask * eps + (1 - self.mask) * x
 
     def apply_mask(self, x_0_hat: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Replace x_0_hat by x_0 where the mask is 0.

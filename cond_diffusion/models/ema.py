@@ -111,6 +111,7 @@ def snapshot_files(run_dir: Path) -> list[tuple[int, Path]]:
 
 def weights_of_width(checkpoint: Path, width: float) -> dict[str, Tensor]:
     """Reconstruct the average of another width at a checkpoint from the snapshots of its run."""
+    checkpoint = checkpoint.resolve()
     step = re.fullmatch(r"step-(\d+)", checkpoint.name)
     snapshots = snapshots_until(checkpoint.parent.parent, int(step[1])) if step else []
     if not snapshots or step is None:

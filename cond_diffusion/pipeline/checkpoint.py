@@ -5,8 +5,10 @@ has no pipeline for pixel space; such a pipeline is stored with the class name `
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -75,7 +77,13 @@ class Checkpoint:
 
     @cached_property
     def unet(self) -> UNet:
-        return UNet.from_pretrained(self.folder, subfolder="unet")
+        unet = UNet.from_pretrained(self.folder, subfolder="unet")
+        if self.index["_class_name"] == IN_LATENTS and (unet.config.sample_size or 64) < 64:
+            # StableDiffusionPipeline corrects this, too: before 0.9, diffusers wrote 32 for models of 64 x 64 latents.
+            version = str(read_json(self.folder / "unet" / "config.json").get("_diffusers_version", "1"))
+            if re.match(r"0\.[0-8]\.", version):
+                unet.config = replace(unet.config, sample_size=64)
+        return unet
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -99,6 +107,11 @@ class Checkpoint:
         """The config of the training run, or None if the folder has none."""
         file = self.folder / CONFIG_NAME
         return load_config(Config, file) if file.is_file() else None
+
+    @property
+    def background(self) -> str:
+        """The color that transparent images were composited on in training."""
+        return "black" if self.config is None else self.config.data.background
 
     @property
     def run_config(self) -> Config:

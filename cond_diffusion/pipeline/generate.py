@@ -25,7 +25,7 @@ from cond_diffusion.config.sampling import GenerationSettings, SamplingOptions
 from cond_diffusion.config.schema import parse_json
 from cond_diffusion.errors import Interrupted, UserError, user_errors
 from cond_diffusion.files import check_writable, write_file
-from cond_diffusion.images import encode, grid, open_image, opened_image
+from cond_diffusion.images import encode, grid, open_image
 from cond_diffusion.pipeline.checkpoint import lasting_name
 from cond_diffusion.pipeline.text_to_image import SamplingInterrupted, StepCallback, TextToImage
 from cond_diffusion.pipeline.visualize import AttentionMaps, Film, maps_per_word, render_maps
@@ -72,6 +72,8 @@ def generate_to_file(
             raise UserError(f"--attention-maps: {maps_path} is the path of the images; choose another")
     pipe, settings = load_pipeline(settings)
     frames, maps = Film(), AttentionMaps(pipe.unet, pipe.image_size)
+    if maps_path and not maps.blocks:
+        raise UserError("--attention-maps: this network has no cross-attention; remove the option")
     callbacks: list[StepCallback] = [] if callback_on_step_end is None else [callback_on_step_end]
     callbacks += [frames] if film_path else []
     callbacks += [maps] if maps_path else []
@@ -174,8 +176,7 @@ def encode_png(image: Image.Image, settings: GenerationSettings) -> bytes:
 
 def read_settings(path: str, option: str) -> dict[str, Any]:
     """Return the settings that `encode_png` stored in a PNG, by name."""
-    with opened_image(path, option) as image:
-        chunks = getattr(image, "text", {})
+    chunks = getattr(open_image(path, option), "text", {})
     ours = {name.removeprefix(CHUNK_PREFIX): text for name, text in chunks.items() if name.startswith(CHUNK_PREFIX)}
     if not ours:
         raise UserError(f"{option}: {path} has no generation settings; expected a PNG written by cond_diffusion")

@@ -40,6 +40,7 @@ from cond_diffusion.pipeline.checkpoint import (
     write_index,
     write_prediction,
 )
+from cond_diffusion.pipeline.run_folder import CHECKSUMS_NAME
 from cond_diffusion.seeding import generator
 
 DEFAULT_STRENGTH = 0.8
@@ -138,6 +139,7 @@ class TextToImage:
             "first_phrase_from": first_phrase_from,
         }
         self.folder: Path | None = None  # of the checkpoint that the pipeline was loaded from
+        self.background = "black"  # of transparent input images
 
     @classmethod
     def from_pretrained(
@@ -194,11 +196,13 @@ class TextToImage:
             dtype,
             **checkpoint.guidance,
         )
-        pipe.folder = checkpoint.folder
+        pipe.folder, pipe.background = checkpoint.folder, checkpoint.background
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the pipeline in diffusers' layout. `StableDiffusionPipeline` can load it if it is in latent space."""
+        if (Path(folder) / CHECKSUMS_NAME).exists():
+            raise UserError(f"{folder} is a checkpoint of a training run; choose another folder")
         with written_aside(Path(folder)) as unfinished:
             self.unet.save_pretrained(unfinished / "unet")
             self.text_encoder.save_pretrained(unfinished)
@@ -310,7 +314,7 @@ class TextToImage:
         defaults = {"steps": min(DEFAULT_STEPS, self.schedule.num_timesteps), **self.guidance}
         return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         prompts: str | Sequence[str],
@@ -366,7 +370,7 @@ class TextToImage:
                             decode = self.latent_space.decode
                             shown = replace(step, x=decode(x), x_0_hat=decode(step.x_0_hat))
                             callback_on_step_end(shown, number, steps)
-                    done.append(self.latent_space.decode(x))
+                    done.append(self.latent_space.decode(x).cpu())
             except Interrupted:  # raised by a training run that generates samples
                 raise
             except KeyboardInterrupt as interruption:
@@ -429,9 +433,12 @@ class TextToImage:
             raise UserError(f"resamplings: {options.resamplings} applies only with a mask; pass image and mask too")
         if image is None:
             return Edit()
-        image, region, default = normalize_image(image), None, DEFAULT_STRENGTH
+        with user_errors("image or mask: cannot be used", ValueError, OSError):
+            image = normalize_image(image, self.background)
+            mask = None if mask is None else normalize_image(mask)
+        region, default = None, DEFAULT_STRENGTH
         if mask is not None:
-            mask, default = normalize_image(mask), 1.0
+            default = 1.0
             if mask.size != image.size:
                 raise UserError(
                     f"mask: {mask.width} x {mask.height} pixels; expected the size of the image, "

@@ -42,6 +42,10 @@ def test_sampling_starts_from_the_image_noised_to_the_first_timestep():
     assert torch.equal(edit.begin(eps, SCHEDULE, [120, 60, 0]), expected)
     assert torch.equal(edit.begin(eps, SCHEDULE, []), x_0.expand_as(eps))
     assert torch.equal(Edit().begin(eps, SCHEDULE, [120]), eps)
+    mask = torch.tensor([[[[0.0, 1.0], [1.0, 0.0]]]])
+    masked = Edit(x_0, mask).begin(eps, SCHEDULE, [120, 60, 0])  # pure noise where it is generated
+    assert torch.equal(masked, torch.where(mask == 1, eps, expected))
+    assert torch.equal(Edit(x_0, mask, strength=0.9).begin(eps, SCHEDULE, [120]), expected)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -104,6 +104,19 @@ def test_the_noise_schedule_is_loaded_from_any_supported_scheduler(tmp_path: Pat
     assert (pipe.schedule.config.spacing, pipe.schedule.config.clip_x_0) == ("leading", False)
 
 
+@pytest.mark.parametrize(("version", "is_corrected"), [("0.6.0", True), ("0.9.0", False), ("0.37.1", False)])
+def test_the_size_of_old_stable_diffusion_files_is_corrected_as_in_diffusers(
+    tmp_path: Path, version: str, is_corrected: bool
+):
+    folder = stable_diffusion(tmp_path, "epsilon")
+    file = folder / "unet" / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**fields, "_diffusers_version": version}), encoding="utf-8")
+    theirs = StableDiffusionPipeline.from_pretrained(folder).unet.config.sample_size
+    assert TextToImage.from_pretrained(folder).unet.config.sample_size == theirs
+    assert theirs == (64 if is_corrected else fields["sample_size"])
+
+
 def test_half_precision_weights_are_loaded_if_there_are_no_others(tmp_path: Path):
     whole = TextToImage.from_pretrained(stable_diffusion(tmp_path / "whole", "epsilon"))
     theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "whole")

@@ -156,6 +156,21 @@ def test_unknown_words_of_the_digits_lead_to_the_emoji_model(pipe: TextToImage, 
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize(("name", "value"), [("builtin", 0), ("emoji", 255)])
+def test_transparent_input_images_have_the_background_of_training(name: str, value: int):
+    pipe = TextToImage.from_pretrained(name)
+    (image,) = pipe("seven", image=Image.new("RGBA", (64, 64)), strength=0.0, steps=2, progress=False)
+    assert {*image.convert("L").getextrema()} == {value}
+
+
+def test_tensors_can_be_changed_and_a_checkpoint_of_a_run_is_not_overwritten(pipe: TextToImage, tmp_path: Path):
+    images = pipe("two", steps=1, output_type="pt", progress=False)
+    assert images.add_(1).requires_grad_().device.type == "cpu"
+    (tmp_path / "checksums.json").touch()
+    with pytest.raises(UserError, match=r" is a checkpoint of a training run; "):
+        pipe.save_pretrained(tmp_path)
+
+
 def test_input_image_and_mask_are_resized_to_the_model(pipe: TextToImage):
     image, mask = Image.new("RGB", (90, 60), "red"), Image.new("1", (90, 60), 1)
     (sample,) = pipe("two", image=image, mask=mask, steps=2, progress=False)

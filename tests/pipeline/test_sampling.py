@@ -235,6 +235,11 @@ def test_settings_of_older_versions_stored_as_text_are_read(tmp_path: Path):
     assert GenerationSettings(**recorded_settings(path, {})) == wanted
 
 
+def test_another_checkpoint_samples_with_its_own_guidance(tmp_path: Path):
+    path = png_with_chunks(tmp_path, prompts='["a"]', guidance_scale="1.5", lora='"x"', steps="7")
+    assert recorded_settings(path, {"checkpoint": "emoji"}) == {"prompts": ["a"], "steps": 7}
+
+
 def test_images_are_written_if_the_film_is_too_large(tmp_path: Path):
     settings = GenerationSettings(prompts=("seven",), num_images=100, steps=1)
     files = generate_to_file(settings, output=str(tmp_path / "x.png"), film=str(tmp_path / "x.webp"))
