@@ -104,7 +104,6 @@ def test_speedrun_trains_times_and_judges_checkpoints(
     checkpoints = speedrun.timed_checkpoints(config, tmp_path / "run", [*short, *digits, "train.warmup_steps=1"])
     assert [path.name for _, path in checkpoints] == ["step-00000001", "step-00000002"]
     assert 0 < checkpoints[0][0] < checkpoints[1][0]
-    monkeypatch.setattr(speedrun.Digits, "min_accuracy", 0.9)  # a few samples differ between machines
     track = speedrun.Digits(load_config(Config, config), 100)
     untrained, trained = speedrun.judge(track, [checkpoints[1], (1.0, BUILT_IN_MODELS["builtin"])])
     assert not untrained.qualifies

@@ -91,7 +91,7 @@ def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerato
     Up to `CAPTIONS_PER_SHARD` captions are embedded by each process and are not cached.
     """
     if len(captions) <= CAPTIONS_PER_SHARD:
-        shards = [{"contexts": embed(text_encoder, captions)}]
+        contexts = [embed(text_encoder, captions)]
     else:
         shards = cached_shards(
             cache_folder() / "contexts" / _cache_key(text_encoder, captions),
@@ -101,8 +101,16 @@ def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerato
             accelerator,
             "embedding captions",
         )
-    place = {caption: divmod(row, CAPTIONS_PER_SHARD) for row, caption in enumerate(captions)}
-    return lambda chosen: torch.stack([shards[i]["contexts"][row] for i, row in map(place.__getitem__, chosen)])
+        contexts = [shard["contexts"] for shard in shards]
+    row_of = {caption: row for row, caption in enumerate(captions)}
+
+    def look_up(chosen: Sequence[str]) -> Float[Tensor, "b l d"]:
+        rows = [row_of[caption] for caption in chosen]
+        if len(contexts) == 1:  # three times as fast as a stack
+            return contexts[0][rows]
+        return torch.stack([contexts[row // CAPTIONS_PER_SHARD][row % CAPTIONS_PER_SHARD] for row in rows])
+
+    return look_up
 
 
 def _cache_key(text_encoder: TextEncoder, captions: Sequence[str]) -> str:

@@ -246,26 +246,24 @@ def _of_split(source: str, table: Any, found: _Files, columns: Sequence[str]) ->
 
     files = found.files
     images = [name for name, kind in (table.features or {}).items() if isinstance(kind, datasets.Image)]
-    if (
-        not images
-        or not any(_is_image(file) for file in files)
-        or not any(file.name in METADATA_NAMES for file in files)
-    ):
+    if not (images and any(map(_is_image, files)) and any(file.name in METADATA_NAMES for file in files)):
         return table  # all images are in .zip files, or none of them is listed
     column = next((name for name in columns if name in images), images[0])
-    places = {place(file) for file in files}
+    place_of = {file: place(file) for file in files}
+    places = {*place_of.values()}
 
-    def belongs(image: dict[str, Any] | None) -> bool:
-        path = (image or {}).get("path")
+    def belongs(path: str | None) -> bool:
         return path is None or ("://" not in path and (place(path) in places or not Path(path).exists()))
 
     if isinstance(table, datasets.IterableDataset):
-        return table.decode(False).filter(belongs, input_columns=[column]) if found.is_mixed else table
+        if not found.is_mixed:
+            return table
+        return table.decode(False).filter(lambda image: belongs(image and image["path"]), input_columns=[column])
     paths = [path for chunk in table.data.column(column).chunks for path in chunk.field("path").to_pylist()]
-    rows = [row for row, path in enumerate(paths) if not found.is_mixed or belongs({"path": path})]
     listed = {place(path) for path in paths if path}
-    if left_out := sum(_is_image(file) and place(file) not in listed for file in files):
+    if left_out := sum(_is_image(file) and own not in listed for file, own in place_of.items()):
         logger.warning("data.source: %s: skipping %d image(s) that are not in the metadata", source, left_out)
+    rows = [row for row, path in enumerate(paths) if belongs(path)] if found.is_mixed else range(len(table))
     if len(rows) == len(table):
         return table
     message = "data.source: %s: skipping %d row(s) of the metadata whose images are not in the split"
@@ -383,7 +381,7 @@ def caption_reader(config: DataConfig, feature: Any) -> Callable[[Any], CaptionG
         if isinstance(feature, datasets.ClassLabel):
             raise UserError(
                 f"data.caption_column: {config.caption_column!r} contains labels, not text; "
-                "expected caption templates, for example 'data.caption_templates=[\"a picture of {label}\"]'"
+                "expected caption templates, for example 'data.caption_templates=[\"an image of {label}\"]'"
             )
         return lambda value: _captions_of_cell(value, config.caption_column)
 

@@ -139,7 +139,6 @@ class TextToImage:
             "first_phrase_from": first_phrase_from,
         }
         self.folder: Path | None = None  # of the checkpoint that the pipeline was loaded from
-        self.background = "black"  # of transparent input images
 
     @classmethod
     def from_pretrained(
@@ -196,7 +195,7 @@ class TextToImage:
             dtype,
             **checkpoint.guidance,
         )
-        pipe.folder, pipe.background = checkpoint.folder, checkpoint.background
+        pipe.folder = checkpoint.folder
         return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -241,6 +240,11 @@ class TextToImage:
     def precision(self) -> str:
         """The precision that `dtype` selects on this device: "fp32", "bf16" or "fp16"."""
         return choose_precision(self.dtype, self.device, "dtype")
+
+    @cached_property
+    def background(self) -> str:
+        """The color that transparent input images are composited on: that of training, or black if it is unknown."""
+        return "black" if self.folder is None else Checkpoint(self.folder).background
 
     @property
     def image_size(self) -> int:
@@ -434,7 +438,7 @@ class TextToImage:
         if image is None:
             return Edit()
         with user_errors("image or mask: cannot be used", ValueError, OSError):
-            image = normalize_image(image, self.background)
+            image = normalize_image(image, self.background if image.has_transparency_data else "black")
             mask = None if mask is None else normalize_image(mask)
         region, default = None, DEFAULT_STRENGTH
         if mask is not None:

@@ -107,8 +107,13 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
         counts = {"step": step, "samples_per_step": run.samples_per_step, "held_out_loss": held_out_loss}
         return {**counts, "validated": validated, **training_data.progress(), **state.progress()}
 
-    if not validated and (new_loss := _validate_and_sample(start, validator, reporter, state, pipe)) is not None:
-        held_out_loss = new_loss
+    def validate_and_sample(step: int) -> None:
+        nonlocal held_out_loss
+        if (loss := _validate_and_sample(step, validator, reporter, state, pipe)) is not None:
+            held_out_loss = loss
+
+    if not validated:
+        validate_and_sample(start)
     last_batch: MicroBatch | None = None  # of the last step that changed the weights since the newest checkpoint
     with Interruption(accelerator) as interruption, Saver(config, pipe, state, accelerator) as saver:
         for step in reporter.steps():
@@ -144,8 +149,7 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
             is_last = interrupted or global_step == config.train.max_steps
             validated = not interrupted  # otherwise when the run is resumed
             if validated:
-                new_loss = _validate_and_sample(global_step, validator, reporter, state, pipe)
-                held_out_loss = held_out_loss if new_loss is None else new_loss
+                validate_and_sample(global_step)
             checkpoint_due = is_last or _is_due(global_step, config.train.checkpoint_every)
             snapshot_due = is_snapshot_due(config.train, global_step, is_last)
             if (checkpoint_due or snapshot_due) and _can_save(global_step, last_batch, state, batches, accelerator):
