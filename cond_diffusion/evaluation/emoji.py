@@ -19,6 +19,7 @@ from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.data.dataset import open_captioned_files
 from cond_diffusion.data.sources import open_source
+from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation.metrics import digest, nearest
 from cond_diffusion.evaluation.report import Results, save_grid
 from cond_diffusion.images import to_bytes, to_model
@@ -26,6 +27,7 @@ from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.seeding import sample_indices
 
 SOURCE = "emoji"
+IMAGE_SHAPE = (3, 64, 64)
 SHIPPED = Path(__file__).parent.parent / "assets" / "emoji_judge" / "judge.safetensors"
 FAMILY_OF = {"3d": "fluent", "glossy": "fluent", "flat": "fluent"}  # of styles; others are families of their own
 SUBSETS = ("seen pairs", "held-out pairs", "held-out colors")
@@ -185,7 +187,13 @@ def evaluate_emoji(pipe: TextToImage, count: int, sampling: SamplingOptions, res
 
     Returns:
         The part "samples" of `evaluation.json`.
+
+    Raises:
+        UserError: If the images are not RGB of 64 x 64.
     """
+    shape = (pipe.channels, pipe.image_size, pipe.image_size)
+    if shape != IMAGE_SHAPE:
+        raise UserError(f"--checkpoint: generates images of shape {shape}; the emoji judge expects {IMAGE_SHAPE}")
     emoji, judge = Emoji(), EmojiJudge.load()
     measured: dict[str, Any] = {"judge": f"emoji judge {digest(judge)}"}
     for name in SUBSETS:

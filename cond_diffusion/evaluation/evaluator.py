@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -39,6 +39,7 @@ from cond_diffusion.training.validation import Validator
 MAX_REAL = 10_000  # number of test images in the comparison of features
 MIN_IMAGES_PER_LABEL = 20  # per caption group; with fewer images captions are not class labels
 NEIGHBORS = 5
+IMAGES_AT_ONCE = 500  # that are compared with all captions
 
 CLASSIFICATION = "accuracy on test images of a classifier trained on them"  # Ravuri and Vinyals 2019
 NEAREST = "distance to the nearest training image"
@@ -80,26 +81,26 @@ class Judged:
         return self.classifier.predict(features) == self.data.group_of
 
     @cached_property
-    def clip_cosines(self) -> tuple[Float[Tensor, "n captions"], Int64[Tensor, " n"]]:
-        """The CLIP cosine similarity of each image to each caption of the set, and the index of its own caption."""
+    def _by_clip(self) -> tuple[Bool[Tensor, " n"], Float[Tensor, " n"]]:
+        """`recognized_by_clip`, and the CLIP cosine similarity of each image to its caption."""
         assert self.clip is not None
-        captions = [self.data.caption_groups[group][0] for group in self.data.group_of.tolist()]
+        captions = [group[0] for group in self.data.caption_groups]
         number_of = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+        own = torch.tensor([number_of[caption] for caption in captions])[self.data.group_of]
+        texts = self.clip.texts([*number_of])
         images = self.features if self.extractor is self.clip else self.clip(self.data.images)
-        own = torch.tensor([number_of[caption] for caption in captions], device=images.device)
-        return images @ self.clip.texts([*number_of]).T, own
+        most_similar = torch.cat([(batch @ texts.T).argmax(1) for batch in images.split(IMAGES_AT_ONCE)])
+        return most_similar == own, (images * texts[own]).sum(1)
 
     @property
     def recognized_by_clip(self) -> Bool[Tensor, " n"]:
-        """Whether the caption of the set that is most similar to each image is its own, of shape (n,)."""
-        cosines, own = self.clip_cosines
-        return cosines.argmax(1) == own
+        """Whether the first caption of all groups that is most similar to each image is its own, of shape (n,)."""
+        return self._by_clip[0]
 
     @property
     def clip_score(self) -> float:
         """The mean of max(100 cos, 0) over images (Hessel et al. 2021, without the factor 2.5)."""
-        cosines, own = self.clip_cosines
-        return (100 * cosines.gather(1, own[:, None])).clamp(min=0).mean().item()
+        return (100 * self._by_clip[1]).clamp(min=0).mean().item()
 
     @property
     def recognized(self) -> Bool[Tensor, " n"]:
@@ -145,7 +146,8 @@ class Evaluator:
     @property
     def judge_name(self) -> str:
         """The model of prompt accuracy, with a hash of its weights; values of different models are not comparable."""
-        return "the checkpoint's CLIP" if self.classifier is None else f"classifier {digest(self.classifier)}"
+        kind, judge = ("classifier", self.classifier) if self.classifier else ("CLIP", cast(ClipJudge, self.clip))
+        return f"{kind} {digest(judge)}"
 
     def judge(self, data: CaptionedImages) -> Judged:
         """Attach the evaluation models to images."""
@@ -174,7 +176,8 @@ class Evaluator:
         per_prompt = {"num_images": num_images, "seed": [seed + i * num_images for i in range(len(prompts))]}
         images = pipe([prompt for prompt, _ in prompts], **{**vars(sampling), **per_prompt}, output_type="pt")
         groups = torch.tensor([group for _, group in prompts]).repeat_interleave(num_images)
-        return self.judge(CaptionedImages(to_bytes(images).cpu(), groups, self.train.caption_groups))
+        # The groups of the test images begin with those of training: CLIP compares both with the same captions.
+        return self.judge(CaptionedImages(to_bytes(images).cpu(), groups, self.test.caption_groups))
 
     def measure(self, samples: Judged) -> dict[str, dict[str, float]]:
         """Compute all of `METRICS`.
@@ -184,6 +187,12 @@ class Evaluator:
             the best that samples can reach: classifiers make errors, and finite sets have distances above 0.
         """
         count = len(samples.data)
+        for name, data in (("training", self.train), ("test", self.test)):
+            if len(data) < count:
+                message = (
+                    "data.source: only %d %s images for %d samples; values of so few real images are not comparable"
+                )
+                logger.warning(message, len(data), name, count)
         real = {"train": subset(self.train, count), "test": subset(self.test, count), "whole test": self.test}
         baselines = {name: self.judge(data) for name, data in real.items()}
         measures: dict[str, dict[str, float]] = {}
@@ -239,11 +248,14 @@ def load_evaluator(
     if training_data is None:
         training_data = open_training_data(config.data, config.seed)
     train, test = load_real_images(config, training_data)
-    if len(test) <= NEIGHBORS:
-        raise UserError(
-            f"data.source: {config.data.source} has {len(test)} test images; expected more than {NEIGHBORS}, in a "
-            "split named test or by data.held_out"
-        )
+    for name, count, where in (
+        ("training", len(train), ""),
+        ("test", len(test), ", in a split named test or by data.held_out"),
+    ):
+        if count <= NEIGHBORS:
+            raise UserError(
+                f"data.source: {config.data.source} has {count} {name} images; expected more than {NEIGHBORS}{where}"
+            )
     num_groups = len(train.caption_groups)
     has_labels = num_groups > 1 and len(train) >= MIN_IMAGES_PER_LABEL * num_groups
     clip = features if isinstance(features, ClipJudge) else None

@@ -16,8 +16,16 @@ from typing import Any, TypeVar, get_args
 from huggingface_hub import ModelCard, ModelCardData
 
 from cond_diffusion.config import schedule as schedule_config
-from cond_diffusion.config.run import CONFIG_NAME, Config, LatentConfig, PredictionKind, SampleConfig, load_config
-from cond_diffusion.config.schema import from_json, read_json
+from cond_diffusion.config.run import (
+    CONFIG_NAME,
+    PRETRAIN,
+    Config,
+    LatentConfig,
+    PredictionKind,
+    SampleConfig,
+    load_config,
+)
+from cond_diffusion.config.schema import from_json, read_json, read_text
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError, did_you_mean
@@ -106,7 +114,12 @@ class Checkpoint:
     def config(self) -> Config | None:
         """The config of the training run, or None if the folder has none."""
         file = self.folder / CONFIG_NAME
-        return load_config(Config, file) if file.is_file() else None
+        if not file.is_file() or not re.search("^run_dir:", read_text(file), re.MULTILINE):  # of other software
+            return None
+        config, run_dir = load_config(Config, file), self.folder.absolute().parent.parent
+        if config.text.encoder == PRETRAIN and (run_dir / "text_encoder").is_dir():
+            return replace(config, run_dir=str(run_dir))  # the run may have been moved, with its CLIP
+        return config
 
     @property
     def background(self) -> str:

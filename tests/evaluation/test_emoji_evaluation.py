@@ -11,7 +11,11 @@ import torch
 
 from cond_diffusion.cli.evaluate import evaluate_command
 from cond_diffusion.cli.main import command_line
-from cond_diffusion.evaluation.emoji import SUBSETS, Emoji, EmojiJudge, copies, recognized
+from cond_diffusion.errors import UserError
+from cond_diffusion.evaluation.emoji import SUBSETS, Emoji, EmojiJudge, copies, evaluate_emoji, recognized
+from cond_diffusion.evaluation.evaluator import DEFAULT_SAMPLING
+from cond_diffusion.evaluation.report import Results
+from cond_diffusion.pipeline.text_to_image import TextToImage
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,11 @@ def test_training_images_are_copies_and_held_out_ones_are_not(emoji: Emoji):
     held_out = copies(emoji, emoji.subset("held-out pairs", 194))
     assert held_out["copies"] < 0.1
     assert held_out["nearest is of the prompt"] == 0
+
+
+def test_a_model_of_other_images_is_refused_before_it_samples(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^--checkpoint: .*\(1, 28, 28\); .* expects \(3, 64, 64\)"):
+        evaluate_emoji(TextToImage.from_pretrained(), 10, DEFAULT_SAMPLING, Results(tmp_path / "evaluation", {}))
 
 
 @pytest.mark.slow

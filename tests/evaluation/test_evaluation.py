@@ -228,6 +228,22 @@ def test_a_text_encoder_or_a_folder_without_a_clip_is_a_user_error(tmp_path: Pat
     assert isinstance(ClipJudge.from_pretrained(BUILT_IN_ENCODER), ClipJudge)
 
 
+def test_too_few_training_or_test_images_are_a_user_error(tmp_path: Path):
+    for split, count in (("train", 3), ("test", 8)):
+        (tmp_path / split).mkdir()
+        for i in range(count):
+            Image.new("L", (8, 8), i).save(tmp_path / split / f"{i}.png")
+            (tmp_path / split / f"{i}.txt").write_text(f"number {i}", encoding="utf-8")
+    config = load_config(Config, overrides=[f"data.source={tmp_path}", "data.resolution=8"])
+    with pytest.raises(UserError, match=r"^data\.source: .* has 3 training images; expected more than 5$"):
+        load_evaluator(ColorPipeline(), config)
+    (tmp_path / "test").rename(tmp_path / "other")
+    (tmp_path / "train").rename(tmp_path / "test")
+    (tmp_path / "other").rename(tmp_path / "train")
+    with pytest.raises(UserError, match=r"has 3 test images; expected more than 5, in a split named test"):
+        load_evaluator(ColorPipeline(), config)
+
+
 def test_without_a_test_split_the_held_out_images_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for i in range(60):
         Image.fromarray(bar(i % 2, i // 2).numpy()).save(tmp_path / f"{i:02}.png")
@@ -265,10 +281,13 @@ def test_groups_with_the_same_first_caption_are_one_class_of_clip():
     groups = (("a digit one", "one"), ("a digit one", "1"), ("a digit two",))
     images = torch.randint(256, (6, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = CaptionedImages(images, torch.tensor([0, 1, 2, 0, 1, 2]), groups)
+    cosines = clip(images) @ clip.texts(["a digit one", "a digit two"]).T
+    own = [0, 0, 1, 0, 0, 1]
     judged = Judged(data, None, clip, clip)
-    cosines, own = judged.clip_cosines
-    assert cosines.shape == (6, 2)
-    assert own.tolist() == [0, 0, 1, 0, 0, 1]
+    assert judged.recognized_by_clip.tolist() == [
+        row[i] == max(row) for row, i in zip(cosines.tolist(), own, strict=True)
+    ]
+    assert judged.clip_score == pytest.approx((100 * cosines[range(6), own]).clamp(min=0).mean().item(), abs=1e-4)
 
 
 class ColorPipeline(TextToImage):
@@ -311,7 +330,10 @@ def test_captions_that_are_not_class_labels_are_evaluated_by_a_clip(tmp_path: Pa
     samples = evaluator.generate(pipe, prompts, 40, SamplingOptions(sampler="dpm_solver", steps=20, seed=7))
     assert (samples.data.images[0] == 128).all() != (samples.data.images[1] == 128).all()
     assert pipe.seeds == [*range(7, 7 + 40, 2)]  # two images of each prompt: no two samples have the same seed
+    assert samples.data.caption_groups == evaluator.reference.data.caption_groups  # compared by the same CLIP captions
     measures = evaluator.measure(samples)
+    assert re.search(r"only \d+ test images for 40 samples", caplog.text)
+    assert evaluator.judge_name.startswith("CLIP ")
     assert "prompt accuracy, classifier" not in measures
     assert 0 <= measures["prompt accuracy, CLIP"]["samples"] <= 1
     # Every image has one of three colors, all in the training set.

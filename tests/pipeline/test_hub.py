@@ -67,7 +67,7 @@ def test_card_omits_later_metrics_nonfinite_values_and_a_truncated_line(tmp_path
     )
     lines = ['{"step": 1, "loss": 0.5}', '{"step": 2, "loss": null}', '{"step": 3, "loss": 0.1}', '{"st']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    (checkpoint / "config.yaml").write_text("seed: 0", encoding="utf-8")
+    (checkpoint / "config.yaml").write_text("run_dir: runs/x", encoding="utf-8")
     write_card(tmp_path, "someone/digits", PixelPatchify(1), 8, "epsilon", ["two"], checkpoint, split_phrases=False)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "|---|---|\n| step | 2 |\n| loss | 0.5 |\n\n" in card

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from cond_diffusion.config.run import CONFIG_NAME, Config, TextConfig, save_config
 from cond_diffusion.files import write_json
 from cond_diffusion.models.ema import snapshot_files
+from cond_diffusion.pipeline.checkpoint import Checkpoint
 from cond_diffusion.pipeline.run_folder import (
     PROGRESS_NAME,
     checkpoints,
@@ -23,6 +25,20 @@ def write_checkpoint(folder: Path) -> None:
     for name in ("model_index.json", "unet/config.json", f"state/{PROGRESS_NAME}"):
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, {})
+
+
+def test_the_clip_of_a_run_that_was_moved_is_the_one_in_its_folder(tmp_path: Path):
+    folder = tmp_path / "moved" / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    save_config(Config(run_dir="runs/before", text=TextConfig(encoder="pretrain")), folder / CONFIG_NAME)
+    assert Checkpoint(folder).run_config.clip == str(Path("runs/before/text_encoder"))
+    (tmp_path / "moved" / "text_encoder").mkdir()
+    assert Checkpoint(folder).run_config.clip == str(tmp_path / "moved" / "text_encoder")
+
+
+def test_a_config_of_other_software_is_not_one_of_a_run(tmp_path: Path):
+    (tmp_path / CONFIG_NAME).write_text("model:\n  target: ldm.models.LatentDiffusion\n", encoding="utf-8")
+    assert Checkpoint(tmp_path).config is None
 
 
 def write_note(folder: Path) -> None:
