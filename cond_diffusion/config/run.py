@@ -3,6 +3,7 @@
 import math
 import re
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -262,7 +263,7 @@ class Config:
             run_dir=self.clip,
             seed=self.seed,
             resume=True,  # whether the run resumes is checked for the run
-            data=self.data,
+            data=replace(self.data, flip=False, crop="center"),
             test_split="train",
             vocab_size=8000,
             max_length=self.text.max_length or 77,

@@ -251,18 +251,33 @@ def _convert(kind: Any, node: Any, text: str, key: str, schema: Any) -> Any:
         if origin in (list, tuple) and node.id == "sequence":
             return [_convert(parts[0], item, text, f"{key}[{i}]", schema) for i, item in enumerate(content)]
         if origin is dict and node.id == "mapping":
-            named = [(_source(name, text), item) for name, item in content]
-            return {name: _convert(parts[1], item, text, f"{key}.{name}", schema) for name, item in named}
+            items: dict[str, Any] = {}
+            for name_node, item in content:
+                name = _source(name_node, text)
+                if name in items:
+                    raise UserError(f"{key}.{name}: given twice; remove one")
+                items[name] = _convert(parts[1], item, text, f"{key}.{name}", schema)
+            return items
     return check_text(_source(node, text), key)
 
 
 def _source(node: Any, text: str) -> str:
     """Return the text of a scalar; for lists and mappings, their source text."""
-    return node.value if node.id == "scalar" else text[node.start_mark.index : node.end_mark.index].strip()
+    return node.value if node.id == "scalar" else text[node.start_mark.index : _end(node)].strip()
+
+
+def _end(node: Any) -> int:
+    """Return the index after the last character of a node; YAML's end mark of a block is that of comments after it."""
+    if node.id == "scalar" or node.flow_style:
+        return node.end_mark.index
+    return _end(node.value[-1][1] if node.id == "mapping" else node.value[-1])
 
 
 def _unknown_key(key: str, schema: Any) -> UserError:
-    return UserError(f"{key}: there is no such config key{did_you_mean(key, _all_keys(schema))}")
+    if key in (keys := _all_keys(schema)):  # with a dot in a file
+        section_name, _, name = key.rpartition(".")
+        return UserError(f"{key}: expected the section `{section_name}:` and in it, indented, `{name}: ...`")
+    return UserError(f"{key}: there is no such config key{did_you_mean(key, keys)}")
 
 
 def _all_keys(schema: Any, prefix: str = "") -> list[str]:

@@ -32,6 +32,14 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
+def identity_of(data: CaptionedImages | CaptionedFiles | LatentSet) -> dict[str, Any]:
+    """Return what identifies a dataset: the numbers of images and of rows, and a hash of the captions."""
+    digest = hashlib.blake2b(repr(data.caption_groups).encode(), digest_size=8)
+    digest.update(data.group_of.numpy().tobytes())
+    rows = {} if data.is_read is None else {"rows": len(data.is_read)}
+    return {"pictures": len(data), "captions": digest.hexdigest(), **rows}
+
+
 class ShuffledDataset:
     """A dataset in training order, without the samples that are held out for validation.
 
@@ -62,9 +70,7 @@ class ShuffledDataset:
             trained_on, held_out_rows = (sample[rows[is_read[rows]]] for rows in (trained_on, held_out_rows))
         self._order = torch.cat([trained_on, held_out_rows])
         self.num_trained_on, self.num_held_out = len(trained_on), len(held_out_rows)
-        digest = hashlib.blake2b(repr(data.caption_groups).encode(), digest_size=8)
-        digest.update(data.group_of.numpy().tobytes())
-        self._digest = digest.hexdigest()
+        self._identity = identity_of(data)
         if isinstance(data, CaptionedFiles):  # the check before a run reads them
             self.decoder, self.columns = data.decoder, data.columns
 
@@ -111,9 +117,8 @@ class ShuffledDataset:
         return self.data.in_memory()
 
     def identity(self) -> dict[str, Any]:
-        """Return what identifies the dataset: the numbers of images and of rows, and a hash of the captions."""
-        rows = {} if self.data.is_read is None else {"rows": len(self.data.is_read)}
-        return {"pictures": len(self.data), "captions": self._digest, **rows}
+        """Return what identifies the dataset; see `identity_of`."""
+        return self._identity
 
     def resume(self, progress: dict[str, Any], position: int, *, same: bool) -> None:
         """Do nothing; a stream goes to its saved state here."""

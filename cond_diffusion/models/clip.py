@@ -18,6 +18,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from cond_diffusion.config.run import ClipPretrainingConfig, TextConfig
 from cond_diffusion.models.text_encoder import TextEncoder, distinct_words
 
+BATCH_SIZE = 1000  # captions that are tokenized at once
 MIN_LENGTH, MAX_LENGTH = 16, 77  # tokens of a caption, where no length is given; CLIP's is 77
 
 
@@ -53,6 +54,13 @@ def count_whole_words(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tupl
     words = distinct_words([caption.lower() for caption in captions])
     tokens: Any = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"] if words else []
     return sum(len(own) == 1 for own in tokens), len(words)
+
+
+def count_truncated(tokenizer: CLIPTokenizer, captions: Sequence[str], max_length: int) -> int:
+    """Return how many captions are longer than `max_length` tokens, with the start and the end token."""
+    batches = (captions[start : start + BATCH_SIZE] for start in range(0, len(captions), BATCH_SIZE))
+    tokens = (tokenizer([*batch], verbose=False)["input_ids"] for batch in batches)
+    return sum(len(own) > max_length for batch in tokens for own in batch)
 
 
 def build_clip(config: ClipPretrainingConfig, tokenizer: CLIPTokenizer) -> CLIPModel:

@@ -28,12 +28,13 @@ from transformers import CLIPModel, CLIPTokenizer
 from cond_diffusion.config.run import CONFIG_NAME, ClipPretrainingConfig, load_config
 from cond_diffusion.config.schema import read_json
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images, open_captioned_files
+from cond_diffusion.data.loader import identity_of
 from cond_diffusion.data.sources import Examples
 from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.files import save_tensors, write_json, written_aside
 from cond_diffusion.images import to_model
-from cond_diffusion.models.clip import build_clip, contrastive_loss, count_whole_words, train_tokenizer
+from cond_diffusion.models.clip import build_clip, contrastive_loss, count_truncated, count_whole_words, train_tokenizer
 from cond_diffusion.models.text_encoder import (
     clip_errors,
     embed_images,
@@ -134,6 +135,9 @@ def pretrain(
         UserError: If the config, the data or the run's folder cannot be used, or another process trains there.
         Interrupted: After a signal, when a checkpoint has been saved.
     """
+    for name, expected in (("streaming", False), ("crop", "center"), ("flip", False)):
+        if (value := getattr(config.data, name)) != expected:
+            raise UserError(f"data.{name}: {value} is not supported, as all images are in memory; expected {expected}")
     accelerator = accelerator or make_accelerator(config.as_run())
     with RunLock(Path(config.run_dir)) as lock:
         acquire_resumed(lock, config, accelerator)
@@ -174,21 +178,27 @@ def _train(
             clip: Any = load_clip(CLIPModel, newest)
             tokenizer = load_tokenizer(newest, clip.config.text_config.vocab_size)
     logger.info("vocab_size: %d of %d distinct words are whole tokens", *count_whole_words(tokenizer, captions))
+    if truncated := count_truncated(tokenizer, captions, config.max_length):
+        message = "max_length: %d of %d captions are longer than %d tokens and are truncated"
+        logger.warning(message, truncated, len(captions), config.max_length)
     clip.to(accelerator.device).train()
     weights = dict(clip.named_parameters())
     optimizer = torch.optim.AdamW(
         weights.values(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True
     )
-    start = 0
+    start, identity = 0, identity_of(data)
     if newest is not None:
-        start = read_json(newest / "state" / PROGRESS_NAME)["step"]
+        progress = read_json(newest / "state" / PROGRESS_NAME)
+        start = progress["step"]
+        if (old := progress.get("data", identity)) != identity:  # CLIPs of earlier versions did not store it
+            logger.warning("resume: the data changed from %s to %s; continuing with the new data", old, identity)
         load_moments(optimizer, read_shards(newest / "state", "optimizer"), weights)
     prepare_run_dir(lock, config, accelerator, newest, start)
 
     def write(step: int, folder: Path) -> None:
         save_clip(clip, tokenizer, folder)
         save_tensors(copy_to_cpu(moments_of(optimizer), local_shard), folder / "state" / "optimizer.safetensors")
-        write_json(folder / "state" / PROGRESS_NAME, {"step": step})
+        write_json(folder / "state" / PROGRESS_NAME, {"step": step, "data": identity})
 
     run = config.as_run()
     reporter = Reporter(run, start, config.batch_size, accelerator)

@@ -136,7 +136,8 @@ def build_run(config: Config, accelerator: Accelerator, dataset: Examples | None
     config = replace(config, text=replace(config.text, max_length=text_encoder.max_length))
     if resumed is not None:
         check_config(config, resumed)
-    if config.train.lora_rank:  # snapshots are of the whole network
+    if config.train.lora_rank and config.train.snapshots:
+        logger.warning("train.snapshots: %d; LoRA runs store none", config.train.snapshots)
         config = replace(config, train=replace(config.train, snapshots=0))
     latent_space = build_latent_space(config.latent) if source is None else source.latent_space
     weights = None if initial is None else initial.unet.state_dict()

@@ -83,6 +83,8 @@ INVALID_FILES = [
     ("seed: 1\nseed: 2", "seed: .*twice"),
     ("data: {label_names: [a, b]}", r"data\.label_names: "),
     ("data: {label_names: {a: b}}", r"data\.label_names\.a: 'b'"),
+    ("train.batch_size: 64", r"train\.batch_size: expected the section `train:`"),
+    ("data: {label_names: {a: [x], a: [y]}}", r"data\.label_names\.a: given twice"),
     ('run_dir: "\\ud800"', r"run_dir: '\\ud800'"),
     ('data: {background: "\\0"}', r"data\.background: '\\x00'"),
 ]
@@ -222,6 +224,14 @@ def test_text_field_keeps_the_text_as_typed(tmp_path: Path, text: str):
     (tmp_path / "x.yaml").write_text(f"run_dir: {field}\nsample:\n  prompts:\n    - {item}\n", encoding="utf-8")
     config = load_config(Config, tmp_path / "x.yaml")
     assert (config.run_dir, config.sample.prompts) == (text, (text,))
+
+
+def test_comments_are_not_part_of_a_text_field(tmp_path: Path):
+    lines = ["- a dog: red  # one", "# two", "- {a: b}  # three", "- [a, b] # four", "- a cat: blue", "", "# five"]
+    text = "sample:\n  prompts:\n" + "".join(f"    {line}\n" for line in lines) + "# six\nseed: 1\n"
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    prompts = load_config(Config, tmp_path / "x.yaml").sample.prompts
+    assert prompts == ("a dog: red", "{a: b}", "[a, b]", "a cat: blue")
 
 
 def test_only_built_in_sources_have_default_captions():

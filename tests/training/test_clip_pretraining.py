@@ -240,6 +240,21 @@ def test_killed_clip_pretraining_equals_an_uninterrupted_one(
         pretrain(replace(killed, resume=False))
     with pytest.raises(UserError, match=r"^resume: width .*32.*64"):
         pretrain(replace(killed, width=64))
+    assert not re.search("data changed|truncated", caplog.text)
+    file = Path(killed.data.source) / "metadata.jsonl"
+    file.write_text(
+        file.read_text(encoding="utf-8").replace("a red bar", "a red bar of 3 x 4 pixels"), encoding="utf-8"
+    )
+    pretrain(killed)
+    assert "resume: the data changed" in caplog.text
+    pretrain(replace(small_clip, run_dir=str(tmp_path / "short"), max_length=7, max_steps=3))
+    assert "8 of 8 captions are longer than 7 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "value"), [("streaming", True), ("crop", "random"), ("flip", True)])
+def test_pretraining_refuses_options_that_it_would_ignore(small_clip: ClipPretrainingConfig, name: str, value: Any):
+    with pytest.raises(UserError, match=f"^data\\.{name}: {value} "):
+        pretrain(replace(small_clip, data=replace(small_clip.data, **{name: value})))
 
 
 def test_bf16_runs_the_networks_under_autocast_on_fp32_weights(small_clip: ClipPretrainingConfig):
