@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from queue import Queue
@@ -32,6 +32,7 @@ from cond_diffusion.pipeline.run_folder import checkpoints
 
 MIN_WIDTH = 448  # pixels; smaller grids are enlarged
 MAX_PROMPTS = 16
+MAX_SCALE = 10  # of the slider, unless a model's default is larger
 FIRST_CHECKPOINT = "emoji"
 EXAMPLES = (
     *("a red apple, 3d style", "a cat face, noto style", "a purple heart, glossy style", "a penguin, twemoji style"),
@@ -55,14 +56,17 @@ class SameOrigin:
 
     Args:
         listening: For each session, the number of open streams of results.
+        other_hosts: Names of the page behind proxies, which may replace the name in the header `host`.
     """
 
-    def __init__(self, app: Any, listening: Counter[str]) -> None:
-        self.app, self.listening = app, listening
+    def __init__(self, app: Any, listening: Counter[str], other_hosts: Collection[str] = ()) -> None:
+        self.app, self.listening, self.other_hosts = app, listening, other_hosts
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope.get("headers", ())}
-        if b"origin" in headers and headers[b"origin"].partition("//")[2] != headers.get(b"host"):
+        origin = headers.get(b"origin", "").partition("//")[2]
+        is_own = origin == headers.get(b"host") or origin.partition(":")[0] in self.other_hosts
+        if b"origin" in headers and not is_own:
             await send({"type": "http.response.start", "status": 403, "headers": []})
             await send({"type": "http.response.body", "body": b"requests from other sites are refused"})
             return
@@ -194,6 +198,10 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 
+    def show_guidance(checkpoint: str) -> tuple[Any, float]:
+        scale, of_phrases = guidance_of(checkpoint)
+        return gradio.Slider(value=scale, maximum=max(MAX_SCALE, scale)), of_phrases
+
     first_guidance = guidance_of(FIRST_CHECKPOINT)
     with gradio.Blocks(title="cond_diffusion", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gradio.Markdown("# cond_diffusion\nOne prompt per line; each gives a row of images.")
@@ -205,7 +213,7 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
                 negative = gradio.Textbox("", label="Negative prompt")
                 button = gradio.Button("Generate", variant="primary")
                 stop = gradio.Button("Stop")
-                scale = gradio.Slider(0, 10, first_guidance[0], step=0.5, label="Guidance scale")
+                scale = gradio.Slider(0, MAX_SCALE, first_guidance[0], step=0.5, label="Guidance scale")
                 of_phrases = gradio.Slider(0, 1, first_guidance[1], step=0.1, label="Guidance by separate phrases")
                 sampler = gradio.Dropdown(list(get_args(SamplerName)), value="dpm_solver", label="Sampler")
                 steps = gradio.Slider(1, 1000, 20, step=1, label="Steps")
@@ -232,7 +240,7 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
             chosen = example.click(partial(tuple, values), outputs=changed, api_visibility="private")
             events.append(chosen.then(generate, inputs, outputs, **options))
         stop.click(lambda: "stopped", outputs=state, cancels=events)
-        checkpoint.input(guidance_of, checkpoint, guidance, show_progress="hidden", api_visibility="private")
+        checkpoint.input(show_guidance, checkpoint, guidance, show_progress="hidden", api_visibility="private")
         blocks.load(lambda: gradio.Dropdown(list_checkpoints(runs)), outputs=checkpoint)
     return blocks
 
@@ -252,6 +260,9 @@ def demo(arguments: list[str] | None = None) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UserError('demo: requires gradio; install it with: pip install "cond_diffusion[demo]"')
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    # Gradio opens the page once at the start, which must not pass through a proxy.
+    no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    os.environ["no_proxy"] = ",".join(filter(None, [no_proxy, "localhost", "127.0.0.1", options.host]))
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the folder is removed
     with TemporaryDirectory(prefix="cond-diffusion-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "shown"))
@@ -262,7 +273,7 @@ def demo(arguments: list[str] | None = None) -> None:
             closing.set()
 
 
-def serve(runs: Path, folder: Path, host: str, port: int, other_hosts: Sequence[str] = (), **options: Any) -> Any:
+def serve(runs: Path, folder: Path, host: str, port: int, other_hosts: Collection[str] = (), **options: Any) -> Any:
     """Start the server with options of `gradio.Blocks.launch`, and return the page.
 
     Args:
@@ -283,7 +294,7 @@ def serve(runs: Path, folder: Path, host: str, port: int, other_hosts: Sequence[
     names |= {f"[{name}]" for name in names if ":" in name}
     middleware = [
         Middleware(TrustedHostMiddleware, allowed_hosts=[*names], www_redirect=False),
-        Middleware(SameOrigin, listening),
+        Middleware(SameOrigin, listening, other_hosts),
     ]
     what = f"--host {host} --port {port}: cannot listen there"
     with user_errors(what, OSError, OverflowError, hint="; choose another port or host"):

@@ -92,6 +92,8 @@ def generate_to_file(
                 raise
     if (film_path or maps_path) and not frames.frames and not maps.maps:
         raise UserError(f"strength: {settings.strength} leaves no steps to visualize; increase it")
+    if output is None:
+        path = output_path(None, prompts, "--output", (".png",))  # another process may have taken the first name
     row_labels = prompts[: -(-len(images) // columns)] if labels and len(prompts) > 1 else None
     write_output(path, encode_png(grid(images, columns, row_labels), settings), "--output")
     if len(images) < (total := len(prompts) * columns):
@@ -113,11 +115,11 @@ def generate_to_file(
 def generate_to_folder(settings: GenerationSettings, folder: str, *, batch_size: int | None = None) -> None:
     """Generate images and write one PNG per image, after each batch.
 
-    File names begin with the numbers of the prompt and the image, so they sort in order, and a later call can request
-    more images. Existing files are skipped.
+    File names begin with the numbers of the prompt and the image, so up to 10,000 of each sort in order, and a later
+    call can request more images. Existing files are skipped.
 
     Raises:
-        UserError: If a file exists that was made with other settings, or cannot be written.
+        UserError: If a file exists that was made with other settings or another prompt, or cannot be written.
         Interrupted: On Ctrl-C.
     """
     with user_errors(f"--output-dir: {folder} cannot be written", OSError, ValueError):
@@ -264,9 +266,13 @@ def _existing_images(settings: GenerationSettings, folder: Path, image_of: Setti
         row, i = map(int, numbers.groups()) if numbers else (-1, -1)
         if 0 <= row < len(settings.prompts) and i < settings.num_images:
             expected, own = image_of(row, i)
-            if path == expected:
-                _check_same_settings(path, own)
-                existing.add(path.name)
+            if path != expected:
+                raise UserError(
+                    f"--output-dir: {path} has the numbers of {expected.name}, an image of another prompt; choose "
+                    "another folder"
+                )
+            _check_same_settings(path, own)
+            existing.add(path.name)
     return existing
 
 

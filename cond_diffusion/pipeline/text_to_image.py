@@ -139,6 +139,7 @@ class TextToImage:
             "first_phrase_from": first_phrase_from,
         }
         self.folder: Path | None = None  # of the checkpoint that the pipeline was loaded from
+        self._warnings: set[str] = set()  # that were logged
 
     @classmethod
     def from_pretrained(
@@ -471,19 +472,23 @@ class TextToImage:
                     yield Example(contexts[prompt], null_contexts[negative], phrases[prompt], scale, seed + i)
 
     def _embed(self, prompts: list[str]) -> dict[str, Float[Tensor, "l d"]]:
-        """Return the text embedding of each prompt; log a warning for truncated prompts."""
+        """Return the text embedding of each prompt; log a warning for truncated prompts and for unknown words."""
         ids, truncated = self.text_encoder.tokenize(prompts)
         for part in filter(None, truncated):
             length = self.text_encoder.max_length
-            logger.warning("prompts: longer than the text encoder's %d tokens; %r is truncated", length, part)
+            self._warn_once(f"prompts: longer than the text encoder's {length} tokens; {part!r} is truncated")
         if unknown := self.text_encoder.unknown_words(prompts):
             hint = (
                 "; --checkpoint emoji was trained on 1,432 concepts, in color" if self.folder == BUILT_IN_MODEL else ""
             )
-            logger.warning(
-                "prompts: words that the text encoder was not trained on: %s%s", ", ".join(unknown[:10]), hint
-            )
+            words = ", ".join(unknown[:10])
+            self._warn_once(f"prompts: words that the text encoder was not trained on: {words}{hint}")
         return dict(zip(prompts, self.text_encoder.embed(ids), strict=True))
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warnings:
+            self._warnings.add(message)
+            logger.warning("%s", message)
 
     def _embed_phrases(self, prompts: list[str], options: SamplingOptions) -> dict[str, list[Float[Tensor, "l d"]]]:
         """Return the text embeddings of the phrases of each prompt that guidance uses by themselves."""

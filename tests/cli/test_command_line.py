@@ -180,6 +180,9 @@ def test_interrupted_output_folder_is_continued_and_its_images_equal_those_sampl
     code, _, errors = run_script("sample", *arguments[:-1], "5,5", "--output-dir", "all")
     assert code == 2
     assert re.search(r"error: --output-dir: all/0000-0000-seven\.png .*guidance_scale.* 2\.0.* 5\.0", errors)
+    code, _, errors = run_script("sample", "seven", "a six", *arguments[2:], "--output-dir", "all")
+    assert code == 2
+    assert re.search(r"error: --output-dir: all/0001-0000-a-two\.png .* 0001-0000-a-six\.png.* another folder", errors)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])

@@ -44,11 +44,15 @@ def address(tmp_path_factory: pytest.TempPathFactory, temporary: Path) -> Iterat
         message = "the tests of the demo require Chromium; install it with: apt-get install chromium"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     folder = tmp_path_factory.mktemp("page")
-    shutil.copytree(BUILT_IN_MODEL, folder / "runs" / "digits" / "checkpoints" / "step-00000001")
+    run = folder / "runs" / "digits" / "checkpoints" / "step-00000001"
+    shutil.copytree(BUILT_IN_MODEL, run)
+    index = json.loads((run / "model_index.json").read_text(encoding="utf-8"))
+    (run / "model_index.json").write_text(json.dumps(index | {"guidance_scale": 12.5}), encoding="utf-8")
     port = free_port()
     # Lower priority than the browser: on a shared core, the browser would otherwise show only the last image.
     command = ["nice", "-n", "19", sys.executable, "-m", "cond_diffusion", "demo", "--port", str(port), "--no-browser"]
-    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")  # where nothing listens
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1", **proxies}
     output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=folder, env=environment, **output) as server:
         assert server.stdout is not None
@@ -150,7 +154,11 @@ def test_page_shows_errors_and_lists_runs(page: Page):
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_text("prompts: none given")).to_be_visible(timeout=60_000)
     page.get_by_label("Checkpoint").click()
-    expect(page.get_by_role("option", name="runs/digits")).to_be_visible()
+    page.get_by_role("option", name="runs/digits").click()
+    expect(page.get_by_label("number input for Guidance scale")).to_have_value("12.5")  # the model's default
+    page.get_by_label("Prompt", exact=True).fill("a digit seven")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_label("Progress")).to_have_value("done", timeout=120_000)
 
 
 def test_closing_the_generator_stops_sampling(tmp_path: Path):
@@ -174,7 +182,9 @@ def connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HTTP
     monkeypatch.setattr(demo, "generate_in_thread", endless)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shown"))
     port = free_port()
-    page = demo.serve(tmp_path, tmp_path, "127.0.0.1", port, prevent_thread_lock=True, quiet=True, inbrowser=False)
+    page = demo.serve(
+        tmp_path, tmp_path, "127.0.0.1", port, ["digits.example"], prevent_thread_lock=True, quiet=True, inbrowser=False
+    )
     # Gradio asks whether the function is a generator, which the check of types of the tests hides.
     page.fns[0].fn, page.fns[0].types_generator = inspect.unwrap(page.fns[0].fn), True
     yield HTTPConnection("127.0.0.1", port)
@@ -213,6 +223,10 @@ def test_requests_of_other_sites_and_uploads_are_refused(connection: HTTPConnect
             response.read()
             assert response.status in (400, 403), (name, value, path)
         assert join(connection, "x", **{name: value}).status in (400, 403)
+    connection.request("GET", "/config", headers={"Origin": "https://digits.example"})  # through a proxy
+    response = connection.getresponse()
+    response.read()
+    assert response.status == 200
     boundary = '--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nmuch\r\n--b--\r\n'
     kind = {"Content-Type": "multipart/form-data; boundary=b", "Origin": f"http://{own}"}
     connection.request("POST", "/gradio_api/upload", boundary, kind)
