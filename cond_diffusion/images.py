@@ -21,7 +21,7 @@ from cond_diffusion.errors import UserError, user_errors
 logger = logging.getLogger(__name__)
 
 PILLOW_MODES = {1: "L", 3: "RGB"}
-PILLOW_ERRORS = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)
+UNSAFE_FORMATS = ("EPS", "WMF")  # Pillow passes them to Ghostscript and to Windows
 LABEL_WIDTH, LINE_HEIGHT = 112, 13  # pixels
 # Fonts of the system with letters outside ASCII; matplotlib ships the first one.
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")
@@ -151,11 +151,23 @@ def enlarged(image: Image.Image, width: int) -> Image.Image:
     return ImageOps.scale(image, max(1, -(-width // image.width)), Image.Resampling.NEAREST)
 
 
+def image_formats() -> list[str]:
+    """Return the names of the formats that are opened: those that Pillow decodes itself."""
+    Image.init()
+    return [name for name in Image.ID if name not in UNSAFE_FORMATS]
+
+
+def open_content(content: bytes) -> Image.Image:
+    """Open the content of an image file, by Pillow alone; its format does not depend on the name of the file."""
+    return Image.open(io.BytesIO(content), formats=image_formats())
+
+
 def open_image(path: str, option: str) -> Image.Image:
     """Load an image file as PIL does; it is not normalized yet."""
-    with user_errors(f"{option}: {path} is not a readable image", *PILLOW_ERRORS):
+    # Image parsers raise many types of exceptions.
+    with user_errors(f"{option}: {path} is not a readable image", Exception):
         if not Path(path).is_file():  # a pipe or a device can be endless
             raise UserError(f"{option}: there is no file {path}")
-        with Image.open(path) as image:
+        with Image.open(path, formats=image_formats()) as image:
             image.load()
             return image

@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from hub import ModelHub
+from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file, save_file
 from stable_diffusion import stable_diffusion
 from transformers import AutoConfig
 
 from cond_diffusion import TextToImage
+from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.data.dataset import load_captioned_images
 from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation.metrics import ClipJudge
+from cond_diffusion.images import open_image
 from cond_diffusion.models.latents import VAE
 from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL
@@ -153,6 +157,32 @@ def _imported(tree: ast.AST) -> set[str]:
 def _is_safe(call: ast.Call) -> bool:
     value = {keyword.arg: keyword.value for keyword in call.keywords}.get("trust_remote_code")
     return isinstance(value, ast.Constant) and value.value is False
+
+
+def test_images_start_no_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Pillow passes PostScript to Ghostscript, whatever the name of the file."""
+    marker = tmp_path / "executed"
+    (tmp_path / "bin").mkdir()
+    interpreter = tmp_path / "bin" / "gs"
+    interpreter.write_text(f"#!/bin/sh\ntouch {marker}\n", encoding="utf-8")
+    interpreter.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # not searched for yet
+    with Image.new("RGB", (8, 8)) as image:
+        for name in ("a.eps", "b.eps"):
+            image.save(tmp_path / name)
+    (tmp_path / "b.eps").rename(tmp_path / "b.png")
+    with suppress(OSError), Image.open(tmp_path / "a.eps") as image:
+        image.load()
+    assert marker.exists()
+    marker.unlink()
+    for path in (tmp_path / "a.eps", tmp_path / "b.png"):
+        (tmp_path / f"{path.stem}.txt").write_text("a caption", encoding="utf-8")
+        with pytest.raises(UserError, match="is not a readable image"):
+            open_image(str(path), "--image")
+    with pytest.raises(UserError, match=r"data\.image_column: .* 1 of 1 images cannot be read"):
+        load_captioned_images(DataConfig(source=str(tmp_path), resolution=8))
+    assert not marker.exists()
 
 
 def test_every_loading_call_disables_remote_code():

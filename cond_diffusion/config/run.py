@@ -80,7 +80,7 @@ class TrainConfig:
     compile: bool = option(False, "compile the network; adds a minute or more before the first step of a first run")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     ema_width: float = option(
-        0.1, "relative width of the average of the weights (sigma_rel, Karras et al. 2024)", gt=0, le=0.28
+        0.1, "relative width of the average of the weights (sigma_rel, Karras et al. 2024)", ge=1e-3, le=0.28
     )
     snapshots: NonNegativeInt = option(
         0, "number of times in a run that two averages are stored for `--ema-width`; 0 stores none"

@@ -74,9 +74,9 @@ def local_path(text: str) -> Path:
 
 def _check_path(path: str) -> str:
     with suppress(UserError):
-        if all(len(name.encode()) <= MAX_NAME for name in check_text(path, "").split("/")):
+        if path and all(len(name.encode()) <= MAX_NAME for name in check_text(path, "").split("/")):
             return path
-    raise PydanticCustomError("path", "a path in UTF-8 without NUL, whose names have at most 255 bytes")
+    raise PydanticCustomError("path", "a path in UTF-8 without NUL, not empty, whose names have at most 255 bytes")
 
 
 MAX_NAME = 255  # bytes of a file name, in all common file systems

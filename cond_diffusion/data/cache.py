@@ -5,6 +5,7 @@ were written before an interruption are not computed again.
 """
 
 import hashlib
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -32,6 +33,8 @@ from cond_diffusion.files import cache_folder, hash_weights, save_tensors
 from cond_diffusion.images import to_model
 from cond_diffusion.models.latents import LatentSpace
 from cond_diffusion.models.text_encoder import TextEncoder, embed
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(days=7)  # until the slowest process has finished its shards
 
@@ -196,5 +199,10 @@ def latent_set(files: CaptionedFiles, vae: LatentSpace, accelerator: Accelerator
             f"data.source: {lost} of {len(files)} images of {data.source} cannot be read, more than "
             f"data.max_bad_fraction ({data.max_bad_fraction})"
         )
+    if lost:
+        message = (
+            "data.source: %d of %d images were not readable when their latents were cached; to try again, delete %s"
+        )
+        logger.warning(message, lost, len(files), folder)
     latents = [shard["latents"] for shard in shards]
     return LatentSet(latents, files.group_of[rows], files.caption_groups, rows_read(rows, len(files)))

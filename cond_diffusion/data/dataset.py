@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
+from datasets.utils.file_utils import xopen
 from einops import rearrange
 from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image
@@ -27,7 +27,7 @@ from cond_diffusion.config.data import DataConfig
 from cond_diffusion.data.sources import CaptionGroup, Examples, as_table, caption_reader, open_source, pick_captions
 from cond_diffusion.device import check_memory, cores_of_this_process, is_main_process, processes_of_machine
 from cond_diffusion.errors import UserError, did_you_mean, first_line, user_errors
-from cond_diffusion.images import fit
+from cond_diffusion.images import fit, open_content
 
 SMALL_FILE = 4096  # bytes
 MIN_ROWS_OF_STREAM = 1000  # with fewer rows the share of unreadable images cannot be estimated
@@ -154,12 +154,13 @@ def _open(content: dict[str, Any] | None) -> Image.Image:
     if content is None or content["bytes"] is content["path"] is None:
         raise ValueError("the cell is empty")
     if content["bytes"] is not None:
-        return Image.open(BytesIO(content["bytes"]))
+        return open_content(content["bytes"])
     if "://" in content["path"]:  # on the Hub, or inside an archive
-        return datasets.Image().decode_example(content)
+        with xopen(content["path"], "rb") as file:
+            return open_content(file.read())
     if not Path(content["path"]).is_file():  # a device can be endless
         raise ValueError("not a regular file")
-    return Image.open(BytesIO(Path(content["path"]).read_bytes()))
+    return open_content(Path(content["path"]).read_bytes())
 
 
 @dataclass(frozen=True)
@@ -340,16 +341,34 @@ def open_captioned_files(config: DataConfig, split: str = "train", dataset: Exam
         raise UserError(f"data.source: {config.source} ({split}) is empty; expected at least one image")
     files = select_image_column(table, config)
     captions_of = caption_reader(config, table.features[config.caption_column])
-    group_numbers: dict[CaptionGroup, int] = {}
-    group_of = []
+    groups: list[CaptionGroup] = []
     # Not from `table.data`, which ignores the selection and the order of the rows.
     blocks: Any = table.select_columns(config.caption_column).iter(CAPTION_BLOCK_SIZE)
     for row, value in enumerate(value for block in blocks for value in block[config.caption_column]):
         try:
-            group_of.append(group_numbers.setdefault(captions_of(value), len(group_numbers)))
+            groups.append(captions_of(value))
         except UserError as error:
             raise UserError(f"{error} (row {row} of {len(table)}, 0-based)") from error
-    return CaptionedFiles(config, files, torch.tensor(group_of), tuple(group_numbers), table.column_names)
+    if len(rows_of := _rows_of_images(files, config.image_column)) < len(groups):
+        logger.info("data.source: %d rows of %d images; their captions are joined", len(groups), len(rows_of))
+        groups = [tuple(dict.fromkeys(caption for row in rows for caption in groups[row])) for rows in rows_of]
+        files = files.select([rows[0] for rows in rows_of])
+    group_numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    group_of = torch.tensor([group_numbers[group] for group in groups])
+    return CaptionedFiles(config, files, group_of, tuple(group_numbers), table.column_names)
+
+
+def _rows_of_images(files: datasets.Dataset, column: str) -> list[list[int]]:
+    """Return the rows of each image; rows with the same path have the same image."""
+    rows_of: dict[Any, list[int]] = {}
+    row = 0
+    for block in cast(Any, files.with_format("arrow").iter(CAPTION_BLOCK_SIZE)):
+        cells = block.column(column).combine_chunks()
+        is_embedded = cells.field("bytes").is_valid().to_pylist()
+        for path, embedded in zip(cells.field("path").to_pylist(), is_embedded, strict=True):
+            rows_of.setdefault(row if embedded or path is None else path, []).append(row)
+            row += 1
+    return [*rows_of.values()]
 
 
 def load_captioned_images(config: DataConfig, split: str = "train") -> CaptionedImages:
@@ -362,7 +381,8 @@ def select_image_column(table: Any, config: DataConfig) -> Any:
     names = table.column_names
     for key, column in (("image_column", config.image_column), ("caption_column", config.caption_column)):
         if column not in names:
-            hint = "" if len(names) > 1 else "; captions belong in metadata.jsonl, or in a.txt beside a.png"
+            without_text = key == "caption_column" and {*names} <= {"image", "label"}  # `datasets` found images alone
+            hint = "; captions belong in metadata.jsonl, or in a.txt beside a.png" if without_text else ""
             raise UserError(
                 f"data.{key}: no column {column!r} in {config.source}{did_you_mean(column, names)}; "
                 f"it has {', '.join(map(repr, names))}{hint}"

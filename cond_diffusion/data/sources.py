@@ -4,12 +4,13 @@ import logging
 import os
 import re
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from glob import escape
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from string import Formatter
 from typing import Any
 
@@ -26,12 +27,14 @@ from pyarrow import parquet
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.schema import decode_text
 from cond_diffusion.errors import UserError, check_cache, check_text, did_you_mean, first_line, user_errors
-from cond_diffusion.images import encode, normalize_image
+from cond_diffusion.images import encode, image_formats, normalize_image
 
 BUILT_IN_SOURCES = {name: Path(__file__).parent.parent / "assets" / name for name in ("mnist", "emoji")}
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
-OTHER_SPLITS = ("test", "testing", "val", "valid", "validation")  # folders and files that are not for training
+# Folders and files that are not for training: the words that `datasets` knows, and "valid".
+OTHER_SPLITS = ("test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev")
+CAPTION_SUFFIXES = (".txt", ".caption")  # of a file beside an image; the first that exists
 FILE_SUFFIXES = {*BUILDERS, ".csv", ".gz", ".json", ".jsonl", ".txt", ".zip"}  # unlikely at the end of a Hub id
 
 # Members of a tar that are decoded; others stay bytes. `datasets` would load .pth with torch, and .cbor with packages
@@ -121,28 +124,30 @@ def open_source(
 
 @dataclass(frozen=True)
 class _Files:
-    """What `datasets.load_dataset` receives: a builder or a Hub id, and files of a split, or folders with the files."""
+    """What `datasets.load_dataset` receives: a builder or a Hub id, and files of a split, or patterns of many files."""
 
     builder: str
     split: str = ""
     files: Sequence[Path] = ()
-    folders: Sequence[Path] = ()
+    globs: Sequence[str] = ()
     is_mixed: bool = False  # whether `datasets` also finds images that are not among the files
 
     def patterns(self) -> dict[str, list[str]] | None:
         if not self.files:
             return None
-        inside = [f"{escape(str(folder))}/**" for folder in self.folders]
-        outside = [file for file in self.files if not any(file.is_relative_to(folder) for folder in self.folders)]
-        return {self.split: [*inside, *(escape(str(file)) for file in outside)]}
+        return {self.split: [*(self.globs or (escape(str(file)) for file in self.files))]}
 
 
 def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _Files:
     """Return the table of images with text files, or the files of another kind of folder."""
-    all_files, links = _list_files(folder)
-    split_folder = folder / split if (folder / split).is_dir() else folder
-    left_out = [other for name in OTHER_SPLITS if split_folder == folder and (other := folder / name).is_dir()]
-    files = [f for f in all_files if f.is_relative_to(split_folder) and not any(map(f.is_relative_to, left_out))]
+    all_files, has_links = _list_files(folder)
+    tops = {folder / file.relative_to(folder).parts[0] for file in all_files if file.parent != folder}
+    split_folder = next((top for top in sorted(tops) if top.name.lower() == split), folder)
+    left_out = set()  # the folders of other splits, at any depth
+    if split_folder == folder:
+        parents = {parent for file in all_files for parent in file.parents if folder in parent.parents}
+        left_out = {parent for parent in parents if parent.name.lower() in OTHER_SPLITS}
+    files = [f for f in all_files if f.is_relative_to(split_folder) and left_out.isdisjoint(f.parents)]
     root_metadata = [file for file in all_files if file.parent == folder and file.name in METADATA_NAMES]
     metadata = [file for file in files if file.name in METADATA_NAMES] or root_metadata
     archives = {} if metadata else _archives(all_files)
@@ -158,46 +163,58 @@ def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _F
     if split != "train" and split_folder == folder:
         raise UserError(f"data.source: {source} has no split {split!r}: no folder {split}")
     if left_out:
-        logger.info("data.source: %s: not used for training: %s", source, ", ".join(map(str, left_out)))
+        logger.info("data.source: %s: not used for training: %s", source, ", ".join(map(str, sorted(left_out))))
     if split == "train" and split_folder != folder:
-        splits = [folder / name for name in (split, *OTHER_SPLITS)]
-        if outside := sum(_is_image(file) and not any(map(file.is_relative_to, splits)) for file in all_files):
+        splits = {top for top in tops if top.name.lower() in (split, *OTHER_SPLITS)}
+        if outside := sum(_is_image(file) and splits.isdisjoint(file.parents) for file in all_files):
             logger.warning("data.source: %s: skipping %d image(s) outside the folder train", source, outside)
     if pairs:
         _warn_unpaired(source, files, pairs)
         texts = [_read_caption(caption) for caption in pairs.values()]
         table = datasets.Dataset.from_dict({"image": [str(image) for image in pairs], "text": texts})
         return table.cast_column("image", datasets.Image())
-    if not files:
-        raise UserError(f"data.source: {source} contains no images, Parquet files or tar files")
-    # Folders, since `datasets` infers splits from words in file names; each link, since it does not follow links.
-    inside = [split_folder]
-    if left_out:
-        inside = sorted({folder / file.relative_to(folder).parts[0] for file in files if file.parent != folder})
-    folders = [*dict.fromkeys([*inside, *(link for link in links if any(map(link.is_relative_to, inside)))])]
+    zips = [file for file in files if file.suffix.lower() == ".zip"]
+    if not zips and not any(map(_is_image, files)):
+        suffixes = ", ".join(sorted({file.suffix for file in all_files})) or "no files"
+        raise UserError(f"data.source: {source} contains no images, Parquet files or tar files, but {suffixes}")
+    for file in zips if not metadata else ():  # otherwise `_of_split` leaves their images out
+        _check_zip(file)
+    # Folders, since `datasets` infers splits from words in file names; each by itself where it would find others, too:
+    # those of other splits, or a folder and a link to it.
+    globs = [f"{escape(str(split_folder))}/**"]
+    if left_out or has_links:
+        globs = [f"{escape(str(parent))}/*" for parent in sorted({file.parent for file in files})]
+    outside = sorted(set(metadata) - set(files))
+    globs += [escape(str(file)) for file in outside]
     has_other_splits = bool(left_out) or split_folder != folder
-    is_mixed = any(file.suffix == ".zip" for file in files) or (bool(root_metadata) and has_other_splits)
-    return _Files("imagefolder", split, [*files, *(set(metadata) - set(files))], folders, is_mixed)
+    is_mixed = bool(zips) or (bool(root_metadata) and has_other_splits)
+    return _Files("imagefolder", split, [*files, *outside], globs, is_mixed)
 
 
-def _list_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the files of a folder, sorted, and its links to folders. Follow links once; skip hidden names."""
-    files, links, visited = [], [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+def _list_files(folder: Path) -> tuple[list[Path], bool]:
+    """Return the files of a folder, sorted, and whether it has links to folders, which are followed once.
+
+    Hidden names are skipped.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"data.source: {error.filename} cannot be read ({error.strerror})") from error
+
+    files, has_links, visited = [], False, set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         real = os.path.realpath(root)
         if real in visited:
             folders.clear()
             continue
         visited.add(real)
-        if Path(root).is_symlink() and Path(root) != folder:
-            links.append(Path(root))
+        has_links |= Path(root).is_symlink() and Path(root) != folder
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         paths = (Path(root, name) for name in names if not _is_hidden(name))
         # A pipe or a device can be endless. A broken link is reported where it is read.
         files += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]  # noqa: PTH110, PTH113
     for path in files:
         check_text(str(path), "data.source: a file name")
-    return sorted(files), links
+    return sorted(files), has_links
 
 
 def _is_hidden(name: str) -> bool:
@@ -211,21 +228,41 @@ def _archives(files: Sequence[Path]) -> dict[str, list[Path]]:
     return {suffix: kind for suffix, kind in ((".parquet", parquets), (".tar", sorted(tars))) if kind}
 
 
+def _check_zip(file: Path) -> None:
+    """Raise UserError for a .zip file with a folder of another split, whose images `datasets` would add."""
+    with (
+        user_errors(f"data.source: {file} cannot be read", OSError, zipfile.BadZipFile),
+        zipfile.ZipFile(file) as content,
+    ):
+        for name in content.namelist():
+            if any(part.lower() in OTHER_SPLITS for part in PurePosixPath(name).parts[:-1]):
+                raise UserError(f"data.source: {file} contains {name}, which is not for training; unpack the file")
+
+
 def _images_with_text(files: Sequence[Path]) -> dict[Path, Path]:
     """Return each image that has a text file of the same name, and that file."""
-    texts = {file for file in files if file.suffix == ".txt"}
-    pairs = {file: file.with_suffix(".txt") for file in files if _is_image(file)}
-    return {image: text for image, text in pairs.items() if text in texts}
+    texts: dict[Path, Path] = {}
+    for suffix in CAPTION_SUFFIXES:
+        for file in files:
+            if file.suffix.lower() == suffix:
+                texts.setdefault(file.with_suffix(""), file)
+    return {file: texts[name] for file in files if _is_image(file) and (name := file.with_suffix("")) in texts}
+
+
+@cache
+def _image_suffixes() -> set[str]:
+    formats = {*image_formats()}
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats and name in Image.OPEN}
 
 
 def _is_image(file: Path) -> bool:
-    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
+    return file.suffix.lower() in _image_suffixes()
 
 
 def _warn_unpaired(source: str, files: Sequence[Path], pairs: dict[Path, Path]) -> None:
     texts = set(pairs.values())
     images = [file for file in files if _is_image(file) and file not in pairs]
-    captions = [file for file in files if file.suffix == ".txt" and file not in texts]
+    captions = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES and file not in texts]
     for kind, left_out in (("image(s) without a caption", images), ("caption(s) without an image", captions)):
         if left_out:
             names = ", ".join(file.name for file in left_out[:3])
@@ -336,11 +373,15 @@ def as_table(dataset: Examples, config: DataConfig) -> datasets.Dataset:
             if isinstance(image, Image.Image) and not _is_as_on_disk(image):
                 image = encode(normalize_image(image, config.background))
             images.append(datasets.Image().encode_example(image))
+            caption = [caption] if isinstance(caption, str) else caption
+            for text in caption if isinstance(caption, list | tuple) else ():
+                check_text(text, "caption")
         except Exception as error:  # of a dozen kinds, depending on what was passed
             problem = f"dataset: item {i} is {pair!r:.60}; expected a pair (image, caption)"
             raise UserError(f"{problem} ({first_line(error)})") from error
-        captions.append([caption] if isinstance(caption, str) else caption)
-    table = datasets.Dataset.from_dict({config.image_column: images, config.caption_column: captions})
+        captions.append(caption)
+    with user_errors("dataset: the captions have several types", ValueError, TypeError, hint="; expected text"):
+        table = datasets.Dataset.from_dict({config.image_column: images, config.caption_column: captions})
     return table.cast_column(config.image_column, datasets.Image())
 
 
@@ -357,17 +398,21 @@ def _warn_if_ambiguous(source: str, path: Path) -> None:
 
 
 def _files_of_split(source: str, folder: Path, files: list[Path], split: str) -> list[Path]:
-    """Return the files whose path has a part that begins with `split`; for training otherwise those of no split."""
+    """Return the files whose path contains the word `split`; for training otherwise those of no split."""
 
     def belongs_to(file: Path, *splits: str) -> bool:
-        name = re.compile(f"({'|'.join(map(re.escape, splits))})(?![a-z])")  # not "trains" for "train"
-        return any(name.match(part) for part in file.relative_to(folder).parts)
+        name = re.compile(f"(?<![a-z])({'|'.join(map(re.escape, splits))})(?![a-z])")  # not "trains" for "train"
+        return any(name.search(part.lower()) for part in file.relative_to(folder).parts)
 
     split_files = [file for file in files if belongs_to(file, split)]
     if not split_files and split == "train":
         split_files = [file for file in files if not belongs_to(file, *OTHER_SPLITS)]
     if not split_files:
-        raise UserError(f"data.source: {source} has no split {split!r}: no file {split}*{files[0].suffix}")
+        what = f"no file {split}*{files[0].suffix}; to use {files[0].name}, set data.source to that file"
+        raise UserError(f"data.source: {source} has no split {split!r}: {what}")
+    if split == "train" and len(split_files) < len(files):
+        left_out = ", ".join(file.name for file in files if file not in {*split_files})
+        logger.info("data.source: %s: not used for training: %.200s", source, left_out)
     return split_files
 
 
@@ -425,6 +470,8 @@ def _captions_of_cell(value: Any, column: str) -> CaptionGroup:
     captions = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
     if not captions or not all(isinstance(caption, str) for caption in captions):
         hint = "; for labels set data.caption_templates and data.label_names" if isinstance(value, int) else ""
+        if value is None:
+            hint = "; in a CSV file, quote captions with commas, and the words NA, None and null"
         raise UserError(
             f"data.caption_column: {column!r} contains {repr(value)[:60]}; expected a string or a list of strings{hint}"
         )

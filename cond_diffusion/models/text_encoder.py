@@ -154,11 +154,15 @@ class TextEncoder(nn.Module):
             rests.append(caption[tokens[limit][1][0] :] if len(tokens) > limit else "")
         return ids, rests
 
-    def _tokens_with_spans(self, captions: Sequence[str]) -> list[list[tuple[int, tuple[int, int]]]]:
-        """Return the tokens of each caption, without the marks at its ends, each with the characters that it spans.
+    def _tokens_with_spans(self, captions: Sequence[str]) -> Iterator[list[tuple[int, tuple[int, int]]]]:
+        """Yield the tokens of each caption, without the marks at its ends, each with the characters that it spans.
 
         With `split_phrases`, an end and a start token, which span no characters, stand between two phrases.
         """
+        for start in range(0, len(captions), CAPTION_BATCH_SIZE):
+            yield from self._tokens_of_batch(captions[start : start + CAPTION_BATCH_SIZE])
+
+    def _tokens_of_batch(self, captions: Sequence[str]) -> list[list[tuple[int, tuple[int, int]]]]:
         phrases = [self._phrases(caption) for caption in captions]
         texts = [text for of_caption in phrases for _, text in of_caption]
         encoding: Any = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -214,7 +218,8 @@ class TextEncoder(nn.Module):
 
     def cut(self, captions: Sequence[str]) -> list[str]:
         """Return the captions that are longer than `max_length` tokens."""
-        return [caption for caption, rest in zip(captions, self.tokenize(captions)[1], strict=True) if rest]
+        tokens = self._tokens_with_spans(captions)
+        return [caption for caption, own in zip(captions, tokens, strict=True) if len(own) > self.max_length - 2]
 
     def words(self, prompt: str) -> list[tuple[str, list[int]]]:
         """Return the words of a prompt with the indices of their tokens in the context, without truncated words."""

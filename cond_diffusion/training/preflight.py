@@ -25,7 +25,7 @@ from cond_diffusion.data.loader import TrainingData, open_training_data
 from cond_diffusion.device import free_memory
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import encode, enlarged, grid, label_font, to_model, to_pillow
-from cond_diffusion.models.clip import build_clip, count_whole_words, train_tokenizer
+from cond_diffusion.models.clip import MAX_LENGTH, build_clip, count_whole_words, train_tokenizer
 from cond_diffusion.models.text_encoder import TextEncoder, distinct_words
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.generate import output_path, write_output
@@ -35,7 +35,7 @@ from cond_diffusion.training.setup import build_run, make_accelerator, summary
 
 MAX_INSPECTED, INSPECTION_BATCH = 1000, 100  # images
 MAX_TRUNCATED, MAX_UNKNOWN, MAX_HOURS = 0.01, 0.05, 24  # shares of captions and words; hours
-OTHER_ENCODER = "text.encoder=pretrain, or openai/clip-vit-base-patch32 with access to the Hub"
+HUB_ENCODER = "openai/clip-vit-base-patch32 with access to the Hub"
 GRID_IMAGES, GRID_WIDTH = 8, 160  # images of the grid, and width of each in pixels
 OVERFIT_SECONDS, MAX_OVERFIT_STEPS = 25, 200
 MAX_LOSS_RATIO = 0.7  # last loss / first loss of the overfitting test that passes
@@ -123,12 +123,17 @@ def _data_summary(
     problems = []
     if len(truncated) > MAX_TRUNCATED * len(unique):
         length, longest = text_encoder.max_length_for(unique, 0.99), text_encoder.clip.config.max_position_embeddings
-        change = f"text.max_length={length}" if length <= longest else OTHER_ENCODER
-        problems.append(f"{len(truncated) / len(unique):.0%} of the captions are truncated; set {change}")
+        change = _longer_captions(config, length, longest)
+        problems.append(f"{len(truncated) / len(unique):.0%} of the captions are truncated; {change}")
     words, unknown = distinct_words(unique), text_encoder.unknown_words(unique)
     if len(unknown) > MAX_UNKNOWN * len(words):
         share, examples = len(unknown) / len(words), ", ".join(unknown[:3])
-        problems.append(f"{share:.0%} of the words are unknown to text.encoder ({examples}); set {OTHER_ENCODER}")
+        change = f"set text.encoder={HUB_ENCODER}"
+        if config.init_from is not None:
+            change = "use its words, or remove init_from, which decides the text encoder"
+        elif config.text.encoder != PRETRAIN:
+            change = f"set text.encoder=pretrain, or {HUB_ENCODER}"
+        problems.append(f"{share:.0%} of the words are unknown to text.encoder ({examples}); {change}")
     if decoder.bad:
         problems.append(
             f"{len(decoder.bad)} of {decoder.seen} images are unreadable and will be skipped; repair or remove them"
@@ -136,6 +141,17 @@ def _data_summary(
     if decoder.enlarged > decoder.seen / 2:
         problems.append(f"most images are smaller than data.resolution; set data.resolution below {data.resolution}")
     return problems
+
+
+def _longer_captions(config: Config, length: int, longest: int) -> str:
+    """Return what to change so that captions of `length` tokens are not truncated; the encoder has `longest`."""
+    if config.init_from is not None:
+        return "shorten them, or remove init_from, which decides the text encoder"
+    if config.text.encoder == PRETRAIN or length <= longest:
+        return f"set text.max_length={length}"
+    if length > MAX_LENGTH:
+        return f"set text.encoder=pretrain text.max_length={length}"
+    return f"set text.encoder=pretrain, or {HUB_ENCODER}"
 
 
 def _clip_summary(config: Config, device: torch.device, *, bf16: bool) -> str:

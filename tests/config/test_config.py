@@ -86,6 +86,7 @@ INVALID_FILES = [
     ("train.batch_size: 64", r"train\.batch_size: expected the section `train:`"),
     ("data: {label_names: {a: [x], a: [y]}}", r"data\.label_names\.a: given twice"),
     ('run_dir: "\\ud800"', r"run_dir: '\\ud800'"),
+    ("data: {source: ''}", r"data\.source: ''; expected a path .* not empty"),
     ('data: {background: "\\0"}', r"data\.background: '\\x00'"),
 ]
 
@@ -204,10 +205,10 @@ def test_config_with_any_values_is_restored_by_save_and_load(
     heads: Any,
 ):
     config = Config(
-        run_dir=text,
+        run_dir=text or "x",
         track=optional,
-        init_from=optional,
-        data=DataConfig(source=text, caption_templates=tuple(texts), label_names=names),
+        init_from=optional or None,
+        data=DataConfig(source=text or "x", caption_templates=tuple(texts), label_names=names),
         unet=UNetConfig(num_heads=heads),
         train=TrainConfig(learning_rate=number, max_grad_norm=norm),
         sample=SampleConfig(prompts=tuple(texts)),

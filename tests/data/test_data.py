@@ -186,7 +186,7 @@ def test_conversion_of_bytes_to_the_model_range_is_invertible():
         ),
         ({"image_column": "picture"}, r"^data\.image_column: .*'picture' .*'image', 'text'"),
         ({"caption_column": "image"}, r"^data\.caption_column: 'image' "),
-        ({"image_column": "text"}, r"^data\.image_column: 'text' of .*: 6 of 6 .*data\.max_bad_fraction.* row 0 of 6"),
+        ({"image_column": "text"}, r"^data\.image_column: 'text' of .*: 2 of 2 .*data\.max_bad_fraction.* row 0 of 2"),
         (
             {"caption_templates": ("a {color} bar",)},
             r"^data\.caption_templates: 'a {color} bar' .*'color'.*data\.label_names",

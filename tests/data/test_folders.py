@@ -1,12 +1,14 @@
 """Folders, tars and Parquet files as users have them: read correctly, or refused by name."""
 
 import io
+import json
 import logging
 import os
 import re
 import tarfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -37,6 +39,14 @@ def write_pairs(folder: Path, count: int = 3) -> Path:
     for i in range(count):
         write_image(folder / f"{i:03}.png")
         (folder / f"{i:03}.txt").write_text(f"caption {i}", encoding="utf-8")
+    return folder
+
+
+def write_metadata(folder: Path, count: int = 3) -> Path:
+    for i in range(count):
+        write_image(folder / f"{i:03}.png")
+    lines = [json.dumps({"file_name": f"{i:03}.png", "text": f"caption {i}"}) for i in range(count)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
 
@@ -86,6 +96,93 @@ def test_links_to_folders_are_followed_and_cycles_are_not(tmp_path: Path, metada
     (folder / "link").symlink_to(target)
     (folder / "cycle").symlink_to(folder)
     assert captions_of(folder) == PAIRS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_and_a_link_to_it_are_read_once(tmp_path: Path, streaming: bool):
+    write_metadata(tmp_path / "set" / "images", 3)
+    (tmp_path / "set" / "a link").symlink_to(tmp_path / "set" / "images")
+    rows = [*open_source(str(tmp_path / "set"), "train", streaming=streaming)]
+    assert len(rows) == 3
+
+
+def test_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_pairs(tmp_path / "a")
+    write_pairs(tmp_path / "b")
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"^data\.source: .*/b cannot be read \(Permission denied\)"):
+        captions_of(tmp_path)
+
+
+def test_rows_of_the_same_image_are_joined(tmp_path: Path):
+    lines = []
+    for i in range(30):
+        write_image(tmp_path / f"{i}.png", i)
+        lines += [json.dumps({"file_name": f"{i}.png", "text": f"caption {k} of {i}"}) for k in (0, 1, 0)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = DataConfig(source=str(tmp_path), resolution=16, channels=1)
+    data = load_captioned_images(config)
+    groups = {image.max().item(): data.caption_groups[data.group_of[i]] for i, image in enumerate(data.images)}
+    assert len(data) == 30
+    assert groups == {i: (f"caption 0 of {i}", f"caption 1 of {i}") for i in range(30)}
+    training = open_training_data(replace(config, held_out=1), 0)
+    assert training.num_images == 30
+    (held_out,) = training.held_out(1).images
+    trained_on = training.read(0, RandomDraws.fixed(100)).images
+    assert held_out.max() not in trained_on.amax((1, 2, 3))
+
+
+def test_captions_have_suffixes_in_any_case(tmp_path: Path):
+    for name, suffix in (("a", ".TXT"), ("b", ".caption"), ("c", ".txt"), ("c", ".caption")):
+        write_image(tmp_path / f"{name}.PNG")
+        (tmp_path / f"{name}{suffix}").write_text(f"{name}{suffix}", encoding="utf-8")
+    assert captions_of(tmp_path) == ["a.TXT", "b.caption", "c.txt"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("metadata", [False, True])
+@pytest.mark.parametrize("names", ["Train Test", "set/train set/test", "a dev", ". Val", "photos eval/photos"])
+def test_other_splits_are_found_in_any_case_and_depth(tmp_path: Path, names: str, metadata: bool, streaming: bool):
+    train, other = (tmp_path / name for name in names.split())
+    write = write_metadata if metadata else write_pairs
+    write(train, 3)
+    write(other, 2)
+    if metadata and streaming and names == "a dev":
+        write_image(other / "unlisted.png")
+    rows = [*open_source(str(tmp_path), "train", streaming=streaming)]
+    assert len(rows) == 3
+
+
+def test_an_archive_with_other_splits_is_refused(tmp_path: Path):
+    write_metadata(tmp_path / "unpacked", 2)
+    with zipfile.ZipFile(tmp_path / "more.ZIP", "w") as file:
+        for path in (tmp_path / "unpacked").iterdir():
+            file.write(path, f"more/train/{path.name}")
+            file.write(path, f"more/Test/{path.name}")
+            path.unlink()
+    with pytest.raises(UserError, match=r"^data\.source: .*more\.ZIP contains more/Test/.*; unpack"):
+        captions_of(tmp_path)
+
+
+def test_what_is_found_instead_of_images_is_named(tmp_path: Path):
+    for name in ("a.heic", "a.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"contains no images, Parquet files or tar files, but \.heic, \.txt$"):
+        captions_of(tmp_path)
+    for folder in ("cat", "dog"):  # whose names `datasets` makes labels of
+        write_image(tmp_path / folder / "0.png")
+    with pytest.raises(UserError, match=r"^data\.caption_column: .*; captions belong in metadata\.jsonl"):
+        captions_of(tmp_path)
+    (tmp_path / "cat" / "metadata.csv").write_text("file_name,text\n0.png,\n", encoding="utf-8")
+    with pytest.raises(UserError, match="quote captions with commas"):
+        captions_of(tmp_path / "cat")
 
 
 def test_a_byte_order_mark_is_removed(tmp_path: Path):
@@ -316,12 +413,15 @@ def test_images_of_a_folder_of_another_split_are_not_trained_on(
     assert caplog.messages[-1].endswith(f"not used for training: {tmp_path / 'test'}, {tmp_path / 'validation'}")
 
 
-def test_a_file_is_of_a_split_only_if_its_name_begins_with_the_whole_word(tmp_path: Path):
-    for i, name in enumerate(("trains", "cars", "valleys", "test-0", "validation")):
+def test_a_file_is_of_a_split_only_if_its_name_contains_the_whole_word(tmp_path: Path):
+    for i, name in enumerate(("trains", "cars", "valleys", "test-0", "validation", "cars_Test.2")):
         write_tar(tmp_path / f"{name}.tar", 1, lambda _, i=i: b"caption %d" % i)
     assert captions_of(tmp_path, **TAR) == PAIRS
-    write_tar(tmp_path / "train-0.tar", 1)
+    write_tar(tmp_path / "cars_train.tar", 1)
     assert captions_of(tmp_path, **TAR) == ["caption 0"]
+    write_tar(tmp_path / "alone" / "test.tar", 1)
+    with pytest.raises(UserError, match=r"no file train\*\.tar; to use test\.tar, set data\.source to that file"):
+        captions_of(tmp_path / "alone", **TAR)
 
 
 def test_a_stream_decodes_images_of_its_column_alone(tmp_path: Path):

@@ -498,8 +498,15 @@ def test_rows_of_a_dataset_that_were_selected_shuffled_or_formatted_keep_their_c
         assert len({*captions}) == count
 
 
-@pytest.mark.parametrize("item", [7, "a", (np.zeros((8, 8), dtype=np.uint8), "a", "b"), (7, "a")])
+IMAGE = np.zeros((8, 8), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("item", [7, "a", (IMAGE, "a", "b"), (7, "a"), (IMAGE, ["a", 3]), (IMAGE, "\ud800")])
 def test_an_item_that_is_not_a_pair_is_refused(item: object):
-    pairs = [(np.zeros((8, 8), dtype=np.uint8), "a"), item]
     with pytest.raises(UserError, match=r"^dataset: item 1 "):
-        open_captioned_files(DataConfig(source="x"), dataset=pairs)
+        open_captioned_files(DataConfig(source="x"), dataset=[(IMAGE, "a"), item])
+
+
+def test_captions_of_several_types_are_refused():
+    with pytest.raises(UserError, match=r"^dataset: the captions have several types .*; expected text"):
+        open_captioned_files(DataConfig(source="x"), dataset=[(IMAGE, "a"), (IMAGE, 5)])

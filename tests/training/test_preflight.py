@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import colours
 import pytest
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.config.run import Config, TextConfig, load_config
 from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.errors import UserError
 from cond_diffusion.models.unet import UNet
@@ -45,7 +46,7 @@ def test_check_reports_data_cost_and_overfitting(working_directory: Path, stream
     findings = list(check(load_config(Config, overrides=overrides)))
     keys = ["data", "images", "captions", "saved check-runs-new.png", "network", "memory", "time", "verdict"]
     assert [line.split(":")[0] for line in findings[:8]] == keys
-    assert re.match(r"  1\. .*; set text\.(max_length|encoder)=", findings[8])
+    assert re.match(r"  1\. .*; set text\.encoder=pretrain text\.max_length=(8|9)\d$", findings[8])
     assert any(re.match(r"  \d\. .*text\.encoder \(.*; set text\.encoder=", line) for line in findings[8:])
     assert str(folder) in findings[0]
     assert ("stream" if streaming else "60 images") in findings[0]
@@ -61,6 +62,20 @@ def test_check_reports_data_cost_and_overfitting(working_directory: Path, stream
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "length", "advice"),
+    [
+        ({}, 12, "set text.max_length=12"),
+        ({}, 60, "set text.encoder=pretrain, or openai/clip-vit-base-patch32 with access to the Hub"),
+        ({}, 90, "set text.encoder=pretrain text.max_length=90"),
+        ({"text": TextConfig(encoder="pretrain")}, 90, "set text.max_length=90"),
+        ({"init_from": "emoji"}, 12, "shorten them, or remove init_from, which decides the text encoder"),
+    ],
+)
+def test_advice_for_long_captions_can_be_followed(changes: dict[str, Any], length: int, advice: str):
+    assert preflight._longer_captions(Config(**changes), length, longest=16) == advice
+
+
 def test_check_accepts_empty_captions(working_directory: Path):
     for i in range(4):
         Image.new("L", (28, 28)).save(working_directory / f"{i}.png")
