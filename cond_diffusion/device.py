@@ -64,7 +64,8 @@ def check_memory(what: str, needed: int, device: torch.device | None = None) -> 
         needed: A lower bound of the bytes.
     """
     if needed > (free := free_memory(device)):
-        raise UserError(f"{what}: at least {needed / 1e9:.3g} GB of memory are needed, {free / 1e9:.3g} GB are free")
+        message = f"{what}: at least {needed / 1e9:.3g} GB of memory are needed, {free / 1e9:.3g} GB are free"
+        raise UserError(message, of_this_process=True)
 
 
 def has_bf16() -> bool:

@@ -4,6 +4,7 @@ Any function of the package may raise UserError; the docstrings of the public AP
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,17 @@ def user_errors(what: str, *exception_types: type[Exception], hint: str = "") ->
     except UserError:
         raise
     except exception_types as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{what} ({first_line(error)}){hint}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the memory of the machine or of an accelerator was insufficient; torch raises a RuntimeError."""
+    messages = "(out of|can't allocate|not enough) memory"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(messages, str(error)) is not None
+    )
 
 
 def check_cache(error: BaseException, cache: str | Path, variable: str) -> None:

@@ -7,7 +7,6 @@ import argparse
 import errno
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -17,7 +16,15 @@ from typing import Any, NoReturn
 
 from cond_diffusion.cli import interrupt_handler
 from cond_diffusion.config.schema import local_path
-from cond_diffusion.errors import Interrupted, UserError, check_text, did_you_mean, first_line, printable
+from cond_diffusion.errors import (
+    Interrupted,
+    UserError,
+    check_text,
+    did_you_mean,
+    first_line,
+    is_out_of_memory,
+    printable,
+)
 
 COMMANDS = {
     "train": ("main:train", "train a model, or check a run before training"),
@@ -84,8 +91,8 @@ def command_line(command: Callable[[], None]) -> int:
             raise
         print(f"error: {printable(str(error.filename)):.200}: {error.strerror}", file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
-        if isinstance(error, RuntimeError) and not re.search("(out of|can't allocate|not enough) memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         reason = printable(first_line(error))
         print(f"error: out of memory ({reason}); choose a smaller batch size", file=sys.stderr)

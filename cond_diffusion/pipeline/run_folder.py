@@ -61,6 +61,7 @@ class Progress:
     samples_per_step: PositiveInt
     data: dict[str, Any]
     held_out_loss: float | None = None
+    validation: list[Any] | None = None  # options that held-out losses depend on
     validated: bool = True
     stream: StreamState | None = None
     scaler: dict[str, Any] | None = None
@@ -90,10 +91,14 @@ def exists(run_dir: Path) -> bool:
 
 
 class RunLock:
-    """Lock of the one process that writes into a run's folder; the system releases it when that process dies."""
+    """Lock of the one process that writes into a folder; the system releases it when that process dies.
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    Args:
+        key, process: The option that names the folder and the kind of process, for messages.
+    """
+
+    def __init__(self, run_dir: Path, key: str = "run_dir", process: str = "training process") -> None:
+        self.run_dir, self.key, self.process = run_dir, key, process
         self.lock = FileLock(run_dir / LOCK_NAME)
 
     def __enter__(self) -> "RunLock":
@@ -110,11 +115,11 @@ class RunLock:
             self.lock.acquire(blocking=False)
         except Timeout as error:
             raise UserError(
-                f"run_dir: {self.run_dir} is in use by another training process; wait until it ends, or choose another "
-                "folder"
+                f"{self.key}: {self.run_dir} is in use by another {self.process}; wait until it ends, or choose "
+                "another folder"
             ) from error
         except OSError as error:
-            raise UserError(f"run_dir: {self.run_dir} cannot be written to: {error.strerror}") from error
+            raise UserError(f"{self.key}: {self.run_dir} cannot be written to: {error.strerror}") from error
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Path:
@@ -245,22 +250,21 @@ def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, 
     """
     final = checkpoint_of(run_dir, step)
     hint = "; earlier checkpoints are intact"
-    errors = user_errors(f"{final} cannot be written", OSError, SafetensorError, hint=hint)
-    with errors, written_aside(final) as unfinished:
-        unfinished.mkdir(parents=True)
-        write(unfinished)
-        files = sorted(file for file in unfinished.rglob("*") if file.is_file())
-        listed = {file.relative_to(unfinished).as_posix(): _fingerprint(file) for file in files}
-        write_json(unfinished / CHECKSUMS_NAME, listed)
-        if _is_checkpoint(final):  # a damaged one, which the run has now reached again
-            _remove(final)
-        elif final.exists() or final.is_symlink():
-            supersede(final)
-    flush(final.parent)
-    # Ignore later checkpoints: they are damaged, or the run would not have gone back to this step.
-    until_here = [path for path in checkpoints(run_dir) if path.name <= final.name]
-    losses = {path: loss for path in until_here if (loss := _held_out_loss(path)) is not None}
-    best = min(losses, key=losses.__getitem__, default=None)  # the earliest of equal ones
+    with user_errors(f"{final} cannot be written", OSError, SafetensorError, hint=hint):
+        with written_aside(final) as unfinished:
+            unfinished.mkdir(parents=True)
+            write(unfinished)
+            files = sorted(file for file in unfinished.rglob("*") if file.is_file())
+            listed = {file.relative_to(unfinished).as_posix(): _fingerprint(file) for file in files}
+            write_json(unfinished / CHECKSUMS_NAME, listed)
+            if _is_checkpoint(final):  # a damaged one, which the run has now reached again
+                _remove(final)
+            elif final.exists() or final.is_symlink():
+                supersede(final)
+        flush(final.parent)
+        # Ignore later checkpoints: they are damaged, or the run would not have gone back to this step.
+        until_here = [path for path in checkpoints(run_dir) if path.name <= final.name]
+    best = _best(until_here)
     for old in until_here[:-keep]:
         if old != best:
             try:
@@ -284,12 +288,21 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _held_out_loss(checkpoint: Path) -> float | None:
-    """Return the last held-out loss measured up to a checkpoint, or None if there is none."""
-    try:
-        return read_progress(checkpoint).get("held_out_loss")
-    except UserError:  # damaged, or of another format
-        return None
+def _best(paths: list[Path]) -> Path | None:
+    """Return the checkpoint with the lowest held-out loss of the same data and objective as the newest one's."""
+    found: dict[Path, dict[str, Any]] = {}
+    for path in paths:
+        with suppress(UserError):  # damaged, or of another format
+            found[path] = read_progress(path)
+    newest = found.get(paths[-1], {})
+    losses = {
+        path: progress["held_out_loss"]
+        for path, progress in found.items()
+        if progress.get("held_out_loss") is not None
+        and progress["data"] == newest.get("data")
+        and progress.get("validation", newest.get("validation")) == newest.get("validation")  # earlier versions
+    }
+    return min(losses, key=losses.__getitem__, default=None)  # the earliest of equal ones
 
 
 def _remove(checkpoint: Path) -> None:

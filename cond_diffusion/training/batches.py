@@ -70,7 +70,8 @@ class Batches:
         jobs = (
             partial(self._read, (i * processes + process) * batch_size) for i in count(start * self.accumulation_steps)
         )
-        self._samples = prefetch(jobs, depth=0 if training_data.is_in_memory else PREFETCH_DEPTH)
+        is_fast = training_data.is_in_memory and self.device.type == "cpu"  # an accelerator would wait meanwhile
+        self._samples = prefetch(jobs, depth=0 if is_fast else PREFETCH_DEPTH)
 
     def next_step(self) -> Iterator[MicroBatch]:
         """Read the data of the next step, and return an iterator over its micro-batches on this process."""

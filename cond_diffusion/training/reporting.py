@@ -1,16 +1,18 @@
 """Progress of a training run, and its interruption.
 
 `Reporter` shows a progress bar and writes `metrics.jsonl`, an experiment tracker, sample grids and a final summary.
-`Interruption` turns SIGINT and SIGTERM into a request to save and stop after the current step, on all processes.
+`Interruption` turns signals into a request to save and stop after the current step, on all processes.
 """
 
 import json
 import logging
 import math
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -20,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from psutil import Process
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,6 +35,8 @@ from cond_diffusion.models.ema import EMA
 from cond_diffusion.pipeline.run_folder import METRICS_NAME, read_metrics, step_of
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.training.validation import ValidationResult
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +60,8 @@ class Reporter:
             _drop_metrics_after(self.metrics, start)
         if config.track:
             # Removes the events of steps that are repeated.
-            accelerator.init_trackers("tracked", init_kwargs={"tensorboard": {"purge_step": start + 1}})
+            with user_errors(f"track: {config.track} cannot be started", Exception):  # of a kind for each tracker
+                accelerator.init_trackers("tracked", init_kwargs={"tensorboard": {"purge_step": start + 1}})
         self.last_log = (start, perf_counter())
 
     def log_snapshot_size(self, averages: Sequence[EMA]) -> None:
@@ -68,7 +73,8 @@ class Reporter:
     def steps(self, description: str = "training") -> Iterator[int]:
         """Yield the remaining step numbers, counted from 0, and update the progress bar."""
         total, disable = self.config.train.max_steps, not self.accelerator.is_main_process
-        with tqdm(total=total, initial=self.start, desc=description, unit=" steps", disable=disable) as bar:
+        position: dict[str, Any] = {"total": total, "initial": self.start}
+        with tqdm(**position, desc=description, unit=" steps", disable=disable, file=_StandardError()) as bar:
             self.progress_bar = bar
             for step in range(self.start, total):
                 yield step
@@ -106,11 +112,8 @@ class Reporter:
         if self.accelerator.is_main_process:
             logger.info("step %d: %s", step, result.summary())
 
-    def log_samples(self, step: int, pipe: TextToImage) -> None:
-        """Save a grid of samples, one column per prompt, with the same noise each time.
-
-        All processes must call this; each samples some of the columns.
-        """
+    def sample(self, pipe: TextToImage) -> UInt8[Tensor, "columns rows c h w"]:
+        """Sample the columns of the grid that this process computes, with the same noise each time."""
         sample, accelerator = self.config.sample, self.accelerator
         prompts, processes = sample.prompts, accelerator.num_processes
         # The same number of columns on each process, as gather() requires; some prompts are sampled twice.
@@ -124,7 +127,12 @@ class Reporter:
             output_type="pt",
             progress=False,
         )
-        pixels = to_bytes(pixels).unflatten(0, (columns, sample.num_images)).to(accelerator.device)
+        return to_bytes(pixels).unflatten(0, (columns, sample.num_images)).to(accelerator.device)
+
+    def log_samples(self, step: int, pixels: UInt8[Tensor, "columns rows c h w"]) -> None:
+        """Save a grid of samples, one column per prompt; all processes must call this with their columns."""
+        prompts, accelerator = self.config.sample.prompts, self.accelerator
+        processes = accelerator.num_processes
         gathered = cast(Tensor, accelerator.gather(pixels))  # ordered by process
         if accelerator.is_main_process:
             rows = rearrange(gathered, "(process column) row ... -> row (column process) ...", process=processes)
@@ -147,7 +155,11 @@ class Reporter:
             # A clone has sample.py beside train.py; a wheel installs the command.
             command = "python sample.py" if Path(sys.argv[0]).name == "train.py" else "cond-diffusion-sample"
             logger.info(
-                'saved %s; sample from it with: %s "%s" --checkpoint %s', checkpoint, command, prompt, self.run_dir
+                "saved %s; sample from it with: %s %s --checkpoint %s",
+                checkpoint,
+                command,
+                f'"{prompt}"' if prompt.replace(" ", "").isalnum() else shlex.quote(prompt),
+                shlex.quote(str(self.run_dir)),
             )
         return checkpoint
 
@@ -182,6 +194,26 @@ class Reporter:
             self.accelerator.trackers = []
 
 
+class _StandardError:
+    """`sys.stderr`, whose errors are ignored: a run goes on if its log is on a full disk or its reader has ended."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def __eq__(self, other: object) -> bool:  # tqdm asks, to write messages above the progress bar
+        return other is sys.stderr
+
+    __hash__ = object.__hash__
+
+
 def check_tracker(name: str | None) -> None:
     """Raise UserError if Accelerate does not support the tracker, or it is not installed."""
     if name is None:
@@ -204,7 +236,10 @@ def _drop_metrics_after(file: Path, step: int) -> None:
 
 
 class Interruption:
-    """Context manager in which SIGINT and SIGTERM only request a stop; a SIGINT after that stops without saving."""
+    """Context manager in which signals only request a stop: SIGINT, SIGTERM and SIGHUP, unless they are ignored.
+
+    A SIGINT after that stops without saving.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -213,7 +248,9 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         self.handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers in the main thread only
-            self.handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.Signals[name] for name in SIGNALS if hasattr(signal, name)]
+            heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup: no SIGHUP
+            self.handlers = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -49,7 +49,7 @@ from cond_diffusion.models.layers import ResidualBlock, SpatialTransformer
 from cond_diffusion.models.lora import add_lora
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.checkpoint import Checkpoint, open_checkpoint
+from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODELS, Checkpoint, open_checkpoint
 from cond_diffusion.pipeline.run_folder import (
     METRICS_NAME,
     RunLock,
@@ -276,6 +276,8 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
             raise UserError(f"resume: this run did not start from init_from={init_from}; remove it")
         decided = {name: getattr(before, name) for name in ("unet", "schedule", "latent", "text")}
         prediction, source = before.objective.prediction, before.init_from
+        if not _comes_from(source, init_from):
+            raise UserError(f"resume: init_from changed from {source} to {init_from}; expected {source}")
         initial = None
         if config.train.lora_rank:
             # The folder that a Hub model was downloaded to may have been deleted.
@@ -305,6 +307,13 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
     _check_decided("objective.prediction", config.objective.prediction, "epsilon", prediction)
     changes: dict[str, Any] = {**decided, "objective": replace(config.objective, prediction=prediction)}
     return replace(config, **changes, init_from=source), initial
+
+
+def _comes_from(folder: str, init_from: str) -> bool:
+    """Return whether `folder`, which a run started from, is what `init_from` names; a folder that is gone may be."""
+    named = BUILT_IN_MODELS.get(init_from, Path(init_from))
+    in_cache = f"models--{init_from.replace('/', '--')}" in Path(folder).parts  # of the Hub
+    return not Path(folder).is_dir() or in_cache or Path(folder).resolve().is_relative_to(named.resolve())
 
 
 def _options(values: Any) -> dict[str, Any]:
@@ -506,19 +515,23 @@ def prepare_run_dir(
     check_shared(run_dir.is_dir(), run_dir, accelerator)
     if not accelerator.is_main_process:
         return
+    # Check again: the folder had to exist before it could be locked.
     if resumed_from is None and not config.resume:
-        check_new_run_dir(run_dir)  # check again: the folder had to exist before it could be locked
+        check_new_run_dir(run_dir)
+    if resumed_from is None and newest_checkpoint(run_dir, with_state=True) is not None:
+        raise UserError(f"run_dir: another process has trained in {run_dir} meanwhile; repeat the command")
     with user_errors(f"run_dir: {run_dir} cannot be written to", OSError):
         repeated = [snapshot for step, snapshot in snapshot_files(run_dir) if step > start]
         later = [path for path in checkpoints(run_dir) if step_of(path) > start]
-        if isinstance(config.resume, str) and later:  # last the checkpoints, in case that this process is killed
+        if isinstance(config.resume, str):  # the repeated steps may differ
             metrics = run_dir / METRICS_NAME
-            if metrics.exists():
+            if metrics.exists() and any(line["step"] > start for line in read_metrics(metrics)):
                 shutil.copy(metrics, superseded_name(metrics))
             for snapshot in repeated:
                 supersede(snapshot)
-            names = ", ".join(supersede(path).name for path in later)
-            logger.warning("resume: renamed later checkpoints to %s", names)
+            # The checkpoints last, in case that this process is killed.
+            if names := ", ".join(supersede(path).name for path in later):
+                logger.warning("resume: renamed later checkpoints to %s", names)
         else:  # written again, the same
             for snapshot in repeated:
                 snapshot.unlink()

@@ -121,8 +121,10 @@ class TrainingState:
         if len(self.averages) > 1 and not any(folder.glob("narrow_ema*")):
             raise UserError("train.snapshots: this run has stored no second average so far; expected 0")
         damaged = f"resume: {folder} is damaged or belongs to a different network"
-        library_errors = (OSError, SafetensorError, RuntimeError, LookupError, ValueError, TypeError)
-        with user_errors(damaged, *library_errors, hint=f"; delete {checkpoint} to resume from the checkpoint before"):
+        library_errors = (SafetensorError, RuntimeError, LookupError, ValueError, TypeError)
+        hint = f"; delete {checkpoint} to resume from the checkpoint before"
+        unread = user_errors(f"resume: {folder} cannot be read", OSError)
+        with unread, user_errors(damaged, *library_errors, hint=hint):
             progress = read_progress(checkpoint)
             if progress.get("base") != self.base:
                 raise UserError("resume: the weights of init_from or train.lora_rank have changed; expected no change")

@@ -19,7 +19,7 @@ from cond_diffusion.data.dataset import open_captioned_files
 from cond_diffusion.data.loader import ShuffledDataset, TrainingData, open_training_data
 from cond_diffusion.data.sources import Examples, as_table
 from cond_diffusion.device import autocast
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import UserError, first_line, is_out_of_memory
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.run_folder import RunLock, checkpoint_of, checkpoints, step_of
@@ -102,9 +102,17 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
     reporter.log_snapshot_size(state.averages)
     global_step, bad_steps, held_out_loss = start, 0, progress.get("held_out_loss")
     validated = progress.get("validated", True)
+    # Held-out losses are comparable if these are equal, and the data.
+    validation = [config.objective.weighting, config.objective.min_snr_gamma, config.data.held_out]
+    if progress.get("validation", validation) != validation or progress.get("data") != training_data.identity():
+        held_out_loss = None
+    if config.train.warmup_steps >= config.train.max_steps:
+        message = "train.warmup_steps: %d of %d steps; the learning rate does not reach train.learning_rate"
+        logger.warning(message, config.train.warmup_steps, config.train.max_steps)
 
     def progress_at(step: int) -> dict[str, Any]:
         counts = {"step": step, "samples_per_step": run.samples_per_step, "held_out_loss": held_out_loss}
+        counts["validation"] = validation
         return {**counts, "validated": validated, **training_data.progress(), **state.progress()}
 
     def validate_and_sample(step: int) -> None:
@@ -116,6 +124,13 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
         validate_and_sample(start)
     last_batch: MicroBatch | None = None  # of the last step that changed the weights since the newest checkpoint
     with Interruption(accelerator) as interruption, Saver(config, pipe, state, accelerator) as saver:
+
+        def save_at_error() -> None:
+            if last_batch is not None and _can_save(global_step, last_batch, state, batches, accelerator):
+                saver.save(global_step, progress_at(global_step), snapshot=False)
+                saver.finish(required=True)
+            accelerator.wait_for_everyone()  # a launcher stops the other processes when the first one ends
+
         for step in reporter.steps():
             problem, micro_batches = None, iter(())
             try:
@@ -123,10 +138,7 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
             except UserError as error:
                 problem = UserError(str(error), of_this_process=True)
             if any_process(problem is not None, accelerator):
-                if last_batch is not None and _can_save(global_step, last_batch, state, batches, accelerator):
-                    saver.save(global_step, progress_at(global_step), snapshot=False)
-                    saver.finish(required=True)
-                accelerator.wait_for_everyone()  # a launcher stops the other processes when the first one ends
+                save_at_error()
                 raise problem or UserError(f"data.source: step {step + 1}: another process cannot read its data")
             loss, batch = accumulate_gradients(network, micro_batches, batches, accelerator)
             gradient_norm: Any = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
@@ -136,7 +148,13 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
             # Gradients are averaged over processes, so the norm is the same on all of them.
             bad_steps = 0 if torch.isfinite(gradient_norm) else bad_steps + 1
             if bad_steps:
-                _skip_step(step, bad_steps, batches, optimizer, accelerator)
+                _skip_step(step, batches, optimizer, accelerator)
+                if bad_steps >= config.train.max_bad_steps:
+                    save_at_error()
+                    raise UserError(
+                        f"train.max_bad_steps: non-finite gradients in {bad_steps} consecutive steps, up to step "
+                        f"{step + 1}; checkpoints have the weights from before them; lower train.learning_rate"
+                    )
             else:
                 optimizer.step()
                 state.update_averages(step + 1)
@@ -273,7 +291,18 @@ def _validate_and_sample(
             reporter.log_validation(step, result)
             loss = result.true_caption
         if samples_due:
-            reporter.log_samples(step, pipe)
+            pixels: Any = None
+            problem = None
+            try:
+                pixels = reporter.sample(pipe)
+            except (UserError, MemoryError, RuntimeError) as error:
+                if not (isinstance(error, UserError) or is_out_of_memory(error)):
+                    raise
+                problem = first_line(error)
+            if not any_process(problem is not None, reporter.accelerator):
+                reporter.log_samples(step, pixels)
+            elif reporter.accelerator.is_main_process:
+                logger.warning("step %d: no sample grid: %s", step, problem or "another process has too little memory")
     return loss if math.isfinite(loss) else None
 
 
@@ -297,17 +326,12 @@ def _can_save(
     return problem is None
 
 
-def _skip_step(step: int, bad_steps: int, batches: Batches, optimizer: Any, accelerator: Accelerator) -> None:
-    """Log the samples of a step with non-finite gradients; raise UserError after `max_bad_steps` of them in a row."""
+def _skip_step(step: int, batches: Batches, optimizer: Any, accelerator: Accelerator) -> None:
+    """Log the samples of a step with non-finite gradients."""
     if accelerator.scaler is not None:
         optimizer.step()  # leaves the weights unchanged, but decreases the loss scale
     if accelerator.is_main_process:
         logger.warning("step %d: skipped, non-finite gradients; samples: %s", step + 1, batches.sample_names(step))
-    if bad_steps >= batches.config.train.max_bad_steps:
-        raise UserError(
-            f"train.max_bad_steps: non-finite gradients in {bad_steps} consecutive steps, up to step {step + 1}; the "
-            "newest checkpoint is from before them; lower train.learning_rate"
-        )
 
 
 def _is_due(step: int, every: int) -> bool:

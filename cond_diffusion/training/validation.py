@@ -105,15 +105,13 @@ class Validator:
         true_captions = self.batch.captions
         losses = torch.zeros(3, NUM_EXAMPLES, device=accelerator.device)
         local = torch.arange(NUM_EXAMPLES)[accelerator.process_index :: accelerator.num_processes]
-        for row, captions in enumerate((true_captions, mismatched_captions(true_captions), [""] * NUM_EXAMPLES)):
-            for indices in local.split(self.batch_size):
-                losses[row, indices] = self.objective.losses(
-                    network,
-                    encode_images(self.batch.images[indices].to(accelerator.device), self.latent_space),
-                    self.t[indices],
-                    self.eps[indices].to(accelerator.device),
-                    self.text_embedder([captions[i] for i in indices.tolist()]).to(accelerator.device),
-                )
+        rows = (true_captions, mismatched_captions(true_captions), [""] * NUM_EXAMPLES)
+        for indices in local.split(self.batch_size):
+            x_0 = encode_images(self.batch.images[indices].to(accelerator.device), self.latent_space)
+            t, eps = self.t[indices], self.eps[indices].to(accelerator.device)
+            for row, captions in enumerate(rows):
+                context = self.text_embedder([captions[i] for i in indices.tolist()]).to(accelerator.device)
+                losses[row, indices] = self.objective.losses(network, x_0, t, eps, context)
         total: Tensor = accelerator.reduce(losses, "sum")  # type: ignore[assignment]
         result = summarize_losses(total.cpu().double(), self.bucket)
         return replace(result, captions_are_alike=len(set(true_captions)) == 1)

@@ -109,7 +109,8 @@ def test_lora_checkpoint_has_merged_weights_and_loads_in_diffusers(
     lora = (f"init_from={stable}", "train.lora_rank=2", "train.learning_rate=0.02", "train.snapshots=2")
     checkpoint = train(tuning_config(bars_overrides, tmp_path / "run", *lora))
     assert "trains 0.01 of 0.81 million parameters" in caplog.text
-    assert "train.snapshots" not in caplog.text  # they are of the whole network, which LoRA does not train
+    assert "train.snapshots: 2; LoRA runs store none" in caplog.text
+    assert "snapshots need" not in caplog.text
     before, after = TextToImage.from_pretrained(stable), TextToImage.from_pretrained(checkpoint)
     changed = {
         name

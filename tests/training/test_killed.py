@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from cond_diffusion.cli import main
 from cond_diffusion.config.run import Config, load_config
+from cond_diffusion.errors import Interrupted
 from cond_diffusion.pipeline import run_folder
 from cond_diffusion.pipeline.run_folder import checkpoints
 from cond_diffusion.training import validation
@@ -142,6 +144,27 @@ def test_signals_save_a_checkpoint_and_exit_with_their_code(bars_overrides: list
     assert main.run("train", resume) == 0
     expected, actual = (weights(checkpoints(tmp_path / name)[-1]) for name in ("uninterrupted", "interrupted"))
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def train_until_the_second_process_is_signaled(process: int, config: Config) -> None:
+    if process == 1:
+        at_step(3, partial(os.kill, os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="saved as step-00000003"):
+        train_quickly(process, config)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both(bars_overrides: list[str], tmp_path: Path):
+    options = [*bars_overrides, "train.max_steps=6", "train.batch_size=8", "train.evaluate_every=0"]
+    config, whole = (
+        load_config(Config, ROOT / "configs" / "mnist.yaml", [*options, f"run_dir={tmp_path / name}"])
+        for name in ("signaled", "whole")
+    )
+    run_in_processes(2, train_until_the_second_process_is_signaled, config)
+    run_in_processes(2, train_quickly, replace(config, resume=True))
+    run_in_processes(2, train_quickly, whole)
+    newest = [weights(checkpoints(tmp_path / name)[-1]) for name in ("signaled", "whole")]
+    assert all(torch.equal(value, newest[1][name]) for name, value in newest[0].items())
 
 
 @pytest.mark.slow

@@ -116,3 +116,9 @@ def test_init_from_accepts_the_config_of_its_own_run(bars_config: Config, tmp_pa
     )
     with pytest.raises(UserError, match=r"^init_from: unet\.num_heads"):
         train(other)
+    resumed = replace(config, run_dir=str(tmp_path / "further"), resume=True)
+    longer = replace(config.train, max_steps=6)
+    for source in (saved, saved.parent.parent):  # the checkpoint, or its run
+        train(replace(resumed, init_from=str(source), train=longer))
+    with pytest.raises(UserError, match=f"^resume: init_from changed from {saved} to emoji; expected {saved}$"):
+        train(replace(resumed, init_from="emoji", train=longer))

@@ -1,6 +1,7 @@
 """Training loop: resuming, checkpoints, errors, learning rate, and what a run learns."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from accelerate.state import AcceleratorState
 from conftest import PROCESSES, ROOT, SIDE, bar, metrics, weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
 from cond_diffusion import TextToImage
 from cond_diffusion.config.run import Config, ObjectiveConfig, TrainConfig, load_config
@@ -258,8 +261,9 @@ def test_a_step_with_non_finite_gradients_is_skipped_and_its_samples_logged(
 def test_max_bad_steps_ends_the_run_with_a_finite_checkpoint(bars_config: Config, non_finite_steps: list[int]):
     non_finite_steps += [1, 3, 4, 5]
     with pytest.raises(UserError, match=r"^train\.max_bad_steps: .* 3 .*step 6"):
-        train(with_train(bars_config, max_steps=9, max_bad_steps=3))
+        train(with_train(bars_config, max_steps=9, max_bad_steps=3, checkpoint_every=0))
     newest = checkpoints(Path(bars_config.run_dir))[-1]
+    assert newest.name == "step-00000005"  # the weights of step 2
     assert all(value.isfinite().all() for value in weights(newest).values())
 
 
@@ -299,10 +303,10 @@ def test_skipped_steps_write_no_checkpoint(bars_config: Config, non_finite_steps
 
 
 def test_rotation_keeps_the_checkpoint_with_the_lowest_held_out_loss(tmp_path: Path):
-    def save(step: int, loss: float | None) -> list[int]:
+    def save(step: int, loss: float | None, **conditions: Any) -> list[int]:
         def write(folder: Path) -> None:
             (folder / "state").mkdir()
-            progress = {"step": step, "samples_per_step": 4, "data": {}, "held_out_loss": loss}
+            progress = {"step": step, "samples_per_step": 4, "data": {}, "held_out_loss": loss, **conditions}
             (folder / "state" / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
 
         save_checkpoint(tmp_path, step, write, keep=2)
@@ -315,6 +319,12 @@ def test_rotation_keeps_the_checkpoint_with_the_lowest_held_out_loss(tmp_path: P
     assert save(5, 0.5) == [2, 4, 5]
     assert save(6, 0.4) == [5, 6]
     assert save(7, 0.9) == [6, 7]
+    assert save(8, 5.0, validation=["epsilon"]) == [6, 7, 8]  # earlier versions did not store the conditions
+    assert save(9, 2.0, validation=["sample"]) == [6, 8, 9]
+    assert save(10, 3.0, validation=["sample"]) == [6, 9, 10]
+    assert save(11, 4.0, validation=["sample"], data={"images": 3}) == [10, 11]
+    assert save(12, 5.0, validation=["sample"], data={"images": 3}) == [11, 12]
+    assert save(13, 6.0, validation=["sample"], data={"images": 3}) == [11, 12, 13]
 
 
 @pytest.mark.usefixtures("short_validation")
@@ -384,6 +394,103 @@ def test_a_tracker_that_fails_does_not_end_a_run(
     assert caplog.text.count("track: tensorboard (") == 1
 
 
+def test_a_tracker_that_cannot_start_is_a_user_error(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.__init__", interrupt_by(FileExistsError("tracked")))
+    with pytest.raises(UserError, match=r"^track: tensorboard cannot be started \(tracked\)"):
+        train(replace(bars_config, track="tensorboard"))
+
+
+def interrupt_by(error: Exception) -> Callable[..., Any]:
+    """Return a function that raises an error."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+OUT_OF_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, UserError("sample.num_images: too many")])
+def test_a_grid_that_cannot_be_sampled_does_not_end_a_run(
+    bars_config: Config, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(TextToImage, "_denoise", interrupt_by(error))
+    assert train(with_train(bars_config, sample_every=2)).name == "step-00000004"
+    assert caplog.text.count(f"no sample grid: {error}") == 2
+    monkeypatch.setattr(TextToImage, "_denoise", interrupt_by(RuntimeError("another error")))
+    with pytest.raises(RuntimeError, match="another error"):
+        train(replace(with_train(bars_config, max_steps=6, sample_every=2), resume=True))
+
+
+def test_too_little_memory_to_resume_is_not_reported_as_damage(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
+    train(bars_config)
+    resumed = replace(with_train(bars_config, max_steps=6), resume=True)
+    monkeypatch.setattr(training_state, "load_moments", interrupt_by(OUT_OF_MEMORY))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(resumed)
+    monkeypatch.setattr(training_state, "load_moments", interrupt_by(PermissionError(13, "Permission denied")))
+    with pytest.raises(UserError, match=r"^resume: .* cannot be read \(\[Errno 13\] Permission denied\)$"):
+        train(resumed)
+
+
+class FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_run_whose_log_cannot_be_written_goes_on(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
+    Path(bars_config.run_dir).mkdir()
+    reporter = reporting.Reporter(bars_config, 0, 1, make_accelerator(bars_config))
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    for step in reporter.steps():
+        reporter.log(step + 1, torch.zeros(()), 1.0, 0.1)
+    assert [line["step"] for line in metrics(reporter.run_dir)] == [1, 2, 3, 4]
+
+
+def test_messages_appear_above_the_progress_bar(bars_config: Config, capsys: pytest.CaptureFixture[str]):
+    accelerator = make_accelerator(bars_config)
+    Path(bars_config.run_dir).mkdir()
+    steps = reporting.Reporter(bars_config, 0, 1, accelerator).steps()
+    next(steps)
+    tqdm.write("a message", file=sys.stderr)
+    steps.close()
+    assert re.search("steps/s\\]\r +\ra message\n\r", capsys.readouterr().err)  # the bar is cleared before it
+
+
+def test_ignored_signals_stay_ignored_and_a_closed_terminal_requests_a_stop(bars_config: Config):
+    accelerator = make_accelerator(bars_config)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with reporting.Interruption(accelerator) as interruption:
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not interruption.requested()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.requested()
+        assert signal.getsignal(signal.SIGHUP) == before[signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+
+def test_a_run_that_another_process_started_meanwhile_is_not_overwritten(bars_config: Config):
+    config = replace(bars_config, resume=True)
+    assert setup.find_run(config) is None
+    saved = train(bars_config)
+    with RunLock(Path(config.run_dir)) as lock, pytest.raises(UserError, match=r"^run_dir: another process "):
+        setup.prepare_run_dir(lock, config, make_accelerator(config), None, 0)
+    assert saved.exists()
+
+
+def test_a_warm_up_that_does_not_end_is_logged(bars_config: Config, caplog: pytest.LogCaptureFixture):
+    train(with_train(bars_config, max_steps=2, warmup_steps=1))
+    assert "train.warmup_steps" not in caplog.text
+    train(replace(with_train(bars_config, max_steps=2, warmup_steps=2), run_dir=f"{bars_config.run_dir}-2"))
+    assert "train.warmup_steps: 2 of 2 steps" in caplog.text
+
+
 def test_a_run_folder_that_another_machine_does_not_see_is_refused(
     bars_config: Config, monkeypatch: pytest.MonkeyPatch
 ):
@@ -424,6 +531,19 @@ def test_resuming_from_a_named_checkpoint_renames_later_ones(bars_config: Config
             train(replace(config, resume=name))
     with pytest.raises(UserError, match=r"^resume: .*step-00000002.*nowhere"):
         train(replace(config, run_dir=str(run_dir / "nowhere"), resume="step-00000002"))
+
+
+def test_what_a_named_checkpoint_repeats_is_kept(bars_config: Config):
+    """Metrics and snapshots after the newest checkpoint, which may differ from those of the resumed run."""
+    config = with_train(bars_config, max_steps=3, checkpoint_every=2, snapshots=3)
+    run_dir = Path(config.run_dir)
+    shutil.rmtree(train(config))
+    before = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
+    train(replace(with_train(config, learning_rate=1e-4), resume="step-00000002"))
+    assert (run_dir / "metrics.jsonl.superseded-1").read_text(encoding="utf-8") == before
+    assert [file.name for file in run_dir.glob("snapshots/*.superseded-*")] == [
+        "step-00000003.safetensors.superseded-1"
+    ]
 
 
 def train_slowly(config: Config, started: Any, may_end: Any) -> None:
