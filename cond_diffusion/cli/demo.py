@@ -2,15 +2,16 @@
 
 import importlib.util
 import os
+import re
 import signal
 import socket
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from queue import Queue
-from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from time import sleep
 from typing import Any, get_args
@@ -172,7 +173,7 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
         else:
             return  # Gradio notices that a client leaves, but not that it never listened
         try:
-            with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as job:
+            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as job:
                 settings = GenerationSettings(
                     prompts=tuple(prompts),
                     checkpoint=checkpoint,
@@ -254,9 +255,12 @@ def demo(arguments: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1", help=host_help)
     parser.add_argument("--port", type=int, default=7860, help="port of the server (default: %(default)s)")
     name_help = "another name that the page is opened by, for example behind a proxy; can be given several times"
-    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=name_help)
+    parser.add_argument("--allow-host", action="append", type=str.lower, default=[], metavar="NAME", help=name_help)
     parser.add_argument("--no-browser", action="store_true", help="print the address without opening a browser")
     options = parser.parse_args(arguments)
+    for name in options.allow_host:
+        if not re.fullmatch(r"[a-z0-9.-]+", name):
+            raise UserError(f"--allow-host: {name!r}; expected a name such as digits.example, without scheme and port")
     if importlib.util.find_spec("gradio") is None:
         raise UserError('demo: requires gradio; install it with: pip install "cond_diffusion[demo]"')
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -264,8 +268,9 @@ def demo(arguments: list[str] | None = None) -> None:
     no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
     os.environ["no_proxy"] = ",".join(filter(None, [no_proxy, "localhost", "127.0.0.1", options.host]))
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the folder is removed
-    with TemporaryDirectory(prefix="cond-diffusion-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="cond-diffusion-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "shown"))
+        tempfile.tempdir = folder  # images whose folder is gone because their client left are written there
         try:
             address = (options.host, options.port, options.allow_host)
             serve(options.runs, Path(folder), *address, inbrowser=not options.no_browser)

@@ -68,23 +68,24 @@ def evaluate_command(arguments: list[str] | None = None) -> None:
             if getattr(options, name):
                 hint = "which have a judge of their own; remove it"
                 raise UserError(f"--{name}: does not support the emoji data, {hint}")
-        print(format_emoji(evaluate_emoji(pipe, options.samples, sampling, Results(options.output, settings))))
+        with Results(options.output, settings) as results:
+            print(format_emoji(evaluate_emoji(pipe, options.samples, sampling, results)))
         print(f"\nsaved {options.output}")
         return
     for package in ("torchmetrics", "matplotlib") if options.sweep else ("torchmetrics",):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'evaluate: requires {package}; install it with: pip install "cond_diffusion[eval]"')
     features = load_clip_judge(options.features, config.data) if options.features else None
-    results = Results(options.output, settings)
-    training_data = open_training_data(config.data, config.seed)
-    evaluator = load_evaluator(pipe, config, features, training_data)
-    prompts = evaluator.prompts(options.samples, paraphrases=options.paraphrases)
-    count = options.samples // len(prompts) * len(prompts)
-    generate = partial(evaluator.generate, pipe, prompts, count)
-    samples = evaluate(evaluator, [prompt for prompt, _ in prompts], generate, sampling, results)
-    print(format_table(samples, results.part("held-out loss", lambda: held_out_loss(pipe, config, training_data))))
-    if options.sweep:
-        sweep(evaluator, generate, sampling, results, count, pipe.schedule.num_timesteps)
+    with Results(options.output, settings) as results:
+        training_data = open_training_data(config.data, config.seed)
+        evaluator = load_evaluator(pipe, config, features, training_data)
+        prompts = evaluator.prompts(options.samples, paraphrases=options.paraphrases)
+        count = options.samples // len(prompts) * len(prompts)
+        generate = partial(evaluator.generate, pipe, prompts, count)
+        samples = evaluate(evaluator, [prompt for prompt, _ in prompts], generate, sampling, results)
+        print(format_table(samples, results.part("held-out loss", lambda: held_out_loss(pipe, config, training_data))))
+        if options.sweep:
+            sweep(evaluator, generate, sampling, results, count, pipe.schedule.num_timesteps)
     print(f"\nsaved {options.output}")
 
 

@@ -54,6 +54,8 @@ def sample(arguments: list[str] | None = None) -> None:
     settings = GenerationSettings(**{**recorded, **given, **({"prompts": prompts} if prompts else {})})
     if not settings.prompts:
         parser.error('no PROMPT; expected at least one, for example "a digit seven"')
+    if folder == "":
+        raise UserError("--output-dir: ''; expected a folder")
     if folder is None:
         labels = not files.pop("no_labels")
         for path in generate_to_file(settings, labels=labels, batch_size=batch_size, **files):
@@ -69,12 +71,20 @@ def recorded_settings(path: str | None, given: dict[str, Any]) -> dict[str, Any]
     """Return the settings stored in a PNG, without options of a sampler, input image or model that `given` replaces."""
     if path is None:
         return {}
-    from cond_diffusion.pipeline.generate import read_settings
+    from cond_diffusion.pipeline.generate import logger, read_settings
 
+    recorded = read_settings(path, "--from-image")
     of_model = (*GUIDANCE_OF_MODEL, "ema_width", "lora")
-    options = {"sampler": SAMPLERS_OF, "image": IMAGE_OPTIONS, "checkpoint": of_model}
-    replaced = {name for option, names in options.items() if option in given for name in names}
-    return {name: value for name, value in read_settings(path, "--from-image").items() if name not in replaced}
+    for option, names in {"sampler": SAMPLERS_OF, "image": IMAGE_OPTIONS, "checkpoint": of_model}.items():
+        if option in given and given[option] != recorded.get(option):
+            dropped = {name: recorded.pop(name) for name in names if name in recorded and name not in given}
+            if dropped:
+                values = ", ".join(f"{name} {value}" for name, value in dropped.items())
+                logger.info("--from-image: without %s, since --%s replaces %s", values, option, recorded.get(option))
+    for name in ("image", "mask"):
+        if name in recorded and name not in given and not Path(recorded[name]).exists():
+            raise UserError(f"--from-image: {path} was made from {recorded[name]}, which is not there; give --{name}")
+    return recorded
 
 
 def read_prompts(file: str | None) -> list[str]:

@@ -115,11 +115,10 @@ def bits_per_dimension(
     if pipe.latent_space.is_latent:
         raise UserError(f"checkpoint: {pipe.folder} generates latents; bits per dimension are defined only for pixels")
     data = load_captioned_images(config, split)
-    contexts = embed(pipe.text_encoder, [captions[0] for captions in data.caption_groups])
     priors, terms = [], []
     for rows in torch.arange(min(len(data), count or len(data))).split(batch_size):
         x_0 = pipe.latent_space.encode(to_model(data.images[rows].to(pipe.device)))
-        context = contexts[data.group_of[rows].to(pipe.device)]
+        context = embed(pipe.text_encoder, [data.caption_groups[group][0] for group in data.group_of[rows].tolist()])
         unguided = guided(pipe.unet, context, context, torch.ones(len(rows)), project=pipe.unet.project_context)
         denoise = denoiser(unguided, pipe.prediction, pipe.clip_fn())
         draw = generator("likelihood", seed, int(rows[0]), device=pipe.device)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from signal import SIGINT
 from statistics import fmean
 from typing import Any, get_args
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from cond_diffusion.config.sampling import SamplerName, SamplingOptions
 from cond_diffusion.config.schema import read_json
-from cond_diffusion.errors import UserError, user_errors
+from cond_diffusion.errors import Interrupted, UserError, printable, user_errors
 from cond_diffusion.evaluation.evaluator import Evaluator, Judged, reported, spread
 from cond_diffusion.files import write_file
 from cond_diffusion.images import encode, grid, to_model, to_pillow
+from cond_diffusion.pipeline.run_folder import LOCK_NAME, RunLock
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SAMPLERS, STEPS = get_args(SamplerName), (5, 10, 20, 50)
@@ -39,22 +41,46 @@ class Results:
         self.folder = folder
         self.file = folder / "evaluation.json"
         self.parts: dict[str, Any] = {"settings": settings}
+        self.lock = RunLock(folder, "output", "evaluation")
         with user_errors(f"output: {folder} cannot be written", OSError, ValueError):
-            if self.file.is_file():
-                stored = read_json(self.file)
-                if stored.get("settings") == settings:
-                    self.parts = stored
-                elif stored.keys() != {"settings"}:  # without results there is nothing to lose
-                    raise UserError(f"output: {folder} contains an evaluation with other settings; choose another path")
-            elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            is_free = not folder.exists() or (
+                folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK_NAME}
+            )
+            if not (is_free or self.file.is_file()):
                 raise UserError(f"output: {folder} exists and is not an evaluation folder; choose another path")
             folder.mkdir(parents=True, exist_ok=True)
-        self._write()  # reports before the first image that the folder cannot be written
+            self.lock.acquire()
+            try:
+                if self.file.is_file():
+                    self._continue(read_json(self.file))
+                self._write()  # fails before the first image is generated if the folder cannot be written
+            except (UserError, OSError):
+                (folder / LOCK_NAME).unlink(missing_ok=True)
+                self.__exit__()
+                raise
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.__exit__()
+
+    def _continue(self, stored: dict[str, Any]) -> None:
+        """Take over the parts of an earlier evaluation with the same settings."""
+        if stored.get("settings") == self.parts["settings"]:
+            self.parts = stored
+        elif stored.keys() != {"settings"}:  # without results there is nothing to lose
+            raise UserError(f"output: {self.folder} contains an evaluation with other settings; choose another path")
 
     def part(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return the part `name`; compute and write it if it is missing."""
         if name not in self.parts:
-            self.parts[name] = compute()
+            try:
+                self.parts[name] = compute()
+            except KeyboardInterrupt as interruption:
+                finished = ", ".join(part for part in self.parts if part != "settings") or "no results yet"
+                message = f"interrupted; {self.folder} has {finished}, and the same command continues from there"
+                raise Interrupted(message, SIGINT) from interruption
             self._write()
         return self.parts[name]
 
@@ -132,7 +158,7 @@ def sweep(
 def format_table(samples: dict[str, Any], held_out: dict[str, Any] | None) -> str:
     """Format the accuracy of up to 100 prompts, all metrics, and the held-out loss as text."""
     accuracies = list(samples["prompt accuracy by prompt"].items())[:100]
-    lines = [f"{prompt:60}{accuracy:10.1%}" for prompt, accuracy in accuracies]
+    lines = [f"{printable(prompt):60}{accuracy:10.1%}" for prompt, accuracy in accuracies]
     title = f"{samples['count']} samples, by {samples['judge']}"
     lines += ["", f"{title:60}{'samples':>10}{'real':>10}"]
     for name, values in samples["measures"].items():

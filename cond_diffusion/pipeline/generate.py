@@ -282,9 +282,10 @@ def _check_same_settings(path: Path, settings: GenerationSettings) -> None:
     wanted = _stored(settings)
     for name in sorted(stored.keys() | wanted.keys()):
         if (then := stored.get(name)) != (now := wanted.get(name)):
+            hint = f"continue with --checkpoint {then}, or " if name == "checkpoint" else ""
             raise UserError(
-                f"--output-dir: {path} was made with {name} {then}, not {now}, and is not overwritten; choose another "
-                "folder"
+                f"--output-dir: {path} was made with {name} {then}, not {now}, and is not overwritten; {hint}choose "
+                "another folder"
             )
 
 

@@ -410,12 +410,16 @@ class TextToImage:
             raise UserError(f"guidance_interval: {interval[0]} to {interval[1]} lies beyond the {total} timesteps")
         if options.dynamic_thresholding is not None and self.latent_space.is_latent:
             raise UserError("dynamic_thresholding: applies only to pixel-space models; this model is in latent space")
+        scales = options.per_prompt("guidance_scale", len(prompts))
+        for name in ("negative_prompt", "guidance_interval", "guidance_rescale"):
+            if getattr(options, name) and all(scale == 1 for scale in scales):
+                self._warn_once(f"{name}: has no effect at guidance_scale 1")
         edit = self._prepare_edit(options, image, mask)
         visited = sampling_timesteps(options.sampler, self.schedule, options.steps)
         return Job(
             prompts=prompts,
             options=options,
-            scales=options.per_prompt("guidance_scale", len(prompts)),
+            scales=scales,
             seeds=options.per_prompt("seed", len(prompts)),
             negative_prompts=negative_prompts,
             batch_size=batch_size,

@@ -1,10 +1,10 @@
 """Visualize sampling: animations of x_t beside x_0_hat, and cross-attention maps of each word of a prompt."""
 
 import math
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageOps
@@ -54,8 +54,8 @@ class Film:
         first, *others = [_side_by_side(*(_image_grid(half, columns) for half in frame)) for frame in self.frames]
         durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
         what = f"--film: {path}, {first.width} x {first.height} pixels, cannot be written"
-        # The limits are 16383 pixels for WebP and 65535 for GIF.
-        kinds = (ValueError, RuntimeError, OverflowError, OSError)
+        # The limits are 16383 pixels for WebP and 65535 for GIF, which is a struct.error.
+        kinds = (ValueError, RuntimeError, OverflowError, OSError, struct.error)
         with user_errors(what, *kinds, hint="; reduce the number of images"):
             return encode(first, path.suffix[1:], save_all=True, append_images=others, duration=durations, loop=0)
 
@@ -99,8 +99,8 @@ class AttentionMaps:
         self.recorded = []
         if number == total - 1:
             size = (self.image_size, self.image_size)
-            levels = [F.interpolate(level, size=size, mode="bilinear") for level in self.sums.values()]
-            self.maps += [*(torch.stack(levels).sum(0) / self.count).cpu()]
+            levels = (F.interpolate(level, size=size, mode="bilinear") for level in self.sums.values())
+            self.maps += [*(cast(Tensor, sum(levels)) / self.count).cpu()]
             self.sums, self.count = {}, 0
 
 

@@ -167,6 +167,7 @@ def test_interrupted_output_folder_is_continued_and_its_images_equal_those_sampl
     stamps = [(tmp_path / "all" / name).stat().st_mtime_ns for name in names]
     (tmp_path / "all" / names[2]).unlink()
     assert run_script("sample", *arguments, "--output-dir", "all")[0] == 0
+    assert run_script("sample", "seven", "--guidance-scale", "2", *arguments[2:-2], "--output-dir", "all")[0] == 0
     again = [(tmp_path / "all" / name).stat().st_mtime_ns for name in names]
     assert [old == new for old, new in zip(stamps, again, strict=True)] == [True, True, False, True]
     alone = ["a two", "--seed", "4", "--steps", "2", "--guidance-scale", "4", "--output", "alone.png"]
@@ -177,6 +178,10 @@ def test_interrupted_output_folder_is_continued_and_its_images_equal_those_sampl
     ]
     for image in images[1:]:
         assert np.abs(np.asarray(image).astype(int) - np.asarray(images[0])).max() <= 1
+    more = ["seven", "a two", "six", "--num-images", "3", *arguments[4:-1], "2,4,2", "--output-dir", "all"]
+    assert run_script("sample", *more)[0] == 0
+    assert [(tmp_path / "all" / name).stat().st_mtime_ns for name in names] == again
+    assert len(list((tmp_path / "all").glob("*.png"))) == 9
     code, _, errors = run_script("sample", *arguments[:-1], "5,5", "--output-dir", "all")
     assert code == 2
     assert re.search(r"error: --output-dir: all/0000-0000-seven\.png .*guidance_scale.* 2\.0.* 5\.0", errors)
@@ -329,7 +334,7 @@ def test_warning_contains_the_truncated_part_of_a_long_prompt(run_script, caplog
         ("seven --dtype fp8", "dtype: 'fp8'"),
         ("seven --compile --attention-maps words.png", "attention_maps: "),
         ("seven --strength 0.5", "strength: "),
-        ("seven --image=", "--image: "),
+        ("seven --image=", "image: ''; expected a path"),
         ("seven --film=", "--film: . "),
         ("seven --samp ddim", "--samp"),
         ("seven --image no-such.png", "--image: "),
@@ -339,6 +344,7 @@ def test_warning_contains_the_truncated_part_of_a_long_prompt(run_script, caplog
         ("--steps 3", "no PROMPT"),
         ("--prompts-file no-such.txt", "--prompts-file: no-such.txt "),
         ("seven --output-dir x --film y.gif", "--film: "),
+        ("seven --output-dir=", "--output-dir: ''"),
         ("seven --output-dir taken.png --steps 1", "--output-dir: taken.png "),
         ("seven --output-dir x --batch-size 0", "batch_size: 0;"),
         ("seven --output-dir x --sampler dpm", "sampler: 'dpm'"),

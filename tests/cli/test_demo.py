@@ -51,6 +51,7 @@ def address(tmp_path_factory: pytest.TempPathFactory, temporary: Path) -> Iterat
     port = free_port()
     # Lower priority than the browser: on a shared core, the browser would otherwise show only the last image.
     command = ["nice", "-n", "19", sys.executable, "-m", "cond_diffusion", "demo", "--port", str(port), "--no-browser"]
+    command += ["--allow-host", "Digits.example"]
     proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")  # where nothing listens
     environment = os.environ | {"TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1", **proxies}
     output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -159,6 +160,21 @@ def test_page_shows_errors_and_lists_runs(page: Page):
     page.get_by_label("Prompt", exact=True).fill("a digit seven")
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_label("Progress")).to_have_value("done", timeout=120_000)
+
+
+@pytest.mark.slow
+def test_the_page_is_opened_by_an_allowed_name_and_no_other(address: str):
+    for name, status in (("digits.example", 200), ("other.example", 400)):
+        connection = HTTPConnection(address.removeprefix("http://"))
+        connection.request("GET", "/config", headers={"Host": name, "Origin": f"https://{name}"})
+        assert connection.getresponse().status == status
+        connection.close()
+
+
+@pytest.mark.parametrize("name", ["a*b", "https://digits.example", "digits.example:8443", ""])
+def test_a_name_that_no_request_has_is_a_user_error(name: str):
+    with pytest.raises(UserError, match=r"^--allow-host: .*; expected a name such as"):
+        demo.demo(["--allow-host", name])
 
 
 def test_closing_the_generator_stops_sampling(tmp_path: Path):

@@ -67,13 +67,17 @@ def test_the_command_measures_each_subset_and_refuses_what_does_not_apply(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cond_diffusion.evaluation.emoji.Emoji", lambda: emoji)
+    seeds = []
+    noise = TextToImage._noise
+    monkeypatch.setattr(TextToImage, "_noise", lambda pipe, batch: seeds.extend(batch) or noise(pipe, batch))
     arguments = ["--checkpoint", "emoji", "--samples", "10", "--steps", "2"]
 
     def type_in(*others: str) -> tuple[int, str, str]:
         return command_line(lambda: evaluate_command([*arguments, *others])), *capsys.readouterr()
 
-    code, table, _ = type_in()
+    code, table, _ = type_in("--seed", "5")
     assert code == 0
+    assert seeds == [*range(5, 15)] * len(SUBSETS)
     found = json.loads(Path("evaluation/evaluation.json").read_text(encoding="utf-8"))
     assert {*SUBSETS} < found.keys()
     for name in SUBSETS:
@@ -81,7 +85,7 @@ def test_the_command_measures_each_subset_and_refuses_what_does_not_apply(
         assert found[name]["count"] == 10
         assert found[name]["real"]["concept, top 1"] > 0.8
     assert len([*Path("evaluation").glob("*.png")]) == 2 * len(SUBSETS)
-    assert type_in()[:2] == (0, table)  # from the file
+    assert type_in("--seed", "5")[:2] == (0, table)  # from the file
     for option in (["--paraphrases"], ["--sweep"]):
         code, _, errors = type_in(*option, "--output", "x")
         assert code == 2

@@ -20,7 +20,7 @@ from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.data.dataset import CaptionedImages, RandomDraws
 from cond_diffusion.data.loader import open_training_data
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import Interrupted, UserError
 from cond_diffusion.evaluation import metrics
 from cond_diffusion.evaluation.evaluator import Evaluator, Judged, load_evaluator, load_real_images, subset
 from cond_diffusion.evaluation.metrics import (
@@ -405,9 +405,19 @@ def test_an_interrupted_evaluation_is_resumed_and_overwrites_nothing(
     assert by_clip["Fréchet distance"]["samples"] < 2  # features are unit vectors
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def test_an_evaluation_without_results_is_replaced_and_another_one_is_not(tmp_path: Path):
     Results(tmp_path, {"features": None})
-    Results(tmp_path, {"features": "clip"}).part("samples", lambda: 1)
+    results = Results(tmp_path, {"features": "clip"})
+    results.part("samples", lambda: 1)
+    with pytest.raises(UserError, match=r"^output: .* in use by another evaluation"):
+        Results(tmp_path, {"features": "clip"})
+    with pytest.raises(Interrupted, match=r"^interrupted; .* has samples, and the same command continues from there"):
+        results.part("more", interrupt)
+    results.__exit__()
     with pytest.raises(UserError, match=r"^output: .*other settings"):
         Results(tmp_path, {"features": None})
     assert Results(tmp_path, {"features": "clip"}).parts == {"settings": {"features": "clip"}, "samples": 1}

@@ -140,6 +140,15 @@ def test_a_mask_that_selects_nothing_is_refused(pipe: TextToImage, mode: str, va
         pipe("a digit nine", image=image, mask=Image.new(mode, image.size, value), steps=1)
 
 
+def test_options_without_an_effect_are_logged(pipe: TextToImage, caplog: pytest.LogCaptureFixture):
+    options: dict[str, Any] = {"steps": 1, "negative_prompt": "a digit two", "guidance_rescale": 0.5}
+    pipe("a digit seven", guidance_scale=2, **options, progress=False)
+    assert not caplog.records
+    pipe("a digit seven", guidance_scale=1, **options, progress=False)
+    messages = [f"{name}: has no effect at guidance_scale 1" for name in ("negative_prompt", "guidance_rescale")]
+    assert [record.getMessage() for record in caplog.records] == messages
+
+
 def test_unknown_words_are_logged_once_and_known_words_are_not(pipe: TextToImage, caplog: pytest.LogCaptureFixture):
     pipe("a digit seven", steps=1, progress=False)
     assert not caplog.records

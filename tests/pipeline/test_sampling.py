@@ -205,8 +205,12 @@ def test_a_png_from_before_an_option_was_generated_without_it(tmp_path: Path, op
     assert read_settings(png_with_chunks(tmp_path, **{option: str(value)}), "--from-image")[option] == value
 
 
-def test_options_of_a_replaced_sampler_or_image_are_dropped(tmp_path: Path):
-    everything = {"prompts": ["a"], "sampler": "ddim", "eta": 0.5, "image": "a.png", "strength": 0.3, "seed": 4}
+def test_options_of_a_replaced_sampler_or_image_are_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    for name in ("a.png", "mask.png"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    everything = {"prompts": ["a"], "sampler": "ddim", "eta": 0.5, "image": str(tmp_path / "a.png"), "strength": 0.3}
+    everything |= {"mask": str(tmp_path / "mask.png"), "resamplings": 2, "seed": 4}
     everything |= {"phrase_guidance": 0.25, "first_phrase_from": 300}
     path = png_with_chunks(tmp_path, **{name: json.dumps(value) for name, value in everything.items()})
 
@@ -216,8 +220,14 @@ def test_options_of_a_replaced_sampler_or_image_are_dropped(tmp_path: Path):
         return everything.keys() - found.keys()
 
     assert recorded(eta="1") == set()
+    assert recorded(sampler="ddim", image=str(tmp_path / "a.png")) == set()  # nothing is replaced
+    assert not caplog.text
     assert recorded(sampler="euler") == {"eta"}
-    assert recorded(image="b.png") == {"strength"}
+    assert "--from-image: without eta 0.5, since --sampler replaces ddim" in caplog.text
+    assert recorded(image="b.png") == {"strength", "mask", "resamplings"}
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"^--from-image: .* was made from .*a\.png, .*; give --image$"):
+        recorded()
 
 
 def test_settings_of_older_versions_stored_as_text_are_read(tmp_path: Path):
@@ -236,7 +246,7 @@ def test_settings_of_older_versions_stored_as_text_are_read(tmp_path: Path):
 
 
 def test_another_checkpoint_samples_with_its_own_guidance(tmp_path: Path):
-    path = png_with_chunks(tmp_path, prompts='["a"]', guidance_scale="1.5", lora='"x"', steps="7")
+    path = png_with_chunks(tmp_path, prompts='["a"]', guidance_scale="1.5", lora='"x"', ema_width="0.1", steps="7")
     assert recorded_settings(path, {"checkpoint": "emoji"}) == {"prompts": ["a"], "steps": 7}
 
 
@@ -247,6 +257,10 @@ def test_images_are_written_if_the_film_is_too_large(tmp_path: Path):
     with pytest.raises(UserError, match=r"^--film: .*x\.webp, 17204 x 84 pixels"):
         next(files)
     assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
+    film, image = Film(), Image.new("L", (84, 84))
+    film.frames = [([image] * 400, [image] * 400)]
+    with pytest.raises(UserError, match=r"^--film: x\.gif, 68804 x 84 pixels"):
+        film.encode(Path("x.gif"), 400)
 
 
 def generate(prompts: list[str], output: Path, **changes: Any) -> None:
