@@ -1,4 +1,4 @@
-"""Atomic writes, hashes, and the cache folder. Does not import torch before tensors are written."""
+"""Atomic writes, hashes, and the cache folder. Does not import torch before tensors are read or written."""
 
 import json
 import os

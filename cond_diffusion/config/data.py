@@ -63,13 +63,13 @@ class DataConfig:
     )
     label_names: dict[str, list[str]] = Field(
         default_factory=dict,
-        description="for each word in braces, the name of each label; `{label}` is the data set's own name",
+        description="for each field of the templates, the names of all labels in order; `{label}`: the data set's own",
     )
     background: str = _of_source("background", "black", "color that transparent images are composited on")
     max_bad_fraction: Fraction = option(0.01, "fraction of images that may be unreadable; these are skipped")
     memory_gb: float = option(
         4.0,
-        "decoded images up to this size are cached in memory by each process; not with random crops",
+        "size, in GB, up to which each process holds the decoded data set in memory; not with random crops",
         ge=0,
         allow_inf_nan=False,
     )

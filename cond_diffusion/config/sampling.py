@@ -93,7 +93,7 @@ class SamplingOptions:
         None, "clip x_0_hat to this quantile of its pixels (e.g. 0.995) and rescale", group="guidance", metavar="SHARE"
     )
     strength: Fraction | None = option(
-        None, "strength of the change, 0 to 1 (default: 0.8; with --mask 1)", group="input images"
+        None, "strength of the change, 0 to 1 (default: 0.8, or 1 with --mask)", group="input images"
     )
     resamplings: PositiveInt = option(1, "number of RePaint resamplings, with --mask", group="input images")
 
@@ -132,7 +132,7 @@ class GenerationSettings(SamplingOptions):
     )
     lora: LocalPath | None = option(None, "LoRA to add to the network: a file, a folder or a Hub id", metavar="FILE")
     dtype: Precision = option("auto", "precision: fp32, bf16, fp16, or auto: bf16 where the hardware is faster in it")
-    compile: bool = option(False, "compile the network with torch.compile; pays for many images only")
+    compile: bool = option(False, "compile the network with torch.compile; takes less time only for many images")
     image: LocalPath | None = option(None, "image to start from", group="input images", metavar="FILE")
     mask: LocalPath | None = option(
         None, "white areas are regenerated, black areas are kept", group="input images", metavar="FILE"

@@ -6,15 +6,12 @@ were written before an interruption are not computed again.
 
 import hashlib
 import logging
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, distributed
+from torch.utils.data import ConcatDataset
 from tqdm.auto import tqdm
 
 from cond_diffusion.data.dataset import Candidates, CaptionedBatch, CaptionedFiles, RandomDraws, rows_read
@@ -140,20 +138,15 @@ class LatentSet:
     """A dataset in latent space.
 
     Attributes:
-        shards: x_0 of the images; rows are counted across all shards.
+        x_0: The images' latents, which stay on the disk until they are read.
         group_of: Row i has the captions `caption_groups[group_of[i]]`.
         is_read: Which rows of the source the rows are; None for all.
     """
 
-    shards: list[Float16[Tensor, "_ c h w"]]
+    x_0: ConcatDataset[Float16[Tensor, "c h w"]]
     group_of: Int64[Tensor, " n"]
     caption_groups: tuple[CaptionGroup, ...]
     is_read: Bool[Tensor, " rows"] | None = None
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """Number of rows up to the end of each shard."""
-        return list(accumulate(map(len, self.shards)))
 
     def __len__(self) -> int:
         return len(self.group_of)
@@ -162,12 +155,8 @@ class LatentSet:
         """Return the rows of `candidates(0)`; unreadable images are not in the set."""
         rows = candidates(0)
         groups = [self.caption_groups[group] for group in self.group_of[rows].tolist()]
-        x_0 = torch.stack([self._row(row) for row in rows.tolist()])
+        x_0 = torch.stack([self.x_0[row] for row in rows.tolist()]).float()
         return CaptionedBatch(x_0, pick_captions(groups, draws.caption.tolist()))
-
-    def _row(self, row: int) -> Float[Tensor, "c h w"]:
-        shard = bisect_right(self.ends, row)
-        return self.shards[shard][row - self.ends[shard]].float()
 
 
 def latent_set(files: CaptionedFiles, vae: LatentSpace, accelerator: Accelerator) -> LatentSet:
@@ -204,5 +193,5 @@ def latent_set(files: CaptionedFiles, vae: LatentSpace, accelerator: Accelerator
             "data.source: %d of %d images were not readable when their latents were cached; to try again, delete %s"
         )
         logger.warning(message, lost, len(files), folder)
-    latents = [shard["latents"] for shard in shards]
+    latents = ConcatDataset([cast(Any, shard["latents"]) for shard in shards])
     return LatentSet(latents, files.group_of[rows], files.caption_groups, rows_read(rows, len(files)))

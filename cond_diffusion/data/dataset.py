@@ -199,7 +199,7 @@ class CaptionedBatch:
 class CaptionedImages:
     """A dataset in memory: images[i] has the captions caption_groups[group_of[i]].
 
-    `is_read` tells which rows of the source the images are, in their order; None for all rows.
+    `is_read` marks the rows of the source that could be read, which the images are in this order; None if all could.
     """
 
     images: UInt8[Tensor, "n c h w"]

@@ -328,7 +328,7 @@ def _check_encodings(files: Sequence[Path]) -> None:
 
 
 def _check_tar(file: Path) -> None:
-    """Raise UserError for a tar file that was cut short between two members, which `tarfile` does not notice."""
+    """Raise UserError for a tar file that was truncated between two members, which `tarfile` does not notice."""
     with user_errors(f"data.source: {file} cannot be read", OSError), file.open("rb") as content:
         content.seek(257)
         if content.read(5) != b"ustar":
@@ -337,7 +337,7 @@ def _check_tar(file: Path) -> None:
         size = content.tell()
         content.seek(max(0, size - 1024))
         if size % 512 or content.read().strip(b"\0"):
-            raise UserError(f"data.source: {file} was cut short: its end-of-archive marker is missing; copy it again")
+            raise UserError(f"data.source: {file} is truncated: its end-of-archive marker is missing; copy it again")
 
 
 def _common_columns(files: Sequence[Path], columns: Sequence[str]) -> dict[str, Any]:

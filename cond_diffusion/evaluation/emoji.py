@@ -142,7 +142,8 @@ class Emoji:
 
 
 def recognized(judge: EmojiJudge, emoji: Emoji, images: EmojiImages) -> dict[str, float]:
-    """Return the share of images whose concept is the judge's first, or among its first five, and whose style is."""
+    """Return the shares of images whose concept is the judge's first or among its first five, and whose style is its
+    first."""
     concepts, styles = judge(images.images)
     top = concepts.topk(5, dim=1).indices == images.concept[:, None]
     style = styles.argmax(1)

@@ -94,7 +94,7 @@ class Judged:
 
     @property
     def recognized_by_clip(self) -> Bool[Tensor, " n"]:
-        """Whether the first caption of all groups that is most similar to each image is its own, of shape (n,)."""
+        """Whether, of the first captions of all groups, the most similar to each image is its own, of shape (n,)."""
         return self._by_clip[0]
 
     @property

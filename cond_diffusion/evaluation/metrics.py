@@ -9,7 +9,6 @@ features come from any network: the classifier, a CLIP, or an Inception network 
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.data.dataset import CaptionedImages
@@ -30,15 +28,7 @@ from cond_diffusion.data.sources import CaptionGroup
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.files import cache_folder, hash_weights, save_tensors
 from cond_diffusion.images import to_model
-from cond_diffusion.models.text_encoder import (
-    clip_errors,
-    clip_kind,
-    embed_images,
-    embed_texts,
-    find_clip,
-    load_clip,
-    load_tokenizer,
-)
+from cond_diffusion.models.clip import ClipJudge
 from cond_diffusion.seeding import sample_indices
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "mnist_classifier" / "classifier.safetensors"
@@ -47,7 +37,6 @@ TRAINED_ON = "trained_on"  # metadata key of the shipped file: fingerprint of it
 EPOCHS, MIN_STEPS, BATCH_SIZE, LEARNING_RATE = 4, 300, 128, 2e-3
 NUM_FEATURES = 128
 PIXELS_PER_BATCH = 100 * 28 * 28
-CLIP_BATCH_SIZE = 250
 
 
 class Classifier(nn.Module):
@@ -147,57 +136,6 @@ def renumber_groups(data: CaptionedImages, caption_groups: tuple[CaptionGroup, .
     index_of = {group: i for i, group in enumerate(dict.fromkeys([*caption_groups, *data.caption_groups]))}
     group_of = torch.tensor([index_of[group] for group in data.caption_groups])[data.group_of]
     return replace(data, group_of=group_of, caption_groups=tuple(index_of))
-
-
-class ClipJudge(nn.Module):
-    """Maps images and captions to unit vectors in CLIP's joint embedding space (Radford et al. 2021).
-
-    Args:
-        processor: Preprocessing of images; None if the model accepts images in [-1, 1].
-        max_length: Number of tokens that captions are cut to.
-    """
-
-    def __init__(
-        self, clip: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil | None, max_length: int
-    ) -> None:
-        super().__init__()
-        self.clip = clip.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
-        self.processor = processor
-        self.max_length = min(max_length, cast(Any, clip.config.text_config).max_position_embeddings)
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, max_length: int = 77) -> "ClipJudge":
-        """Load a CLIP from "builtin", a folder or a Hub id."""
-        with clip_errors("CLIP", source):
-            folder = find_clip(source)
-            if not (folder / "text_encoder").is_dir() and clip_kind(folder) == "clip":
-                processor = None  # a CLIP of `clip_pretraining` has no processor: it accepts images in [-1, 1]
-                if any(folder.glob("*processor_config.json")):
-                    processor = CLIPImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
-                clip = load_clip(CLIPModel, folder)
-                vocab_size: int = cast(Any, clip.config.text_config).vocab_size
-                return cls(clip, load_tokenizer(folder, vocab_size), processor, max_length)
-        raise UserError(f"CLIP: {source} has no image encoder")
-
-    @torch.no_grad()
-    def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
-        """Compute the embeddings of images."""
-        batches = [embed_images(self.clip, self._preprocess(batch)) for batch in images.split(CLIP_BATCH_SIZE)]
-        return F.normalize(torch.cat(batches), dim=-1).cpu()
-
-    @torch.no_grad()
-    def texts(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
-        """Compute the embeddings of captions."""
-        batches = [captions[i : i + CLIP_BATCH_SIZE] for i in range(0, len(captions), CLIP_BATCH_SIZE)]
-        embedded = [embed_texts(self.clip, self.tokenizer, batch, self.max_length) for batch in batches]
-        return F.normalize(torch.cat(embedded), dim=-1).cpu()
-
-    def _preprocess(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        if self.processor is None:
-            return to_model(images.to(self.clip.device))
-        rgb = images.expand(-1, 3, -1, -1)
-        return self.processor([*rgb], return_tensors="pt")["pixel_values"].to(self.clip.device)
 
 
 def load_clip_judge(source: str, data: DataConfig, max_length: int = 77) -> ClipJudge:

@@ -7,18 +7,32 @@ would push them apart.
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, UInt8
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from cond_diffusion.config.run import ClipPretrainingConfig, TextConfig
-from cond_diffusion.models.text_encoder import TextEncoder, distinct_words
+from cond_diffusion.errors import UserError
+from cond_diffusion.images import to_model
+from cond_diffusion.models.text_encoder import (
+    TextEncoder,
+    clip_errors,
+    clip_kind,
+    distinct_words,
+    embed_images,
+    embed_texts,
+    find_clip,
+    load_clip,
+    load_tokenizer,
+)
 
-BATCH_SIZE = 1000  # captions that are tokenized at once
+BATCH_SIZE = 250  # images or captions
 MIN_LENGTH, MAX_LENGTH = 16, 77  # tokens of a caption, where no length is given; CLIP's is 77
 
 
@@ -50,7 +64,7 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int, max_length: int) -
 
 
 def count_whole_words(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[int, int]:
-    """Return how many of the distinct words of captions are single tokens, and the number of these words."""
+    """Return the number of distinct words of captions that are single tokens, and that of all distinct words."""
     words = distinct_words([caption.lower() for caption in captions])
     tokens: Any = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"] if words else []
     return sum(len(own) == 1 for own in tokens), len(words)
@@ -109,3 +123,54 @@ def contrastive_loss(
     to_text = F.cross_entropy(logits, positive / positive.sum(1, keepdim=True))
     to_image = F.cross_entropy(logits.T, positive.T / positive.T.sum(1, keepdim=True))
     return (to_text + to_image) / 2
+
+
+class ClipJudge(nn.Module):
+    """Maps images and captions to unit vectors in CLIP's joint embedding space (Radford et al. 2021).
+
+    Args:
+        processor: Preprocessing of images; None if the model accepts images in [-1, 1].
+        max_length: Number of tokens that captions are cut to.
+    """
+
+    def __init__(
+        self, clip: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil | None, max_length: int
+    ) -> None:
+        super().__init__()
+        self.clip = clip.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.max_length = min(max_length, cast(Any, clip.config.text_config).max_position_embeddings)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, max_length: int = 77) -> "ClipJudge":
+        """Load a CLIP from "builtin", a folder or a Hub id."""
+        with clip_errors("CLIP", source):
+            folder = find_clip(source)
+            if not (folder / "text_encoder").is_dir() and clip_kind(folder) == "clip":
+                processor = None  # a CLIP of `clip_pretraining` has no processor: it accepts images in [-1, 1]
+                if any(folder.glob("*processor_config.json")):
+                    processor = CLIPImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
+                clip = load_clip(CLIPModel, folder)
+                vocab_size: int = cast(Any, clip.config.text_config).vocab_size
+                return cls(clip, load_tokenizer(folder, vocab_size), processor, max_length)
+        raise UserError(f"CLIP: {source} has no image encoder")
+
+    @torch.no_grad()
+    def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """Compute the embeddings of images."""
+        batches = [embed_images(self.clip, self._preprocess(batch)) for batch in images.split(BATCH_SIZE)]
+        return F.normalize(torch.cat(batches), dim=-1).cpu()
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Compute the embeddings of captions."""
+        batches = [captions[i : i + BATCH_SIZE] for i in range(0, len(captions), BATCH_SIZE)]
+        embedded = [embed_texts(self.clip, self.tokenizer, batch, self.max_length) for batch in batches]
+        return F.normalize(torch.cat(embedded), dim=-1).cpu()
+
+    def _preprocess(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        if self.processor is None:
+            return to_model(images.to(self.clip.device))
+        rgb = images.expand(-1, 3, -1, -1)
+        return self.processor([*rgb], return_tensors="pt")["pixel_values"].to(self.clip.device)

@@ -4,8 +4,8 @@ An average follows a power function of the step (Karras et al. 2024, "Analyzing 
 Diffusion Models", section 3.1): its width is a fixed fraction of the training so far, so it needs no warm-up and no
 decay rate that depends on the length of the run.
 
-Two averages of different widths are tracked. The wider one is stored in checkpoints; snapshots of both allow any other
-width to be reconstructed after training.
+Training tracks one average. With `train.snapshots` it also tracks one of half the width and stores snapshots of both,
+from which other widths can be reconstructed after training.
 """
 
 import json
@@ -177,7 +177,7 @@ def combination(known: Sequence[tuple[int, float]], step: int, width: float) -> 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    what = f"--ema-width: {file} is damaged or cut short"
+    what = f"--ema-width: {file} is damaged or truncated"
     if not file.is_file():
         raise UserError(f"--ema-width: {file} is not a regular file")
     errors = (OSError, SafetensorError, RuntimeError)  # the last for tensors of different shapes

@@ -186,7 +186,7 @@ class TextEncoder(nn.Module):
         return (find_phrases(caption) if self.split_phrases else [(0, caption)]) or [(0, "")]
 
     def unknown_words(self, captions: Sequence[str]) -> list[str]:
-        """Return the words that the vocabulary does not hold: they are split into tokens of one or two letters."""
+        """Return the words that are split into tokens of fewer than two letters on average: unknown ones."""
         words = distinct_words(captions)
         tokens: Any = self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"] if words else []
         return [word for word, own in zip(words, tokens, strict=True) if len(word) < 2 * len(own)]
@@ -338,7 +338,7 @@ def clip_errors(key: str, source: str | Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{key}: {source} is not a complete CLIP ({first_line(error)})") from error
     except Exception as error:  # each library raises its own types for a damaged file
-        message = f"{key}: {source}: a file is damaged, cut short or not of a CLIP ({first_line(error)})"
+        message = f"{key}: {source}: a file is damaged, truncated or not of a CLIP ({first_line(error)})"
         raise UserError(message) from error
 
 

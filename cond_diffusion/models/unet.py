@@ -284,7 +284,7 @@ class UNet(nn.Module):
         except FileNotFoundError as error:
             raise UserError(f"{folder} is not a UNet: there is no {Path(error.filename or str(error)).name}") from error
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: a file is damaged or cut short ({first_line(error)})") from error
+            raise UserError(f"{folder}: a file is damaged or truncated ({first_line(error)})") from error
         except RuntimeError as error:  # load_state_dict: missing or unexpected weights, or other shapes
             reason = " ".join(str(error).split())
             raise UserError(f"{folder}: {WEIGHTS_NAME} does not match {CONFIG_NAME} ({reason})") from error

@@ -130,9 +130,7 @@ class Checkpoint:
     def run_config(self) -> Config:
         """The config of the training run; raises UserError if the folder has none."""
         if self.config is None:
-            raise UserError(
-                f"--checkpoint: {self.folder} has no {CONFIG_NAME} with the training data; expected a run's checkpoint"
-            )
+            raise UserError(f"{self.folder} has no {CONFIG_NAME} of a training run; expected a checkpoint of a run")
         return self.config
 
 
@@ -225,7 +223,7 @@ def write_card(
         prompts: One prompt per row of the sample grid.
         checkpoint: Checkpoint folder of the run that the pipeline was loaded from, if any.
     """
-    config = _run_config(checkpoint)
+    config = None if checkpoint is None else Checkpoint(checkpoint).config
     if checkpoint is not None and config is not None:
         shutil.copy(checkpoint / CONFIG_NAME, folder)
     card = ModelCard.from_template(
@@ -246,7 +244,7 @@ def write_card(
 
 def prompts_of_run(checkpoint: Path | None) -> list[str]:
     """Return the prompts of the sample grids of a run; raise UserError if there are none."""
-    config = _run_config(checkpoint)
+    config = None if checkpoint is None else Checkpoint(checkpoint).config
     if config is None or not config.sample.prompts:
         raise UserError("prompts: none given and none in the checkpoint's config; expected prompts for the sample grid")
     return [*config.sample.prompts]
@@ -261,10 +259,6 @@ def check_kind(folder: Path, name: str) -> dict[str, Any]:
             "Diffusion 1.x or 2.x"
         )
     return index
-
-
-def _run_config(checkpoint: Path | None) -> Config | None:
-    return None if checkpoint is None else Checkpoint(checkpoint).config
 
 
 def _last_metrics(checkpoint: Path | None) -> dict[str, float | int]:

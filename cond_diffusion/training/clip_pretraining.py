@@ -12,7 +12,6 @@ As in any run, everything is a function of the seed and the step, so a resumed r
 """
 
 import logging
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,14 @@ from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.files import save_tensors, write_json, written_aside
 from cond_diffusion.images import to_model
-from cond_diffusion.models.clip import build_clip, contrastive_loss, count_truncated, count_whole_words, train_tokenizer
+from cond_diffusion.models.clip import (
+    ClipJudge,
+    build_clip,
+    contrastive_loss,
+    count_truncated,
+    count_whole_words,
+    train_tokenizer,
+)
 from cond_diffusion.models.text_encoder import (
     clip_errors,
     embed_images,
@@ -52,7 +58,7 @@ from cond_diffusion.training.setup import acquire_resumed, check_unchanged, find
 from cond_diffusion.training.state import copy_to_cpu, load_moments, local_shard, moments_of, read_shards
 
 KEEP_CHECKPOINTS = 2
-EMBEDDING_BATCH_SIZE = 500  # images or captions
+IMAGES_AT_ONCE = 500  # that are compared with all captions
 # Keys that a resumed run may not change, because the weights depend on them.
 FIXED_KEYS = (
     *("seed", "vocab_size", "max_length", "patch_size", "width", "layers", "num_heads", "batch_size"),
@@ -62,26 +68,7 @@ FIXED_KEYS = (
 logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
-def image_embeddings(clip: CLIPModel, data: CaptionedImages) -> Float[Tensor, "n d"]:
-    """Compute the CLIP embeddings of all images, not normalized."""
-    batches = data.images.split(EMBEDDING_BATCH_SIZE)
-    return torch.cat([embed_images(clip, to_model(images.to(clip.device))) for images in batches])
-
-
-@torch.no_grad()
-def caption_embeddings(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, captions: Sequence[str], max_length: int
-) -> Float[Tensor, "n d"]:
-    """Compute the normalized CLIP embeddings of captions."""
-    starts = range(0, len(captions), EMBEDDING_BATCH_SIZE)
-    batches = [captions[start : start + EMBEDDING_BATCH_SIZE] for start in starts]
-    return F.normalize(torch.cat([embed_texts(clip, tokenizer, batch, max_length) for batch in batches]), dim=-1)
-
-
-def zero_shot_accuracy(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, data: CaptionedImages, max_length: int
-) -> dict[str, float]:
+def zero_shot_accuracy(clip: ClipJudge, data: CaptionedImages) -> dict[str, float]:
     """Compute the zero-shot classification accuracy for each caption template.
 
     Each image is classified as the caption group with the nearest caption. The n-th template consists of the n-th
@@ -90,25 +77,22 @@ def zero_shot_accuracy(
     Returns:
         The accuracy by template; keys are the captions of the first group.
     """
-    features, accuracy = image_embeddings(clip, data), {}
+    features, accuracy = clip(data.images), {}
     for captions in zip(*data.caption_groups, strict=False):
-        texts = caption_embeddings(clip, tokenizer, captions, max_length)
-        nearest = (features @ texts.T).argmax(1).cpu()
+        nearest = (features @ clip.texts(captions).T).argmax(1)
         accuracy[captions[0]] = (nearest == data.group_of).float().mean().item()
     return accuracy
 
 
-def retrieval_accuracy(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, data: CaptionedImages, max_length: int
-) -> dict[str, float]:
+def retrieval_accuracy(clip: ClipJudge, data: CaptionedImages) -> dict[str, float]:
     """Compute how often a caption of an image is the nearest, or among the five nearest, of all distinct captions.
 
     Returns:
         The fractions of images, by "top-1" and "top-5".
     """
     captions = list(dict.fromkeys(caption for group in data.caption_groups for caption in group))
-    texts = caption_embeddings(clip, tokenizer, captions, max_length)
-    rows = image_embeddings(clip, data).split(EMBEDDING_BATCH_SIZE)
+    texts = clip.texts(captions)
+    rows = clip(data.images).split(IMAGES_AT_ONCE)
     nearest = torch.cat([(features @ texts.T).topk(min(5, len(captions))).indices for features in rows])
     own = [set(data.caption_groups[group]) for group in data.group_of.tolist()]
     is_own = [[captions[i] in group for i in row] for row, group in zip(nearest.tolist(), own, strict=True)]
@@ -149,12 +133,12 @@ def pretrain(
                 split, test = config.test_split, load_captioned_images(config.data, config.test_split)
             except UserError as error:
                 logger.warning("test_split: %s; measuring accuracies on the training images", error)
-        clip, tokenizer = _train(config, data, newest, lock, accelerator)
+        clip = ClipJudge(*_train(config, data, newest, lock, accelerator), None, config.max_length)
         accuracy = {}
         if config.data.with_captions().caption_templates:
-            templates = zero_shot_accuracy(clip, tokenizer, test, config.max_length)
+            templates = zero_shot_accuracy(clip, test)
             accuracy = {f"zero-shot accuracy, captions such as {name!r}": value for name, value in templates.items()}
-        retrieval = retrieval_accuracy(clip, tokenizer, test, config.max_length)
+        retrieval = retrieval_accuracy(clip, test)
         return split, accuracy | {f"retrieval of an own caption, {name}": value for name, value in retrieval.items()}
 
 

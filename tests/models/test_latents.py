@@ -204,13 +204,19 @@ def test_unreadable_images_have_no_cached_latents(tmp_path: Path, monkeypatch: p
     found = latent_set(open_captioned_files(data), vae, Accelerator(cpu=True))
     assert [found.caption_groups[group] for group in found.group_of.tolist()] == [(f"image {i}",) for i in (0, 1, 3)]
     third = vae.encode(from_pillow(Image.new("RGB", (24, 24), (120, 0, 255)))[None])[0]
-    torch.testing.assert_close(found._row(2), third, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.x_0[2].float(), third, rtol=1e-3, atol=1e-3)
     strict = replace(data, max_bad_fraction=0.3)
     with pytest.raises(UserError, match=r"^data\.source: 2 of 5 .*data\.max_bad_fraction \(0\.3\)"):  # from the cache
         latent_set(open_captioned_files(strict), vae, Accelerator(cpu=True))
     Image.new("RGB", (24, 24), "red").save(tmp_path / "3.png")  # the same name, another image
     again = latent_set(open_captioned_files(data), vae, Accelerator(cpu=True))
-    assert (again._row(2) - found._row(2)).abs().max() > 0.1
+    assert (again.x_0[2] - found.x_0[2]).abs().max() > 0.1
+    Image.new("RGBA", (24, 24)).save(tmp_path / "0.png")  # transparent
+    on_colors = [
+        latent_set(open_captioned_files(replace(data, background=color)), vae, Accelerator(cpu=True)).x_0[0]
+        for color in ("black", "white")
+    ]
+    assert (on_colors[0] - on_colors[1]).abs().max() > 0.1
 
 
 @pytest.mark.slow

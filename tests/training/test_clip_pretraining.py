@@ -23,8 +23,8 @@ from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.run import ClipPretrainingConfig, Config, load_config
 from cond_diffusion.data.dataset import load_captioned_images
 from cond_diffusion.errors import Interrupted, UserError
-from cond_diffusion.models.clip import build_clip, contrastive_loss, count_whole_words, train_tokenizer
-from cond_diffusion.models.text_encoder import BUILT_IN_ENCODER, TextEncoder, embed_texts
+from cond_diffusion.models.clip import ClipJudge, build_clip, contrastive_loss, count_whole_words, train_tokenizer
+from cond_diffusion.models.text_encoder import TextEncoder, embed_texts
 from cond_diffusion.pipeline.run_folder import RunLock, checkpoints
 from cond_diffusion.training import preflight
 from cond_diffusion.training.clip_pretraining import pretrain, retrieval_accuracy, training_loss, zero_shot_accuracy
@@ -149,11 +149,10 @@ def test_retrieval_ranks_an_own_caption_among_all_distinct_captions(
     groups = (("a", "other a"), ("b",), ("c", "d", "e", "f", "g"), ("h",))
     data = replace(data, images=data.images[:3], group_of=torch.tensor([0, 1, 3]), caption_groups=groups)
     scores = torch.tensor([[9, 8, 1, 1, 1, 1, 1, 1, 1], [9, 0, 8, 1, 1, 1, 1, 1, 1], [9, 8, 7, 6, 5, 1, 1, 1, 4]])
-    module = "cond_diffusion.training.clip_pretraining."
-    monkeypatch.setattr(f"{module}image_embeddings", lambda *_: scores.float())
-    monkeypatch.setattr(f"{module}caption_embeddings", lambda *_: torch.eye(9))
+    monkeypatch.setattr(ClipJudge, "forward", lambda *_: scores.float())
+    monkeypatch.setattr(ClipJudge, "texts", lambda *_: torch.eye(9))
     tokenizer = train_tokenizer(["a"], 600, 16)
-    accuracy = retrieval_accuracy(build_clip(small_clip, tokenizer), tokenizer, data, 16)
+    accuracy = retrieval_accuracy(ClipJudge(build_clip(small_clip, tokenizer), tokenizer, None, 16), data)
     assert accuracy == {"top-1": pytest.approx(1 / 3), "top-5": pytest.approx(2 / 3)}
 
 
@@ -161,9 +160,8 @@ def test_retrieval_ranks_an_own_caption_among_all_distinct_captions(
 def test_built_in_clip_classifies_mnist_zero_shot():
     """On the 10,000 test images, with each caption template of its training."""
     config = load_config(ClipPretrainingConfig, ROOT / "configs" / "clip_mnist.yaml")
-    clip = CLIPModel.from_pretrained(BUILT_IN_ENCODER).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(BUILT_IN_ENCODER)
-    accuracy = zero_shot_accuracy(clip, tokenizer, load_captioned_images(config.data, "test"), config.max_length)
+    clip = ClipJudge.from_pretrained("builtin", config.max_length)
+    accuracy = zero_shot_accuracy(clip, load_captioned_images(config.data, "test"))
     assert len(accuracy) == 12
     assert min(accuracy.values()) > 0.97
 
@@ -201,7 +199,7 @@ def test_pretrained_clip_classifies_images_by_their_captions(bars_parquet: Path,
     # transformers' classes load the result, and so does TextEncoder.
     clip, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
     bars = load_captioned_images(data)
-    accuracy = zero_shot_accuracy(clip, tokenizer, bars, config.max_length)
+    accuracy = zero_shot_accuracy(ClipJudge(clip, tokenizer, None, config.max_length), bars)
     assert accuracy == {"a bar that is upright": 1.0, "upright": 1.0}
     assert TextEncoder.from_pretrained(folder, max_length=16)(["level"]).shape == (1, 16, 32)
     with pytest.raises(UserError, match=f"^run_dir: {re.escape(str(folder))} "):
