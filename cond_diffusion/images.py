@@ -21,7 +21,8 @@ from cond_diffusion.errors import UserError, user_errors
 logger = logging.getLogger(__name__)
 
 PILLOW_MODES = {1: "L", 3: "RGB"}
-UNSAFE_FORMATS = ("EPS", "WMF")  # Pillow passes them to Ghostscript and to Windows
+# Pillow passes these to Ghostscript, to Windows, and to any of its decoders.
+UNSAFE_FORMATS = ("EPS", "WMF", "IPTC")
 LABEL_WIDTH, LINE_HEIGHT = 112, 13  # pixels
 # Fonts of the system with letters outside ASCII; matplotlib ships the first one.
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")

@@ -159,6 +159,16 @@ def _is_safe(call: ast.Call) -> bool:
     return isinstance(value, ast.Constant) and value.value is False
 
 
+def iptc(content: bytes) -> bytes:
+    """Return an IPTC file of 8 x 8 pixels that holds an image of another format."""
+
+    def field(record: int, number: int, value: bytes) -> bytes:
+        return bytes((0x1C, record, number)) + len(value).to_bytes(2, "big") + value
+
+    header = [(60, b"\1\0"), (20, b"\0\0\0\x08"), (30, b"\0\0\0\x08"), (120, b"\5")]
+    return b"".join(field(3, *each) for each in header) + field(8, 10, content)
+
+
 def test_images_start_no_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Pillow passes PostScript to Ghostscript, whatever the name of the file."""
     marker = tmp_path / "executed"
@@ -171,16 +181,19 @@ def test_images_start_no_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with Image.new("RGB", (8, 8)) as image:
         for name in ("a.eps", "b.eps"):
             image.save(tmp_path / name)
+    eps = (tmp_path / "b.eps").read_bytes()
     (tmp_path / "b.eps").rename(tmp_path / "b.png")
-    with suppress(OSError), Image.open(tmp_path / "a.eps") as image:
-        image.load()
-    assert marker.exists()
-    marker.unlink()
-    for path in (tmp_path / "a.eps", tmp_path / "b.png"):
+    (tmp_path / "c.png").write_bytes(iptc(eps))  # whose content Pillow opens as any image
+    for name in ("a.eps", "c.png"):
+        with suppress(OSError), Image.open(tmp_path / name) as image:
+            image.load()
+        assert marker.exists()
+        marker.unlink()
+    for path in (tmp_path / "a.eps", tmp_path / "b.png", tmp_path / "c.png"):
         (tmp_path / f"{path.stem}.txt").write_text("a caption", encoding="utf-8")
         with pytest.raises(UserError, match="is not a readable image"):
             open_image(str(path), "--image")
-    with pytest.raises(UserError, match=r"data\.image_column: .* 1 of 1 images cannot be read"):
+    with pytest.raises(UserError, match=r"data\.image_column: .* 2 of 2 images cannot be read"):
         load_captioned_images(DataConfig(source=str(tmp_path), resolution=8))
     assert not marker.exists()
 

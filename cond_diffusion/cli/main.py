@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from pkgutil import resolve_name
 from signal import SIGINT
@@ -84,22 +85,22 @@ def command_line(command: Callable[[], None]) -> int:
     except UserError as error:
         # An error that all processes share is printed once.
         if error.of_this_process or is_main:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+            _print_error(f"error: {printable(str(error))}")
         return 2
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
             raise
-        print(f"error: {printable(str(error.filename)):.200}: {error.strerror}", file=sys.stderr)
+        _print_error(f"error: {printable(str(error.filename)):.200}: {error.strerror}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         reason = printable(first_line(error))
-        print(f"error: out of memory ({reason}); choose a smaller batch size", file=sys.stderr)
+        _print_error(f"error: out of memory ({reason}); choose a smaller batch size")
         return 2
     except KeyboardInterrupt as interruption:
         if is_main:
-            print(printable(str(interruption)) or "interrupted", file=sys.stderr)
+            _print_error(printable(str(interruption)) or "interrupted")
         interrupt_handler.line = b""
         return 128 + (interruption.signal if isinstance(interruption, Interrupted) else SIGINT)
     finally:
@@ -107,6 +108,11 @@ def command_line(command: Callable[[], None]) -> int:
         logger.removeHandler(handler)
         logger.setLevel(previous_level)
     return 0
+
+
+def _print_error(line: str) -> None:
+    with suppress(OSError):  # of a closed terminal or a full disk: the exit code remains
+        print(line, file=sys.stderr, flush=True)
 
 
 class _PrintableFormatter(logging.Formatter):

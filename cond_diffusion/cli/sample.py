@@ -82,7 +82,7 @@ def recorded_settings(path: str | None, given: dict[str, Any]) -> dict[str, Any]
                 values = ", ".join(f"{name} {value}" for name, value in dropped.items())
                 logger.info("--from-image: without %s, since --%s replaces %s", values, option, recorded.get(option))
     for name in ("image", "mask"):
-        if name in recorded and name not in given and not Path(recorded[name]).exists():
+        if recorded.get(name) and name not in given and not Path(recorded[name]).exists():
             raise UserError(f"--from-image: {path} was made from {recorded[name]}, which is not there; give --{name}")
     return recorded
 

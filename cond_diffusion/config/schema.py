@@ -270,7 +270,8 @@ def _end(node: Any) -> int:
     """Return the index after the last character of a node; YAML's end mark of a block is that of comments after it."""
     if node.id == "scalar" or node.flow_style:
         return node.end_mark.index
-    return _end(node.value[-1][1] if node.id == "mapping" else node.value[-1])
+    end = _end(node.value[-1][1] if node.id == "mapping" else node.value[-1])
+    return end if end > node.start_mark.index else node.end_mark.index  # the last child may be an alias
 
 
 def _unknown_key(key: str, schema: Any) -> UserError:

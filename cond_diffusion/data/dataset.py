@@ -341,33 +341,41 @@ def open_captioned_files(config: DataConfig, split: str = "train", dataset: Exam
         raise UserError(f"data.source: {config.source} ({split}) is empty; expected at least one image")
     files = select_image_column(table, config)
     captions_of = caption_reader(config, table.features[config.caption_column])
-    groups: list[CaptionGroup] = []
+    group_numbers: dict[CaptionGroup, int] = {}
+    group_of = []
     # Not from `table.data`, which ignores the selection and the order of the rows.
     blocks: Any = table.select_columns(config.caption_column).iter(CAPTION_BLOCK_SIZE)
     for row, value in enumerate(value for block in blocks for value in block[config.caption_column]):
         try:
-            groups.append(captions_of(value))
+            group_of.append(group_numbers.setdefault(captions_of(value), len(group_numbers)))
         except UserError as error:
             raise UserError(f"{error} (row {row} of {len(table)}, 0-based)") from error
-    if len(rows_of := _rows_of_images(files, config.image_column)) < len(groups):
-        logger.info("data.source: %d rows of %d images; their captions are joined", len(groups), len(rows_of))
-        groups = [tuple(dict.fromkeys(caption for row in rows for caption in groups[row])) for rows in rows_of]
+    if rows_of := _rows_of_repeated_images(files, config.image_column):
+        logger.info("data.source: %d rows of %d images; their captions are joined", len(files), len(rows_of))
+        of_rows = [*group_numbers]
+        joined = [dict.fromkeys(text for row in rows for text in of_rows[group_of[row]]) for rows in rows_of]
+        group_numbers = {}
+        group_of = [group_numbers.setdefault(tuple(group), len(group_numbers)) for group in joined]
         files = files.select([rows[0] for rows in rows_of])
-    group_numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    group_of = torch.tensor([group_numbers[group] for group in groups])
-    return CaptionedFiles(config, files, group_of, tuple(group_numbers), table.column_names)
+    return CaptionedFiles(config, files, torch.tensor(group_of), tuple(group_numbers), table.column_names)
 
 
-def _rows_of_images(files: datasets.Dataset, column: str) -> list[list[int]]:
-    """Return the rows of each image; rows with the same path have the same image."""
-    rows_of: dict[Any, list[int]] = {}
-    row = 0
-    for block in cast(Any, files.with_format("arrow").iter(CAPTION_BLOCK_SIZE)):
-        cells = block.column(column).combine_chunks()
-        is_embedded = cells.field("bytes").is_valid().to_pylist()
-        for path, embedded in zip(cells.field("path").to_pylist(), is_embedded, strict=True):
-            rows_of.setdefault(row if embedded or path is None else path, []).append(row)
-            row += 1
+def _rows_of_repeated_images(files: datasets.Dataset, column: str) -> list[list[int]]:
+    """Return the rows of each image if some rows have the same path, and therefore the same image; otherwise nothing.
+
+    Embedded images, whose first row has bytes, are not compared.
+    """
+    first = files[0][column]
+    if first is None or first["bytes"] is not None:
+        return []
+    blocks: Any = files.with_format("arrow").iter(CAPTION_BLOCK_SIZE)
+    chunks = (chunk for block in blocks for chunk in block.column(column).chunks)
+    paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
+    if len({*paths} - {None}) + paths.count(None) == len(paths):
+        return []
+    rows_of: dict[str | int, list[int]] = {}
+    for row, path in enumerate(paths):
+        rows_of.setdefault(row if path is None else path, []).append(row)
     return [*rows_of.values()]
 
 

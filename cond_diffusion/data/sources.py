@@ -141,13 +141,19 @@ class _Files:
 def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _Files:
     """Return the table of images with text files, or the files of another kind of folder."""
     all_files, has_links = _list_files(folder)
-    tops = {folder / file.relative_to(folder).parts[0] for file in all_files if file.parent != folder}
-    split_folder = next((top for top in sorted(tops) if top.name.lower() == split), folder)
+    parents = {file.parent for file in all_files}
+    folders = {above for parent in parents for above in (parent, *parent.parents) if folder in above.parents}
+    tops = {top for top in folders if top.parent == folder}
+    named = [top for top in tops if top.name.lower() == split]
+    split_folder = min(named, key=lambda top: (top.name != split, top), default=folder)
     left_out = set()  # the folders of other splits, at any depth
     if split_folder == folder:
-        parents = {parent for file in all_files for parent in file.parents if folder in parent.parents}
-        left_out = {parent for parent in parents if parent.name.lower() in OTHER_SPLITS}
-    files = [f for f in all_files if f.is_relative_to(split_folder) and left_out.isdisjoint(f.parents)]
+        left_out = {other for other in folders if other.name.lower() in OTHER_SPLITS}
+    is_used = {
+        parent: parent.is_relative_to(split_folder) and left_out.isdisjoint((parent, *parent.parents))
+        for parent in parents
+    }
+    files = [file for file in all_files if is_used[file.parent]]
     root_metadata = [file for file in all_files if file.parent == folder and file.name in METADATA_NAMES]
     metadata = [file for file in files if file.name in METADATA_NAMES] or root_metadata
     archives = {} if metadata else _archives(all_files)
@@ -174,10 +180,15 @@ def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _F
         table = datasets.Dataset.from_dict({"image": [str(image) for image in pairs], "text": texts})
         return table.cast_column("image", datasets.Image())
     zips = [file for file in files if file.suffix.lower() == ".zip"]
-    if not zips and not any(map(_is_image, files)):
-        suffixes = ", ".join(sorted({file.suffix for file in all_files})) or "no files"
+    if not (zips or metadata or any(map(_is_image, files))):
+        if left_out and any(map(_is_image, all_files)):
+            first = min(left_out)
+            raise UserError(
+                f"data.source: {source} has images only in {first}; to train on them, set it to that folder"
+            )
+        suffixes = ", ".join(sorted({file.suffix for file in all_files} - {""})) or "no files"
         raise UserError(f"data.source: {source} contains no images, Parquet files or tar files, but {suffixes}")
-    for file in zips if not metadata else ():  # otherwise `_of_split` leaves their images out
+    for file in zips if split_folder == folder and not metadata else ():  # with metadata, `_of_split` leaves them out
         _check_zip(file)
     # Folders, since `datasets` infers splits from words in file names; each by itself where it would find others, too:
     # those of other splits, or a folder and a link to it.
@@ -187,7 +198,7 @@ def _open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | _F
     outside = sorted(set(metadata) - set(files))
     globs += [escape(str(file)) for file in outside]
     has_other_splits = bool(left_out) or split_folder != folder
-    is_mixed = bool(zips) or (bool(root_metadata) and has_other_splits)
+    is_mixed = bool(zips) or (bool(metadata) and has_other_splits)
     return _Files("imagefolder", split, [*files, *outside], globs, is_mixed)
 
 
@@ -197,11 +208,11 @@ def _list_files(folder: Path) -> tuple[list[Path], bool]:
     Hidden names are skipped.
     """
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"data.source: {error.filename} cannot be read ({error.strerror})") from error
+    def warn(error: OSError) -> None:
+        logger.warning("data.source: skipping %s, which cannot be read (%s)", error.filename, error.strerror)
 
     files, has_links, visited = [], False, set()
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=warn):
         real = os.path.realpath(root)
         if real in visited:
             folders.clear()
@@ -260,9 +271,10 @@ def _is_image(file: Path) -> bool:
 
 
 def _warn_unpaired(source: str, files: Sequence[Path], pairs: dict[Path, Path]) -> None:
-    texts = set(pairs.values())
+    stems = {image.with_suffix("") for image in pairs}
     images = [file for file in files if _is_image(file) and file not in pairs]
-    captions = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES and file not in texts]
+    texts = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
+    captions = [file for file in texts if file.with_suffix("") not in stems]
     for kind, left_out in (("image(s) without a caption", images), ("caption(s) without an image", captions)):
         if left_out:
             names = ", ".join(file.name for file in left_out[:3])
@@ -398,15 +410,22 @@ def _warn_if_ambiguous(source: str, path: Path) -> None:
 
 
 def _files_of_split(source: str, folder: Path, files: list[Path], split: str) -> list[Path]:
-    """Return the files whose path contains the word `split`; for training otherwise those of no split."""
+    """Return the files whose path has a part that begins with `split`, or that contains this word if others contain
+    that of another split; for training otherwise those of no split."""
 
-    def belongs_to(file: Path, *splits: str) -> bool:
-        name = re.compile(f"(?<![a-z])({'|'.join(map(re.escape, splits))})(?![a-z])")  # not "trains" for "train"
-        return any(name.search(part.lower()) for part in file.relative_to(folder).parts)
+    def of(*splits: str, inside: bool) -> list[Path]:
+        words = "|".join(map(re.escape, splits))
+        name = re.compile(rf"{'.*(?<![a-z])' if inside else ''}({words})(?![a-z])")  # not "trains" for "train"
+        return [file for file in files if any(name.match(part.lower()) for part in file.relative_to(folder).parts)]
 
-    split_files = [file for file in files if belongs_to(file, split)]
+    others = [name for name in (*OTHER_SPLITS, "train") if name != split]
+    split_files = of(split, inside=False)
+    if not split_files and of(*others, inside=True):
+        split_files = [file for file in of(split, inside=True) if file not in of(*others, inside=True)]
     if not split_files and split == "train":
-        split_files = [file for file in files if not belongs_to(file, *OTHER_SPLITS)]
+        split_files = [file for file in files if file not in of(*others, inside=True)]
+        if not split_files:  # such as "my-test-set-0.tar" alone
+            split_files = [file for file in files if file not in of(*others, inside=False)]
     if not split_files:
         what = f"no file {split}*{files[0].suffix}; to use {files[0].name}, set data.source to that file"
         raise UserError(f"data.source: {source} has no split {split!r}: {what}")

@@ -55,8 +55,8 @@ class Results:
                     self._continue(read_json(self.file))
                 self._write()  # fails before the first image is generated if the folder cannot be written
             except (UserError, OSError):
-                (folder / LOCK_NAME).unlink(missing_ok=True)
                 self.__exit__()
+                (folder / LOCK_NAME).unlink(missing_ok=True)
                 raise
 
     def __enter__(self) -> "Results":

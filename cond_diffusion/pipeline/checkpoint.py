@@ -117,9 +117,8 @@ class Checkpoint:
         if not file.is_file() or not re.search("^run_dir:", read_text(file), re.MULTILINE):  # of other software
             return None
         config, run_dir = load_config(Config, file), self.folder.absolute().parent.parent
-        if config.text.encoder == PRETRAIN and (run_dir / "text_encoder").is_dir():
-            return replace(config, run_dir=str(run_dir))  # the run may have been moved, with its CLIP
-        return config
+        is_moved = config.text.encoder == PRETRAIN and Path(config.run_dir).resolve() != run_dir.resolve()
+        return replace(config, run_dir=str(run_dir)) if is_moved and (run_dir / "text_encoder").is_dir() else config
 
     @property
     def background(self) -> str:

@@ -266,14 +266,22 @@ def _existing_images(settings: GenerationSettings, folder: Path, image_of: Setti
         row, i = map(int, numbers.groups()) if numbers else (-1, -1)
         if 0 <= row < len(settings.prompts) and i < settings.num_images:
             expected, own = image_of(row, i)
-            if path != expected:
+            if path == expected:
+                _check_same_settings(path, own)
+                existing.add(path.name)
+            elif (stored := _stored_prompts(path)) not in (None, [*own.prompts]):
                 raise UserError(
-                    f"--output-dir: {path} has the numbers of {expected.name}, an image of another prompt; choose "
+                    f"--output-dir: {path} is an image of {stored}, with the numbers of {expected.name}; choose "
                     "another folder"
                 )
-            _check_same_settings(path, own)
-            existing.add(path.name)
     return existing
+
+
+def _stored_prompts(path: Path) -> list[str] | None:
+    """Return the prompts that a PNG was generated from, or None if it is of other software."""
+    with suppress(UserError):
+        return read_settings(str(path), "--output-dir")["prompts"]
+    return None
 
 
 def _check_same_settings(path: Path, settings: GenerationSettings) -> None:

@@ -411,9 +411,10 @@ class TextToImage:
         if options.dynamic_thresholding is not None and self.latent_space.is_latent:
             raise UserError("dynamic_thresholding: applies only to pixel-space models; this model is in latent space")
         scales = options.per_prompt("guidance_scale", len(prompts))
-        for name in ("negative_prompt", "guidance_interval", "guidance_rescale"):
-            if getattr(options, name) and all(scale == 1 for scale in scales):
-                self._warn_once(f"{name}: has no effect at guidance_scale 1")
+        given = {"negative_prompt": any(negative_prompts), "guidance_interval": interval is not None}
+        for name, is_given in {**given, "guidance_rescale": options.guidance_rescale > 0}.items():
+            if is_given and all(scale == 1 for scale in scales):
+                self._warn_once(f"{name}: has no effect on prompts with guidance_scale 1")
         edit = self._prepare_edit(options, image, mask)
         visited = sampling_timesteps(options.sampler, self.schedule, options.steps)
         return Job(

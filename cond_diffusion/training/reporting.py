@@ -7,6 +7,7 @@
 import json
 import logging
 import math
+import re
 import shlex
 import signal
 import sys
@@ -158,8 +159,8 @@ class Reporter:
                 "saved %s; sample from it with: %s %s --checkpoint %s",
                 checkpoint,
                 command,
-                f'"{prompt}"' if prompt.replace(" ", "").isalnum() else shlex.quote(prompt),
-                shlex.quote(str(self.run_dir)),
+                _quoted(prompt),
+                _quoted(str(self.run_dir)),
             )
         return checkpoint
 
@@ -192,6 +193,13 @@ class Reporter:
         except Exception as error:  # of a kind for each tracker
             logger.warning("track: %s (%s); continuing without it", self.config.track, first_line(error))
             self.accelerator.trackers = []
+
+
+def _quoted(text: str) -> str:
+    """Return a word of a command line, in double quotes, which Windows requires, if that is enough."""
+    if re.fullmatch(r"[\w./:\\-]+", text):
+        return text
+    return shlex.quote(text) if re.search(r'["$`\\]', text) else f'"{text}"'
 
 
 class _StandardError:

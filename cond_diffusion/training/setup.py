@@ -311,9 +311,10 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
 
 def _comes_from(folder: str, init_from: str) -> bool:
     """Return whether `folder`, which a run started from, is what `init_from` names; a folder that is gone may be."""
-    named = BUILT_IN_MODELS.get(init_from, Path(init_from))
+    if init_from in BUILT_IN_MODELS:
+        return Path(folder).name == BUILT_IN_MODELS[init_from].name  # maybe of another installation
     in_cache = f"models--{init_from.replace('/', '--')}" in Path(folder).parts  # of the Hub
-    return not Path(folder).is_dir() or in_cache or Path(folder).resolve().is_relative_to(named.resolve())
+    return not Path(folder).is_dir() or in_cache or Path(folder).resolve().is_relative_to(Path(init_from).resolve())
 
 
 def _options(values: Any) -> dict[str, Any]:

@@ -135,8 +135,8 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
             problem, micro_batches = None, iter(())
             try:
                 micro_batches = batches.next_step()
-            except UserError as error:
-                problem = UserError(str(error), of_this_process=True)
+            except (UserError, MemoryError) as error:
+                problem = UserError(str(error) or "data.source: out of memory", of_this_process=True)
             if any_process(problem is not None, accelerator):
                 save_at_error()
                 raise problem or UserError(f"data.source: step {step + 1}: another process cannot read its data")
@@ -150,6 +150,7 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
             if bad_steps:
                 _skip_step(step, batches, optimizer, accelerator)
                 if bad_steps >= config.train.max_bad_steps:
+                    global_step = step + 1  # the position of the data
                     save_at_error()
                     raise UserError(
                         f"train.max_bad_steps: non-finite gradients in {bad_steps} consecutive steps, up to step "

@@ -188,6 +188,8 @@ def test_interrupted_output_folder_is_continued_and_its_images_equal_those_sampl
     code, _, errors = run_script("sample", "seven", "a six", *arguments[2:], "--output-dir", "all")
     assert code == 2
     assert re.search(r"error: --output-dir: all/0001-0000-a-two\.png .* 0001-0000-a-six\.png.* another folder", errors)
+    Image.new("L", (8, 8)).save("all/0000-0000-seven-2x.png")  # of the user
+    assert run_script("sample", *more)[0] == 0
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])

@@ -22,7 +22,7 @@ from PIL import Image
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.run import Config
 from cond_diffusion.data.cache import cached_shards
-from cond_diffusion.data.dataset import load_captioned_images
+from cond_diffusion.data.dataset import load_captioned_images, open_captioned_files
 from cond_diffusion.data.loader import open_training_data
 from cond_diffusion.data.sources import open_source
 from cond_diffusion.data.stream import CaptionedStream, RandomDraws
@@ -106,7 +106,9 @@ def test_a_folder_and_a_link_to_it_are_read_once(tmp_path: Path, streaming: bool
     assert len(rows) == 3
 
 
-def test_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     write_pairs(tmp_path / "a")
     write_pairs(tmp_path / "b")
     scan = os.scandir
@@ -117,8 +119,8 @@ def test_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path: Path, monkeyp
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=r"^data\.source: .*/b cannot be read \(Permission denied\)"):
-        captions_of(tmp_path)
+    assert captions_of(tmp_path) == PAIRS
+    assert re.search(r"skipping .*/b, which cannot be read \(Permission denied\)", caplog.text)
 
 
 def test_rows_of_the_same_image_are_joined(tmp_path: Path):
@@ -139,11 +141,12 @@ def test_rows_of_the_same_image_are_joined(tmp_path: Path):
     assert held_out.max() not in trained_on.amax((1, 2, 3))
 
 
-def test_captions_have_suffixes_in_any_case(tmp_path: Path):
+def test_captions_have_suffixes_in_any_case(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for name, suffix in (("a", ".TXT"), ("b", ".caption"), ("c", ".txt"), ("c", ".caption")):
         write_image(tmp_path / f"{name}.PNG")
         (tmp_path / f"{name}{suffix}").write_text(f"{name}{suffix}", encoding="utf-8")
     assert captions_of(tmp_path) == ["a.TXT", "b.caption", "c.txt"]
+    assert "skipping" not in caplog.text
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -158,6 +161,41 @@ def test_other_splits_are_found_in_any_case_and_depth(tmp_path: Path, names: str
         write_image(other / "unlisted.png")
     rows = [*open_source(str(tmp_path), "train", streaming=streaming)]
     assert len(rows) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_metadata_above_nested_splits_lists_training_images_alone(tmp_path: Path, streaming: bool):
+    lines = []
+    for i, split in enumerate(("train", "train", "test")):
+        write_image(tmp_path / "set" / split / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{split}/{i}.png", "text": f"caption {i}"}))
+    (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    rows = [*open_source(str(tmp_path), "train", streaming=streaming)]
+    assert [row["text"] for row in rows] == ["caption 0", "caption 1"]
+
+
+def test_images_that_metadata_list_need_no_suffix(tmp_path: Path):
+    for i in range(2):
+        write_image(tmp_path / "a.png")
+        (tmp_path / "a.png").rename(tmp_path / f"000{i}")
+    lines = [json.dumps({"file_name": f"000{i}", "text": f"caption {i}"}) for i in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert captions_of(tmp_path) == PAIRS[:2]
+
+
+def test_images_of_other_splits_alone_are_named(tmp_path: Path):
+    write_pairs(tmp_path / "x" / "test")
+    with pytest.raises(UserError, match=r"has images only in .*/x/test; to train on them, set it to that folder"):
+        captions_of(tmp_path)
+
+
+def test_large_embedded_images_are_not_copied(tmp_path: Path):
+    """They are more than 2 GiB in a block of rows."""
+    content = [{"bytes": bytes(3_000_000), "path": None}] * 800
+    table = datasets.Dataset.from_dict({"image": content[:1], "text": ["a"]})
+    table = datasets.concatenate_datasets([table] * 800).cast_column("image", datasets.Image())
+    files = open_captioned_files(DataConfig(source="x"), dataset=table)
+    assert len(files) == 800
 
 
 def test_an_archive_with_other_splits_is_refused(tmp_path: Path):
@@ -419,6 +457,11 @@ def test_a_file_is_of_a_split_only_if_its_name_contains_the_whole_word(tmp_path:
     assert captions_of(tmp_path, **TAR) == PAIRS
     write_tar(tmp_path / "cars_train.tar", 1)
     assert captions_of(tmp_path, **TAR) == ["caption 0"]
+    for name in ("bus", "freight-train", "plane"):  # no file of another split, so "train" is a thing
+        write_tar(tmp_path / "vehicles" / f"{name}.tar", 1)
+    assert len(captions_of(tmp_path / "vehicles", **TAR)) == 3
+    write_tar(tmp_path / "set" / "my-test-set.tar", 2)
+    assert len(captions_of(tmp_path / "set", **TAR)) == 2
     write_tar(tmp_path / "alone" / "test.tar", 1)
     with pytest.raises(UserError, match=r"no file train\*\.tar; to use test\.tar, set data\.source to that file"):
         captions_of(tmp_path / "alone", **TAR)

@@ -145,7 +145,9 @@ def test_options_without_an_effect_are_logged(pipe: TextToImage, caplog: pytest.
     pipe("a digit seven", guidance_scale=2, **options, progress=False)
     assert not caplog.records
     pipe("a digit seven", guidance_scale=1, **options, progress=False)
-    messages = [f"{name}: has no effect at guidance_scale 1" for name in ("negative_prompt", "guidance_rescale")]
+    messages = [
+        f"{name}: has no effect on prompts with guidance_scale 1" for name in ("negative_prompt", "guidance_rescale")
+    ]
     assert [record.getMessage() for record in caplog.records] == messages
 
 

@@ -61,7 +61,6 @@ def test_check_reports_data_cost_and_overfitting(working_directory: Path, stream
     assert not (working_directory / "runs").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "length", "advice"),
     [
@@ -76,6 +75,7 @@ def test_advice_for_long_captions_can_be_followed(changes: dict[str, Any], lengt
     assert preflight._longer_captions(Config(**changes), length, longest=16) == advice
 
 
+@pytest.mark.slow
 def test_check_accepts_empty_captions(working_directory: Path):
     for i in range(4):
         Image.new("L", (28, 28)).save(working_directory / f"{i}.png")

@@ -263,7 +263,7 @@ def test_max_bad_steps_ends_the_run_with_a_finite_checkpoint(bars_config: Config
     with pytest.raises(UserError, match=r"^train\.max_bad_steps: .* 3 .*step 6"):
         train(with_train(bars_config, max_steps=9, max_bad_steps=3, checkpoint_every=0))
     newest = checkpoints(Path(bars_config.run_dir))[-1]
-    assert newest.name == "step-00000005"  # the weights of step 2
+    assert newest.name == "step-00000006"  # the weights of step 3
     assert all(value.isfinite().all() for value in weights(newest).values())
 
 
