@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from PIL import ImageColor
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
 from cond_diffusion.config.schema import Fraction, LocalPath, NonNegativeInt, PositiveInt, option, section
 from cond_diffusion.errors import UserError, user_errors
@@ -39,7 +38,6 @@ def _of_source(name: str, default: Any, description: str) -> Any:
 
 
 @section("data")
-@dataclass(frozen=True)
 class DataConfig:
     """Training images, their captions and their preprocessing."""
 

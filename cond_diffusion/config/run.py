@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.sampling import (
@@ -46,7 +45,6 @@ TimestepDensity = Literal["uniform", "logit_normal", "loss_weight", "later"]
 
 
 @section("train")
-@dataclass(frozen=True)
 class TrainConfig:
     """Optimization, averaging, checkpoints and logging."""
 
@@ -105,7 +103,6 @@ class TrainConfig:
 
 
 @section("sample")
-@dataclass(frozen=True)
 class SampleConfig:
     """Sample grids during training, with one column per prompt."""
 
@@ -139,7 +136,6 @@ class SampleConfig:
 
 
 @section("text")
-@dataclass(frozen=True)
 class TextConfig:
     """The frozen text encoder."""
 
@@ -163,7 +159,6 @@ class TextConfig:
 
 
 @section("latent")
-@dataclass(frozen=True)
 class LatentConfig:
     """The space that diffusion runs in: pixels, patches of pixels, or the latents of a VAE."""
 
@@ -178,7 +173,6 @@ class LatentConfig:
 
 
 @section("objective")
-@dataclass(frozen=True)
 class ObjectiveConfig:
     """Prediction type, loss and timestep distribution."""
 
@@ -210,7 +204,6 @@ class ObjectiveConfig:
 
 
 @section("")
-@dataclass(frozen=True)
 class Config:
     """The config of a training run."""
 
@@ -277,7 +270,6 @@ class Config:
 
 
 @section("")
-@dataclass(frozen=True)
 class ClipPretrainingConfig:
     """The config of a small CLIP. Its image and text encoders have the same width, depth and number of heads."""
 

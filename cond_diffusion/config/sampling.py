@@ -3,7 +3,6 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic.dataclasses import dataclass
 
 from cond_diffusion.config.schedule import Variance
 from cond_diffusion.config.schema import (
@@ -41,7 +40,6 @@ PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 
 
 @section("")
-@dataclass(frozen=True)
 class SamplingOptions:
     """Options that, together with the model and input images, determine the images of a prompt."""
 
@@ -121,7 +119,6 @@ class SamplingOptions:
 
 
 @section("")
-@dataclass(frozen=True)
 class GenerationSettings(SamplingOptions):
     """Settings that a PNG stores to reproduce it: options, prompts and model. Input images are stored as paths."""
 

@@ -7,8 +7,6 @@ is ignored, because the sampler is a sampling option here.
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic.dataclasses import dataclass
-
 from cond_diffusion.config.schema import NonNegativeInt, from_json, option, section
 from cond_diffusion.errors import UserError, refuse_other_values
 
@@ -21,7 +19,6 @@ MAX_TIMESTEPS = 1_000_000
 
 
 @section("schedule")
-@dataclass(frozen=True)
 class ScheduleConfig:
     """The noise schedule, and the defaults of sampling from it."""
 

@@ -14,11 +14,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import pydantic_core
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import PydanticCustomError
 
 from cond_diffusion.errors import UserError, check_text, did_you_mean, user_errors
@@ -84,16 +94,18 @@ LocalPath = Annotated[str, BeforeValidator(expand_home), AfterValidator(_check_p
 """Text that can be a path: ~ is expanded."""
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 def section(name: str) -> Callable[[type[Schema]], type[Schema]]:
-    """Return a decorator that makes a pydantic dataclass raise a one-line UserError instead of a ValidationError.
+    """Return a decorator that makes a class a frozen pydantic dataclass, whose errors are UserErrors of one line.
 
     Args:
         name: Prefix of the field names in messages: "train" gives `train.batch_size`, "" the field name alone.
     """
 
-    def decorate(cls: type[Schema]) -> type[Schema]:
+    def decorate(plain: type[Schema]) -> type[Schema]:
+        cls: Any = pydantic_dataclass(plain, frozen=True)
         construct: Any = cls.__init__
-        known = {field.name for field in dataclasses.fields(cast(Any, cls))}
+        known = {field.name for field in dataclasses.fields(cls)}
 
         @wraps(construct)
         def __init__(self: Any, *arguments: Any, **fields: Any) -> None:

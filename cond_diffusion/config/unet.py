@@ -14,7 +14,6 @@ MIDDLE_BLOCK: Literal["UNetMidBlock2DCrossAttn"] = "UNetMidBlock2DCrossAttn"
 
 
 @section("unet")
-@dataclass(frozen=True)
 class UNetConfig:
     """The architecture of the UNet. Each level has half the height and width of the level before it."""
 

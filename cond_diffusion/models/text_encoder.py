@@ -163,7 +163,8 @@ class TextEncoder(nn.Module):
             yield from self._tokens_of_batch(captions[start : start + CAPTION_BATCH_SIZE])
 
     def _tokens_of_batch(self, captions: Sequence[str]) -> list[list[tuple[int, tuple[int, int]]]]:
-        phrases = [self._phrases(caption) for caption in captions]
+        split = find_phrases if self.split_phrases else lambda caption: [(0, caption)]
+        phrases = [split(caption) or [(0, "")] for caption in captions]  # of each, its first character's index, and it
         texts = [text for of_caption in phrases for _, text in of_caption]
         encoding: Any = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         encoded = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
@@ -180,10 +181,6 @@ class TextEncoder(nn.Module):
                 ]
             rows.append(row)
         return rows
-
-    def _phrases(self, caption: str) -> list[tuple[int, str]]:
-        """Return the parts of a caption that are encoded independently, each with its first character's index."""
-        return (find_phrases(caption) if self.split_phrases else [(0, caption)]) or [(0, "")]
 
     def unknown_words(self, captions: Sequence[str]) -> list[str]:
         """Return the words that are split into tokens of fewer than two letters on average: unknown ones."""

@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -541,16 +541,9 @@ def separate_phrases(prompt: str, options: SamplingOptions) -> list[str]:
 
 def _signature() -> inspect.Signature:
     """Return the signature of `TextToImage.__call__` with the sampling options in place of **options."""
-    own = inspect.signature(TextToImage.__call__)
-    defaults = SamplingOptions()
-    declared = [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=getattr(defaults, field.name), annotation=field.type
-        )
-        for field in fields(SamplingOptions)
-    ]
+    own, declared = inspect.signature(TextToImage.__call__), inspect.signature(SamplingOptions).parameters.values()
     *first, _ = own.parameters.values()
-    return own.replace(parameters=[*first, *declared])
+    return own.replace(parameters=[*first, *(option.replace(kind=option.KEYWORD_ONLY) for option in declared)])
 
 
 TextToImage.__call__.__signature__ = _signature()  # shown by help() and editors  # type: ignore[attr-defined]

@@ -68,14 +68,8 @@ from cond_diffusion.training.optimizer import Muon
 from cond_diffusion.training.reporting import check_tracker
 
 SECONDS_TO_APPEAR = 60  # of a new folder, on a disk that machines share
-# Keys that a resumed run may change, because the weights stay valid; all other keys of the sections are fixed.
-CHANGEABLE_KEYS = {
-    "objective": ("loss", "min_snr_gamma", "timesteps"),
-    "data": (
-        *("source", "streaming", "shuffle_buffer", "image_column", "caption_column", "caption_templates"),
-        *("label_names", "crop", "flip", "background", "max_bad_fraction", "memory_gb", "held_out"),
-    ),
-}
+# Keys that a resumed run may not change, because the weights depend on them; of the other sections, all keys.
+FIXED_KEYS = {"data": ("resolution", "channels"), "objective": ("prediction",)}
 
 # Settings of `accelerate launch` that would change training silently, and what to use instead.
 REFUSED_SETTINGS = {
@@ -356,7 +350,7 @@ def check_config(config: Config, resumed: Checkpoint) -> None:
             if new[key] == old[key]:
                 continue
             change = f"{name}.{key} changed from {old[key]!r} to {new[key]!r}"
-            if key not in CHANGEABLE_KEYS.get(name, ()):
+            if key in FIXED_KEYS.get(name, new):
                 raise UserError(f"resume: {change}, but the weights depend on it; expected {old[key]!r}")
             logger.warning("resume: %s; continuing with the new value", change)
 
