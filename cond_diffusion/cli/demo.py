@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from queue import Queue
@@ -68,7 +67,9 @@ class SameOrigin:
         headers = {name: value.decode("latin-1") for name, value in scope.get("headers", ())}
         origin = headers.get(b"origin", "").partition("//")[2]
         host = re.sub(r":\d+$", "", origin).strip("[]")
-        is_own = origin == headers.get(b"host") or (host and any(fnmatch(host, name) for name in self.other_hosts))
+        is_own = origin == headers.get(b"host") or any(
+            host == name.strip("[]") or (name.startswith("*.") and host.endswith(name[1:])) for name in self.other_hosts
+        )
         if b"origin" in headers and not is_own:
             await send({"type": "http.response.start", "status": 403, "headers": []})
             await send({"type": "http.response.body", "body": b"requests from other sites are refused"})
@@ -261,7 +262,7 @@ def demo(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-browser", action="store_true", help="print the address without opening a browser")
     options = parser.parse_args(arguments)
     for name in options.allow_host:
-        if not name or "/" in name or re.search(r"[^:]:\d+$|.\*", name):
+        if not re.fullmatch(r"(\*\.)?[a-z0-9_][a-z0-9_.-]*|\[?[0-9a-f.]*:[0-9a-f.:]*\]?", name):
             raise UserError(f"--allow-host: {name!r}; expected a name such as digits.example, without scheme and port")
     if importlib.util.find_spec("gradio") is None:
         raise UserError('demo: requires gradio; install it with: pip install "cond_diffusion[demo]"')

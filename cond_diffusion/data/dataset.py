@@ -363,14 +363,15 @@ def open_captioned_files(config: DataConfig, split: str = "train", dataset: Exam
 def _rows_of_repeated_images(files: datasets.Dataset, column: str) -> list[list[int]]:
     """Return the rows of each image if some rows have the same path, and therefore the same image; otherwise nothing.
 
-    Embedded images, whose first row has bytes, are not compared.
+    Embedded images, which may have the same name, are not compared; if the first is one, all are.
     """
     first = files[0][column]
     if first is None or first["bytes"] is not None:
         return []
     blocks: Any = files.with_format("arrow").iter(CAPTION_BLOCK_SIZE)
     chunks = (chunk for block in blocks for chunk in block.column(column).chunks)
-    paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
+    cells = ((chunk.field("path").to_pylist(), chunk.field("bytes").is_valid().to_pylist()) for chunk in chunks)
+    paths = [None if embedded else path for columns in cells for path, embedded in zip(*columns, strict=True)]
     if len({*paths} - {None}) + paths.count(None) == len(paths):
         return []
     rows_of: dict[str | int, list[int]] = {}

@@ -86,12 +86,13 @@ def open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | Fil
         return table.cast_column("image", datasets.Image())
     zips = [file for file in files if file.suffix.lower() == ".zip"]
     if not (zips or metadata or any(map(_is_image, files))):
-        if left_out and any(map(_is_image, all_files)):
-            first = min(left_out)
-            raise UserError(
-                f"data.source: {source} has images only in {first}; to train on them, set it to that folder"
+        if elsewhere := [file.parent for file in all_files if _is_image(file)]:
+            where = (
+                f"has images only in folders of other splits, such as {elsewhere[0]}; to train on them, set it to that"
             )
-        suffixes = ", ".join(sorted({file.suffix for file in all_files} - {""})) or "no files"
+            raise UserError(f"data.source: {source} {where} folder")
+        suffixes = ", ".join(sorted({file.suffix for file in all_files} - {""}))
+        suffixes = suffixes or ("files without a suffix" if all_files else "no files")
         raise UserError(f"data.source: {source} contains no images, Parquet files or tar files, but {suffixes}")
     # With metadata, `rows_of_split` leaves the images of other splits out.
     for file in zips if split_folder == folder and not metadata else ():
@@ -114,11 +115,13 @@ def _list_files(folder: Path) -> tuple[list[Path], bool]:
     Hidden names are skipped.
     """
 
-    def warn(error: OSError) -> None:
+    def skip(error: OSError) -> None:
+        if not isinstance(error, PermissionError) or Path(error.filename) == folder:
+            raise UserError(f"data.source: {error.filename} cannot be read ({error.strerror})") from error
         logger.warning("data.source: skipping %s, which cannot be read (%s)", error.filename, error.strerror)
 
     files, has_links, visited = [], False, set()
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=warn):
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=skip):
         real = os.path.realpath(root)
         if real in visited:
             folders.clear()
@@ -201,8 +204,9 @@ def rows_of_split(source: str, table: Any, found: Files, columns: Sequence[str])
 
     files = found.files
     images = [name for name, kind in (table.features or {}).items() if isinstance(kind, datasets.Image)]
-    if not (images and any(map(_is_image, files)) and any(file.name in METADATA_NAMES for file in files)):
-        return table  # all images are in .zip files, or none of them is listed
+    has_zips, has_images = any(file.suffix.lower() == ".zip" for file in files), any(map(_is_image, files))
+    if not images or not any(file.name in METADATA_NAMES for file in files) or (has_zips and not has_images):
+        return table  # none of the images is listed, or all are in .zip files
     column = next((name for name in columns if name in images), images[0])
     place_of = {file: place(file) for file in files}
     places = {*place_of.values()}
@@ -234,26 +238,28 @@ def _read_caption(file: Path) -> str:
 
 
 def _files_of_split(source: str, folder: Path, files: list[Path], split: str) -> list[Path]:
-    """Return the files whose path has a part that begins with `split`, or that contains this word if others contain
-    that of another split; for training otherwise those of no split."""
+    """Return the files with a part of the path that begins with the word `split` or, if none does, that contains it.
+
+    For training, a file with the word of another split does not count; if no name has the word, the others are used.
+    """
 
     def of(*splits: str, inside: bool) -> list[Path]:
         words = "|".join(map(re.escape, splits))
         name = re.compile(rf"{'.*(?<![a-z])' if inside else ''}({words})(?![a-z])")  # not "trains" for "train"
         return [file for file in files if any(name.match(part.lower()) for part in file.relative_to(folder).parts)]
 
-    others = [name for name in (*OTHER_SPLITS, "train") if name != split]
     split_files = of(split, inside=False)
-    if not split_files and of(*others, inside=True):
-        split_files = [file for file in of(split, inside=True) if file not in of(*others, inside=True)]
-    if not split_files and split == "train":
-        split_files = [file for file in files if file not in of(*others, inside=True)]
-        if not split_files:  # such as "my-test-set-0.tar" alone
-            split_files = [file for file in files if file not in of(*others, inside=False)]
+    if not split_files and split != "train":
+        split_files = of(split, inside=True)
+    elif not split_files:
+        others = {*of(*OTHER_SPLITS, inside=True)}
+        named = [file for file in of(split, inside=True) if file not in others] if others else []
+        split_files = named or [file for file in files if file not in others]
     if not split_files:
-        what = f"no file {split}*{files[0].suffix}; to use {files[0].name}, set data.source to that file"
+        what = f"no file *{split}*{files[0].suffix}; rename the files, or set data.source to one, such as {files[0]}"
         raise UserError(f"data.source: {source} has no split {split!r}: {what}")
     if split == "train" and len(split_files) < len(files):
-        left_out = ", ".join(file.name for file in files if file not in {*split_files})
+        used = {*split_files}
+        left_out = ", ".join(file.name for file in files if file not in used)
         logger.info("data.source: %s: not used for training: %.200s", source, left_out)
     return split_files

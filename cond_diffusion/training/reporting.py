@@ -7,9 +7,10 @@
 import json
 import logging
 import math
-import re
+import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -159,8 +160,7 @@ class Reporter:
                 "saved %s; sample from it with: %s %s --checkpoint %s",
                 checkpoint,
                 command,
-                _quoted(prompt),
-                _quoted(str(self.run_dir)),
+                *map(_quoted, (prompt, str(self.run_dir))),
             )
         return checkpoint
 
@@ -196,10 +196,7 @@ class Reporter:
 
 
 def _quoted(text: str) -> str:
-    """Return a word of a command line, in double quotes, which Windows requires, if that is enough."""
-    if re.fullmatch(r"[\w./:\\-]+", text):
-        return text
-    return shlex.quote(text) if re.search(r'["$`\\]', text) else f'"{text}"'
+    return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
 
 
 class _StandardError:

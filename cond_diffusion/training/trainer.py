@@ -135,8 +135,11 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
             problem, micro_batches = None, iter(())
             try:
                 micro_batches = batches.next_step()
-            except (UserError, MemoryError) as error:
-                problem = UserError(str(error) or "data.source: out of memory", of_this_process=True)
+            except (UserError, MemoryError, RuntimeError) as error:
+                if not (isinstance(error, UserError) or is_out_of_memory(error)):
+                    raise
+                what = "out of memory: " if is_out_of_memory(error) else ""
+                problem = UserError(f"{what}{first_line(error)}", of_this_process=True)
             if any_process(problem is not None, accelerator):
                 save_at_error()
                 raise problem or UserError(f"data.source: step {step + 1}: another process cannot read its data")

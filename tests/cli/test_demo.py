@@ -1,5 +1,6 @@
 """The demo page in a browser."""
 
+import asyncio
 import inspect
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from http.client import HTTPConnection, HTTPResponse
@@ -171,7 +173,39 @@ def test_the_page_is_opened_by_an_allowed_name_and_no_other(address: str):
         connection.close()
 
 
-@pytest.mark.parametrize("name", ["a*b", "https://digits.example", "digits.example:8443", ""])
+@pytest.mark.parametrize(
+    ("origin", "is_own"),
+    [
+        ("https://digits.example", True),
+        ("https://digits.example:8443", True),
+        ("https://a.b.wild.example", True),
+        ("http://[fd00::5]:80", True),
+        ("http://localhost:7860", True),  # the header `host`
+        ("http://localhost:7861", False),
+        ("https://wild.example.evil", False),
+        ("https://evil-digits.example", False),
+        ("http://[fd00::6]", False),
+        ("http://d", False),
+        ("null", False),
+        ("", False),
+    ],
+)
+def test_the_origin_of_a_request_is_that_of_the_page(origin: str, is_own: bool):
+    answers: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        answers.append("page")
+
+    async def send(message: dict[str, Any]) -> None:
+        answers.append(str(message.get("status", "")))
+
+    page = demo.SameOrigin(app, Counter(), ["digits.example", "*.wild.example", "[fd00::5]"])
+    headers = [(b"host", b"localhost:7860"), (b"origin", origin.encode())]
+    asyncio.run(page({"type": "http", "headers": headers, "query_string": b"", "path": "/"}, None, send))
+    assert answers == (["page"] if is_own else ["403", ""])
+
+
+@pytest.mark.parametrize("name", ["a*b", "*", "*.", "*a.b", "https://digits.example", "digits.example:8443", "a b", ""])
 def test_a_name_that_no_request_has_is_a_user_error(name: str):
     with pytest.raises(UserError, match=r"^--allow-host: .*; expected a name such as"):
         demo.demo(["--allow-host", name])

@@ -141,6 +141,15 @@ def test_rows_of_the_same_image_are_joined(tmp_path: Path):
     assert held_out.max() not in trained_on.amax((1, 2, 3))
 
 
+def test_embedded_images_with_the_same_name_are_different(tmp_path: Path):
+    write_image(tmp_path / "0.png", 1)
+    content = {"bytes": (tmp_path / "0.png").read_bytes(), "path": "0.png"}
+    path = {"bytes": None, "path": str(tmp_path / "0.png")}
+    table = datasets.Dataset.from_dict({"image": [path, content, content, path], "text": ["a", "b", "c", "d"]})
+    files = open_captioned_files(DataConfig(source="x"), dataset=table.cast_column("image", datasets.Image()))
+    assert [files.caption_groups[group] for group in files.group_of.tolist()] == [("a", "d"), ("b",), ("c",)]
+
+
 def test_captions_have_suffixes_in_any_case(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for name, suffix in (("a", ".TXT"), ("b", ".caption"), ("c", ".txt"), ("c", ".caption")):
         write_image(tmp_path / f"{name}.PNG")
@@ -175,17 +184,21 @@ def test_metadata_above_nested_splits_lists_training_images_alone(tmp_path: Path
 
 
 def test_images_that_metadata_list_need_no_suffix(tmp_path: Path):
-    for i in range(2):
+    (tmp_path / "test").mkdir()
+    names = ["0000", "0001", "test/0002"]
+    for name in names:
         write_image(tmp_path / "a.png")
-        (tmp_path / "a.png").rename(tmp_path / f"000{i}")
-    lines = [json.dumps({"file_name": f"000{i}", "text": f"caption {i}"}) for i in range(2)]
+        (tmp_path / "a.png").rename(tmp_path / name)
+    lines = [json.dumps({"file_name": name, "text": f"caption {i}"}) for i, name in enumerate(names)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert captions_of(tmp_path) == PAIRS[:2]
 
 
 def test_images_of_other_splits_alone_are_named(tmp_path: Path):
     write_pairs(tmp_path / "x" / "test")
-    with pytest.raises(UserError, match=r"has images only in .*/x/test; to train on them, set it to that folder"):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "notes.md").touch()
+    with pytest.raises(UserError, match=r"only in folders of other splits, such as .*/x/test; to train on them, set"):
         captions_of(tmp_path)
 
 
@@ -460,10 +473,12 @@ def test_a_file_is_of_a_split_only_if_its_name_contains_the_whole_word(tmp_path:
     for name in ("bus", "freight-train", "plane"):  # no file of another split, so "train" is a thing
         write_tar(tmp_path / "vehicles" / f"{name}.tar", 1)
     assert len(captions_of(tmp_path / "vehicles", **TAR)) == 3
-    write_tar(tmp_path / "set" / "my-test-set.tar", 2)
-    assert len(captions_of(tmp_path / "set", **TAR)) == 2
-    write_tar(tmp_path / "alone" / "test.tar", 1)
-    with pytest.raises(UserError, match=r"no file train\*\.tar; to use test\.tar, set data\.source to that file"):
+    for name in ("set-test", "set"):
+        write_tar(tmp_path / "set" / f"{name}.tar", 1 + len(name))
+    assert len(captions_of(tmp_path / "set", **TAR)) == 4
+    assert len([*open_source(str(tmp_path / "set"), "test")]) == 9
+    write_tar(tmp_path / "alone" / "my-test-set.tar", 1)
+    with pytest.raises(UserError, match=r"no file \*train\*\.tar; rename the files, or set data\.source to one"):
         captions_of(tmp_path / "alone", **TAR)
 
 
