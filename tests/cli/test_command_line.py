@@ -450,7 +450,7 @@ def test_training_writes_the_files_that_the_readme_lists(run_script, tmp_path: P
     assert code == 0
     last = errors.splitlines()[-1]
     assert "runs/bars/checkpoints/step-00000004" in last
-    assert 'python sample.py "a bar that is level" --checkpoint runs/bars' in last
+    assert "python sample.py 'a bar that is level' --checkpoint runs/bars" in last
     assert "loss=" in errors
     assert "images/s=" in errors
     run = tmp_path / "runs" / "bars"
