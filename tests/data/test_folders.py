@@ -150,24 +150,6 @@ def test_embedded_images_with_the_same_name_are_different(tmp_path: Path):
     assert [files.caption_groups[group] for group in files.group_of.tolist()] == [("a", "d"), ("b",), ("c",)]
 
 
-def test_embedded_images_with_the_same_name_are_different(tmp_path: Path):
-    write_image(tmp_path / "0.png", 1)
-    content = {"bytes": (tmp_path / "0.png").read_bytes(), "path": "0.png"}
-    path = {"bytes": None, "path": str(tmp_path / "0.png")}
-    table = datasets.Dataset.from_dict({"image": [path, content, content, path], "text": ["a", "b", "c", "d"]})
-    files = open_captioned_files(DataConfig(source="x"), dataset=table.cast_column("image", datasets.Image()))
-    assert [files.caption_groups[group] for group in files.group_of.tolist()] == [("a", "d"), ("b",), ("c",)]
-
-
-def test_embedded_images_with_the_same_name_are_different(tmp_path: Path):
-    write_image(tmp_path / "0.png", 1)
-    content = {"bytes": (tmp_path / "0.png").read_bytes(), "path": "0.png"}
-    path = {"bytes": None, "path": str(tmp_path / "0.png")}
-    table = datasets.Dataset.from_dict({"image": [path, content, content, path], "text": ["a", "b", "c", "d"]})
-    files = open_captioned_files(DataConfig(source="x"), dataset=table.cast_column("image", datasets.Image()))
-    assert [files.caption_groups[group] for group in files.group_of.tolist()] == [("a", "d"), ("b",), ("c",)]
-
-
 def test_captions_have_suffixes_in_any_case(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for name, suffix in (("a", ".TXT"), ("b", ".caption"), ("c", ".txt"), ("c", ".caption")):
         write_image(tmp_path / f"{name}.PNG")
