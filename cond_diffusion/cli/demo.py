@@ -61,14 +61,15 @@ class SameOrigin:
     """
 
     def __init__(self, app: Any, listening: Counter[str], other_hosts: Collection[str] = ()) -> None:
-        self.app, self.listening, self.other_hosts = app, listening, other_hosts
+        self.app, self.listening = app, listening
+        self.other_hosts = [name.strip("[]") for name in other_hosts]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope.get("headers", ())}
         origin = headers.get(b"origin", "").partition("//")[2]
         host = re.sub(r":\d+$", "", origin).strip("[]")
         is_own = origin == headers.get(b"host") or any(
-            host == name.strip("[]") or (name.startswith("*.") and host.endswith(name[1:])) for name in self.other_hosts
+            host == name or (name.startswith("*.") and host.endswith(name[1:])) for name in self.other_hosts
         )
         if b"origin" in headers and not is_own:
             await send({"type": "http.response.start", "status": 403, "headers": []})

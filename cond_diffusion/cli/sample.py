@@ -1,6 +1,7 @@
 """The command `sample`, which generates images from prompts. torch is imported after the arguments are parsed."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from cond_diffusion.cli.main import ArgumentParser, add_options
 from cond_diffusion.config.sampling import GUIDANCE_OF_MODEL, IMAGE_OPTIONS, SAMPLERS_OF, GenerationSettings
 from cond_diffusion.config.schema import MAX_TEXT_BYTES, decode_text, expand_home, read_text
 from cond_diffusion.errors import UserError, user_errors
+
+logger = logging.getLogger(__name__)
 
 FILES = ("output", "no_labels", "film", "attention_maps")
 
@@ -71,7 +74,7 @@ def recorded_settings(path: str | None, given: dict[str, Any]) -> dict[str, Any]
     """Return the settings stored in a PNG, without options of a sampler, input image or model that `given` replaces."""
     if path is None:
         return {}
-    from cond_diffusion.pipeline.generate import logger, read_settings
+    from cond_diffusion.pipeline.generate import read_settings
 
     recorded = read_settings(path, "--from-image")
     of_model = (*GUIDANCE_OF_MODEL, "ema_width", "lora")

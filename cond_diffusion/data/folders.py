@@ -87,10 +87,8 @@ def open_folder(source: str, folder: Path, split: str) -> datasets.Dataset | Fil
     zips = [file for file in files if file.suffix.lower() == ".zip"]
     if not (zips or metadata or any(map(_is_image, files))):
         if elsewhere := [file.parent for file in all_files if _is_image(file)]:
-            where = (
-                f"has images only in folders of other splits, such as {elsewhere[0]}; to train on them, set it to that"
-            )
-            raise UserError(f"data.source: {source} {where} folder")
+            where = f"only in folders of other splits, such as {elsewhere[0]}"
+            raise UserError(f"data.source: {source} has images {where}; to train on them, set it to that folder")
         suffixes = ", ".join(sorted({file.suffix for file in all_files} - {""}))
         suffixes = suffixes or ("files without a suffix" if all_files else "no files")
         raise UserError(f"data.source: {source} contains no images, Parquet files or tar files, but {suffixes}")

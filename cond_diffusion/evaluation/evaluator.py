@@ -20,7 +20,6 @@ from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation.metrics import (
     Classifier,
-    ClipJudge,
     accuracy,
     digest,
     frechet_distance,
@@ -32,6 +31,7 @@ from cond_diffusion.evaluation.metrics import (
     train_classifier,
 )
 from cond_diffusion.images import to_bytes
+from cond_diffusion.models.clip import ClipJudge, nearest_captions
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.seeding import sample_indices
 from cond_diffusion.training.validation import Validator
@@ -39,7 +39,6 @@ from cond_diffusion.training.validation import Validator
 MAX_REAL = 10_000  # number of test images in the comparison of features
 MIN_IMAGES_PER_LABEL = 20  # per caption group; with fewer images captions are not class labels
 NEIGHBORS = 5
-IMAGES_AT_ONCE = 500  # that are compared with all captions
 
 CLASSIFICATION = "accuracy on test images of a classifier trained on them"  # Ravuri and Vinyals 2019
 NEAREST = "distance to the nearest training image"
@@ -89,8 +88,7 @@ class Judged:
         own = torch.tensor([number_of[caption] for caption in captions])[self.data.group_of]
         texts = self.clip.texts([*number_of])
         images = self.features if self.extractor is self.clip else self.clip(self.data.images)
-        most_similar = torch.cat([(batch @ texts.T).argmax(1) for batch in images.split(IMAGES_AT_ONCE)])
-        return most_similar == own, (images * texts[own]).sum(1)
+        return nearest_captions(images, texts, 1)[:, 0] == own, (images * texts[own]).sum(1)
 
     @property
     def recognized_by_clip(self) -> Bool[Tensor, " n"]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -123,6 +123,11 @@ def contrastive_loss(
     to_text = F.cross_entropy(logits, positive / positive.sum(1, keepdim=True))
     to_image = F.cross_entropy(logits.T, positive.T / positive.T.sum(1, keepdim=True))
     return (to_text + to_image) / 2
+
+
+def nearest_captions(images: Float[Tensor, "n d"], texts: Float[Tensor, "captions d"], k: int) -> Int64[Tensor, "n k"]:
+    """Return the indices of the k captions that are most similar to each image, the nearest first."""
+    return torch.cat([(rows @ texts.T).topk(k).indices for rows in images.split(BATCH_SIZE)])
 
 
 class ClipJudge(nn.Module):

@@ -39,6 +39,7 @@ from cond_diffusion.models.clip import (
     contrastive_loss,
     count_truncated,
     count_whole_words,
+    nearest_captions,
     train_tokenizer,
 )
 from cond_diffusion.models.text_encoder import (
@@ -58,7 +59,6 @@ from cond_diffusion.training.setup import acquire_resumed, check_unchanged, find
 from cond_diffusion.training.state import copy_to_cpu, load_moments, local_shard, moments_of, read_shards
 
 KEEP_CHECKPOINTS = 2
-IMAGES_AT_ONCE = 500  # that are compared with all captions
 # Keys that a resumed run may not change, because the weights depend on them.
 FIXED_KEYS = (
     *("seed", "vocab_size", "max_length", "patch_size", "width", "layers", "num_heads", "batch_size"),
@@ -92,8 +92,7 @@ def retrieval_accuracy(clip: ClipJudge, data: CaptionedImages) -> dict[str, floa
     """
     captions = list(dict.fromkeys(caption for group in data.caption_groups for caption in group))
     texts = clip.texts(captions)
-    rows = clip(data.images).split(IMAGES_AT_ONCE)
-    nearest = torch.cat([(features @ texts.T).topk(min(5, len(captions))).indices for features in rows])
+    nearest = nearest_captions(clip(data.images), texts, min(5, len(captions)))
     own = [set(data.caption_groups[group]) for group in data.group_of.tolist()]
     is_own = [[captions[i] in group for i in row] for row, group in zip(nearest.tolist(), own, strict=True)]
     return {"top-1": sum(row[0] for row in is_own) / len(data), "top-5": sum(map(any, is_own)) / len(data)}

@@ -2,9 +2,10 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,8 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
 
     def progress_at(step: int) -> dict[str, Any]:
         counts = {"step": step, "samples_per_step": run.samples_per_step, "held_out_loss": held_out_loss}
-        counts["validation"] = validation
-        return {**counts, "validated": validated, **training_data.progress(), **state.progress()}
+        validations = {"validation": validation, "validated": validated}
+        return {**counts, **validations, **training_data.progress(), **state.progress()}
 
     def validate_and_sample(step: int) -> None:
         nonlocal held_out_loss
@@ -132,17 +133,14 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
             accelerator.wait_for_everyone()  # a launcher stops the other processes when the first one ends
 
         for step in reporter.steps():
-            problem, micro_batches = None, iter(())
-            try:
-                micro_batches = batches.next_step()
-            except (UserError, MemoryError, RuntimeError) as error:
-                if not (isinstance(error, UserError) or is_out_of_memory(error)):
-                    raise
-                what = "out of memory: " if is_out_of_memory(error) else ""
-                problem = UserError(f"{what}{first_line(error)}", of_this_process=True)
-            if any_process(problem is not None, accelerator):
+            micro_batches, error = _attempt(batches.next_step)
+            if any_process(error is not None, accelerator):
                 save_at_error()
-                raise problem or UserError(f"data.source: step {step + 1}: another process cannot read its data")
+                if error is None:
+                    raise UserError(f"data.source: step {step + 1}: another process cannot read its data")
+                what = "" if isinstance(error, UserError) else "out of memory: "
+                raise UserError(f"{what}{first_line(error)}", of_this_process=True) from error
+            assert micro_batches is not None
             loss, batch = accumulate_gradients(network, micro_batches, batches, accelerator)
             gradient_norm: Any = accelerator.clip_grad_norm_(network.parameters(), config.train.max_grad_norm)
             rate = learning_rate(config.train, step)
@@ -295,19 +293,24 @@ def _validate_and_sample(
             reporter.log_validation(step, result)
             loss = result.true_caption
         if samples_due:
-            pixels: Any = None
-            problem = None
-            try:
-                pixels = reporter.sample(pipe)
-            except (UserError, MemoryError, RuntimeError) as error:
-                if not (isinstance(error, UserError) or is_out_of_memory(error)):
-                    raise
-                problem = first_line(error)
-            if not any_process(problem is not None, reporter.accelerator):
+            pixels, error = _attempt(partial(reporter.sample, pipe))
+            if not any_process(error is not None, reporter.accelerator):
                 reporter.log_samples(step, pixels)
             elif reporter.accelerator.is_main_process:
-                logger.warning("step %d: no sample grid: %s", step, problem or "another process has too little memory")
+                reason = first_line(error) if error else "another process has too little memory"
+                logger.warning("step %d: no sample grid: %s", step, reason)
     return loss if math.isfinite(loss) else None
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """Return the result of an action, or the UserError or lack of memory that ended it, which other processes must
+    learn of before it is raised."""
+    try:
+        return action(), None
+    except (UserError, MemoryError, RuntimeError) as error:
+        if not (isinstance(error, UserError) or is_out_of_memory(error)):
+            raise
+        return None, error
 
 
 def _can_save(
