@@ -5,25 +5,32 @@
 Each uses its usual setup: ours trains with fused AdamW, diffusers' with AdamW as in its examples; both sample in
 20 steps of DDIM at scale 3, ours with our sampler and guidance, diffusers' with DDIMScheduler. In the mode `default`,
 ours has the precision that `auto` selects, and diffusers' is fp32. Modes that the machine is slow in are skipped.
+
+Each measurement uses a new process for each network, alternately, since the memory allocator has settings and a state
+for each process: ours has the settings of `train.py` and `sample.py` (`device.keep_memory`), diffusers' those of glibc,
+or ours with `--keep-memory`.
 """
 
 import argparse
+import gc
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from measuring import flop, hardware, memory_gb, peak_flop_per_second, peak_memory_gb, seconds
+from measuring import finished, flop, hardware, memory_gb, peak_flop_per_second, peak_memory_gb, seconds
 from torch.nn import functional as F
 
 from cond_diffusion.config.run import ObjectiveConfig
 from cond_diffusion.config.schedule import ScheduleConfig
 from cond_diffusion.config.unet import UNetConfig, to_diffusers
-from cond_diffusion.device import DTYPES, autocast, choose_precision
+from cond_diffusion.device import DTYPES, autocast, choose_precision, keep_memory
 from cond_diffusion.diffusion.guidance import guided
 from cond_diffusion.diffusion.objective import Objective, denoiser
 from cond_diffusion.diffusion.samplers import ddim
@@ -55,6 +62,7 @@ SIZES = {
         77,
     ),
 }
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS, SCALE = 20, 3.0
 MODES = {
     # name: (precision of ours, precision of diffusers', whether both are compiled)
@@ -69,38 +77,33 @@ MODES = {
 class Contest:
     """The two networks on the same inputs."""
 
-    def __init__(self, size: str, device: torch.device, mode: str) -> None:
+    def __init__(self, size: str, mode: str) -> None:
         config, batch, drawn, tokens = SIZES[size]
-        self.device = device
         precision, self.their_precision, _ = MODES[mode]
-        self.precision = choose_precision(precision, device, "--modes")
+        self.precision = choose_precision(precision, DEVICE, "--modes")
         torch.manual_seed(0)
-        self.ours = UNet(config).to(device)
+        self.ours = UNet(config).to(DEVICE)
         with torch.no_grad():
             for weight in self.ours.parameters():  # a new network outputs 0, which makes the comparison meaningless
                 weight.normal_(0, 0.05)
-        self.theirs = UNet2DConditionModel.from_config(to_diffusers(config)).to(device)
+        self.theirs = UNet2DConditionModel.from_config(to_diffusers(config)).to(DEVICE)
         self.theirs.load_state_dict(self.ours.state_dict())
         self.theirs.train()
         shape = (config.in_channels, config.sample_size, config.sample_size)
         self.batch, self.drawn = batch, drawn
-        self.x_0 = torch.randn(batch, *shape, device=device)
+        self.x_0 = torch.randn(batch, *shape, device=DEVICE)
         self.eps = torch.randn_like(self.x_0)
         self.t = torch.randint(0, 1000, (batch,))
-        self.context = torch.randn(batch, tokens, config.context_dim, device=device)
-        self.x_T = torch.randn(drawn, *shape, device=device)
+        self.context = torch.randn(batch, tokens, config.context_dim, device=DEVICE)
+        self.x_T = torch.randn(drawn, *shape, device=DEVICE)
         self.optimizer = torch.optim.AdamW(self.ours.parameters(), 1e-4, weight_decay=0.0, fused=True)
         self.their_optimizer = torch.optim.AdamW(self.theirs.parameters(), 1e-4, weight_decay=1e-2)
         self.schedule = NoiseSchedule(ScheduleConfig())
         self.objective = Objective(ObjectiveConfig(), self.schedule)
         self.their_noise = DDPMScheduler()
 
-    def compile(self) -> None:
-        self.ours.compile()
-        self.theirs.compile()
-
     def our_step(self) -> None:
-        with autocast(self.precision, self.device):
+        with autocast(self.precision, DEVICE):
             loss = self.objective.loss(self.ours, self.x_0, self.t, self.eps, self.context)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.ours.parameters(), 1.0)
@@ -108,8 +111,8 @@ class Contest:
         self.optimizer.zero_grad()
 
     def their_step(self) -> None:
-        with autocast(self.their_precision, self.device):
-            t = self.t.to(self.device)
+        with autocast(self.their_precision, DEVICE):
+            t = self.t.to(DEVICE)
             output = self.theirs(self.their_noise.add_noise(self.x_0, self.eps, t), t, self.context).sample
             loss = F.mse_loss(output.float(), self.eps)
         loss.backward()
@@ -120,7 +123,7 @@ class Contest:
     @torch.inference_mode()
     def our_images(self) -> torch.Tensor:
         context = self.context[: self.drawn]
-        with autocast(self.precision, self.device):
+        with autocast(self.precision, DEVICE):
             network = guided(
                 self.ours,
                 context,
@@ -140,41 +143,82 @@ class Contest:
         scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
         scheduler.set_timesteps(STEPS)
         x = self.x_T
-        with autocast(self.their_precision, self.device):
+        with autocast(self.their_precision, DEVICE):
             for t in scheduler.timesteps:
                 uncond, cond = self.theirs(torch.cat([x, x]), t, both).sample.chunk(2)
                 x = scheduler.step(uncond + SCALE * (cond - uncond), t, x).prev_sample
         return x
 
 
-def rows(size: str, mode: str, rounds: int) -> list[str]:
+def serve(whose: str, size: str, mode: str, keeps_memory: bool, connection: Connection) -> None:
+    """Run the calls that arrive, "step" and "images", until one is empty; in a separate process."""
+    if keeps_memory:
+        keep_memory()
+    contest = Contest(size, mode)
+    network, step, images = (
+        (contest.ours, contest.our_step, contest.our_images)
+        if whose == "ours"
+        else (contest.theirs, contest.their_step, contest.their_images)
+    )
+    if MODES[mode][2]:
+        network.compile()
+    gc.disable()
+    connection.send(None)
+    while call := connection.recv():
+        {"step": step, "images": images}[call]()
+        finished()
+        connection.send(None)
+
+
+class Worker:
+    """A process that runs one of the two networks (see `serve`)."""
+
+    def __init__(self, whose: str, size: str, mode: str, keeps_memory: bool) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.connection, end = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(whose, size, mode, keeps_memory, end), daemon=True)
+        self.process.start()
+        end.close()  # so that `recv` raises if the process ends
+        self.connection.recv()
+
+    def run(self, call: str) -> None:
+        """Run the call, and wait for its end."""
+        self.connection.send(call)
+        self.connection.recv()
+
+    def close(self) -> None:
+        self.connection.send("")
+        self.process.join()
+
+
+def rows(size: str, mode: str, rounds: int, keeps_memory: bool) -> list[str]:
     """Measure one size in one mode, and return the lines of the table."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if "bf16" in mode and choose_precision("auto", device, "--modes") != "bf16":
+    if "bf16" in mode and choose_precision("auto", DEVICE, "--modes") != "bf16":
         return [f"| {size} | {mode} | skipped: bf16 is not faster than fp32 on this machine | | | | |"]
-    contest = Contest(size, device, mode)
+    contest = Contest(size, mode)
     difference = (contest.our_images() - contest.their_images()).abs().max().item()
-    is_exact = device.type == "cpu" and contest.precision == contest.their_precision == "fp32"
+    is_exact = DEVICE.type == "cpu" and contest.precision == contest.their_precision == "fp32"
     if is_exact and not difference < 1e-3 * contest.our_images().abs().max().item():
         raise RuntimeError(f"{size}: the images differ by {difference}, so the times are not comparable")
     # Counted in eager mode: compilation may fuse or remove operations.
     work = flop(contest.our_step)
+    peak = peak_flop_per_second(DEVICE, DTYPES[contest.precision])
     lines = []
-    if MODES[mode][2]:
-        contest.compile()
-        started = []
-        for first_call in (contest.our_images, contest.their_images):
-            start = time.perf_counter()
-            first_call()
-            started.append(f"{time.perf_counter() - start:.0f} s")
-        lines.append(f"| {size} | {mode} | first call of sampling | {started[0]} | {started[1]} | | |")
-    peak = peak_flop_per_second(device, DTYPES[contest.precision])
-    for what, ours, theirs, count, work_of_one in (
-        ("training step", contest.our_step, contest.their_step, contest.batch, work),
-        ("guided sampling, 20 steps", contest.our_images, contest.their_images, contest.drawn, None),
+    for what, call, count, work_of_one in (
+        ("guided sampling, 20 steps", "images", contest.drawn, None),
+        ("training step", "step", contest.batch, work),
     ):
-        times = seconds({"ours": ours, "theirs": theirs}, rounds)
-        speed = {name: count / time for name, time in times.items()}
+        workers = {"ours": Worker("ours", size, mode, True), "theirs": Worker("theirs", size, mode, keeps_memory)}
+        calls = {who: partial(worker.run, call) for who, worker in workers.items()}
+        if MODES[mode][2]:
+            first = seconds(calls, rounds=1, warm_up=0)
+            lines.append(
+                f"| {size} | {mode} | {what}, first call | {first['ours']:.0f} s | {first['theirs']:.0f} s | | |"
+            )
+        times = seconds(calls, rounds)
+        for worker in workers.values():
+            worker.close()
+        speed = {who: count / time for who, time in times.items()}
         share = "" if work_of_one is None else f"{work_of_one / times['ours'] / peak:.0%} of {peak / 1e9:.0f} GFLOP/s"
         lines.append(
             f"| {size} | {mode} | {what} | {speed['ours']:.1f} | {speed['theirs']:.1f} "
@@ -185,8 +229,7 @@ def rows(size: str, mode: str, rounds: int) -> list[str]:
 
 def memory(size: str, whose: str) -> None:
     """Print the peak memory of two training steps; must run in a separate process."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    contest = Contest(size, device, choose_precision("auto", device, "--modes"))  # the same for both
+    contest = Contest(size, choose_precision("auto", DEVICE, "--modes"))  # the same for both
     before = memory_gb()
     step: Callable[[], None] = contest.our_step if whose == "ours" else contest.their_step
     for _ in range(2):
@@ -200,6 +243,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES] if on_gpu else [*SIZES][:2])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=[*MODES])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--keep-memory", action="store_true", help="set the allocator of diffusers' process as ours")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
@@ -211,8 +255,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for size in arguments.sizes:
         for mode in arguments.modes:
-            print("\n".join(rows(size, mode, arguments.rounds)), flush=True)
-            torch._dynamo.reset()
+            print("\n".join(rows(size, mode, arguments.rounds, arguments.keep_memory)), flush=True)
     print("\n| network | memory of a training step beyond the weights, ours | diffusers |\n|---|---|---|")
     for size in arguments.sizes:
         found = [
