@@ -2,7 +2,6 @@
 
 import gc
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -69,4 +68,6 @@ def peak_memory_gb() -> float:
     """Return the peak memory use on the GPU, or by this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    # Not ru_maxrss, which a new process takes over from the one that started it.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9

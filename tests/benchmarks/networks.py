@@ -15,10 +15,7 @@ import argparse
 import gc
 import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 
@@ -151,7 +148,7 @@ class Contest:
 
 
 def serve(whose: str, size: str, mode: str, keeps_memory: bool, connection: Connection) -> None:
-    """Run the calls that arrive, "step" and "images", until one is empty; in a separate process."""
+    """Run the calls that arrive, "step" and "images", until one is empty; answer each as `Worker.run` says."""
     if keeps_memory:
         keep_memory()
     contest = Contest(size, mode)
@@ -163,11 +160,12 @@ def serve(whose: str, size: str, mode: str, keeps_memory: bool, connection: Conn
     if MODES[mode][2]:
         network.compile()
     gc.disable()
+    before = memory_gb()
     connection.send(None)
     while call := connection.recv():
         {"step": step, "images": images}[call]()
         finished()
-        connection.send(None)
+        connection.send(peak_memory_gb() - before)
 
 
 class Worker:
@@ -181,10 +179,10 @@ class Worker:
         end.close()  # so that `recv` raises if the process ends
         self.connection.recv()
 
-    def run(self, call: str) -> None:
-        """Run the call, and wait for its end."""
+    def run(self, call: str) -> float:
+        """Run the call, and return the peak memory of the process so far, in GB, beyond that of the networks."""
         self.connection.send(call)
-        self.connection.recv()
+        return self.connection.recv()
 
     def close(self) -> None:
         self.connection.send("")
@@ -227,28 +225,14 @@ def rows(size: str, mode: str, rounds: int, keeps_memory: bool) -> list[str]:
     return lines
 
 
-def memory(size: str, whose: str) -> None:
-    """Print the peak memory of two training steps; must run in a separate process."""
-    contest = Contest(size, choose_precision("auto", DEVICE, "--modes"))  # the same for both
-    before = memory_gb()
-    step: Callable[[], None] = contest.our_step if whose == "ours" else contest.their_step
-    for _ in range(2):
-        step()
-    print(peak_memory_gb() - before)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES] if on_gpu else [*SIZES][:2])
+    sizes = [*SIZES] if DEVICE.type == "cuda" else [*SIZES][:2]
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=sizes)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=[*MODES])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--keep-memory", action="store_true", help="set the allocator of diffusers' process as ours")
-    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.memory:
-        memory(*arguments.memory)
-        return
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # so that the first calls are those of a first run
     print(f"On {hardware()}; images per second, interleaved medians of {arguments.rounds}.\n")
     print("| network | mode | what | ours | diffusers | ratio | our share of the peak |")
@@ -258,10 +242,12 @@ def main() -> None:
             print("\n".join(rows(size, mode, arguments.rounds, arguments.keep_memory)), flush=True)
     print("\n| network | memory of a training step beyond the weights, ours | diffusers |\n|---|---|---|")
     for size in arguments.sizes:
-        found = [
-            float(subprocess.run([sys.executable, __file__, "--memory", size, whose], stdout=-1, check=True).stdout)
-            for whose in ("ours", "theirs")
-        ]
+        found = []
+        for whose in ("ours", "theirs"):
+            worker = Worker(whose, size, choose_precision("auto", DEVICE, "--modes"), keeps_memory=False)
+            worker.run("step")
+            found.append(worker.run("step"))
+            worker.close()
         print(f"| {size} | {found[0]:.2f} GB | {found[1]:.2f} GB |", flush=True)
 
 
