@@ -1,6 +1,5 @@
-"""The command `demo`, a web page that generates images (an optional dependency: Gradio)."""
+"""The page of the command `demo`, which generates images (an optional dependency: Gradio)."""
 
-import importlib.util
 import os
 import re
 import signal
@@ -20,9 +19,7 @@ from urllib.parse import parse_qs
 from PIL import Image
 from psutil import net_if_addrs
 
-from cond_diffusion.cli.main import ArgumentParser
 from cond_diffusion.config.sampling import GenerationSettings, SamplerName
-from cond_diffusion.config.schema import local_path
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.files import write_json
@@ -250,34 +247,18 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
     return blocks
 
 
-def demo(arguments: list[str] | None = None) -> None:
-    """Serve a web page that generates images."""
-    parser = ArgumentParser(description="Open a web page that generates images.")
-    runs_help = "folder that contains run folders (default: %(default)s)"
-    parser.add_argument("--runs", type=local_path, default=Path("runs"), help=runs_help)
-    host_help = "0.0.0.0 allows access from all machines, without a password (default: %(default)s)"
-    parser.add_argument("--host", default="127.0.0.1", help=host_help)
-    parser.add_argument("--port", type=int, default=7860, help="port of the server (default: %(default)s)")
-    name_help = "another name that the page is opened by, for example behind a proxy; can be given several times"
-    parser.add_argument("--allow-host", action="append", type=str.lower, default=[], metavar="NAME", help=name_help)
-    parser.add_argument("--no-browser", action="store_true", help="print the address without opening a browser")
-    options = parser.parse_args(arguments)
-    for name in options.allow_host:
-        if not re.fullmatch(r"(\*\.)?[a-z0-9_][a-z0-9_.-]*|\[?[0-9a-f.]*:[0-9a-f.:]*\]?", name):
-            raise UserError(f"--allow-host: {name!r}; expected a name such as digits.example, without scheme and port")
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError('demo: requires gradio; install it with: pip install "cond_diffusion[demo]"')
+def serve_until_stopped(runs: Path, host: str, port: int, other_hosts: Collection[str], *, inbrowser: bool) -> None:
+    """Set up the process for the page and its files, and serve it until the process is interrupted or ended."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     # Gradio opens the page once at the start, which must not pass through a proxy.
     no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
-    os.environ["no_proxy"] = ",".join(filter(None, [no_proxy, "localhost", "127.0.0.1", options.host]))
+    os.environ["no_proxy"] = ",".join(filter(None, [no_proxy, "localhost", "127.0.0.1", host]))
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the folder is removed
     with tempfile.TemporaryDirectory(prefix="cond-diffusion-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "shown"))
         tempfile.tempdir = folder  # images whose folder is gone because their client left are written there
         try:
-            address = (options.host, options.port, options.allow_host)
-            serve(options.runs, Path(folder), *address, inbrowser=not options.no_browser)
+            serve(runs, Path(folder), host, port, other_hosts, inbrowser=inbrowser)
         finally:
             closing.set()
 

@@ -28,12 +28,12 @@ from cond_diffusion.errors import (
 )
 
 COMMANDS = {
-    "train": ("main:train", "train a model, or check a run before training"),
-    "sample": ("sample:sample", "generate images from prompts"),
-    "evaluate": ("evaluate:evaluate_command", "compare samples of a checkpoint with real images"),
-    "likelihood": ("evaluate:likelihood_command", "compute a likelihood bound of real images, in bits per dimension"),
-    "pretrain-clip": ("main:pretrain_clip", "train a small CLIP on a captioned data set"),
-    "demo": ("demo:demo", "open a web page that generates images"),
+    "train": ("commands:train", "train a model, or check a run before training"),
+    "sample": ("commands:sample", "generate images from prompts"),
+    "evaluate": ("commands:evaluate", "compare samples of a checkpoint with real images"),
+    "likelihood": ("commands:likelihood", "compute a likelihood bound of real images, in bits per dimension"),
+    "pretrain-clip": ("commands:pretrain_clip", "train a small CLIP on a captioned data set"),
+    "demo": ("commands:demo", "open a web page that generates images"),
 }
 
 
@@ -120,45 +120,6 @@ class _PrintableFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
-
-
-def train(arguments: list[str] | None = None) -> None:
-    """Train a model, or check a run before training."""
-    from cond_diffusion.config.run import Config, load_config
-
-    parser = config_parser("Train a text-to-image model.", Path("mnist"))
-    parser.add_argument("--check", action="store_true", help="check the data and overfit one batch, without training")
-    options = parser.parse_intermixed_args(arguments)
-    config = load_config(Config, config_file(options.config), options.overrides)
-    if options.check:
-        from cond_diffusion.training.preflight import check
-
-        for line in check(config):
-            print(printable(line))
-        return
-    from cond_diffusion.training.trainer import train
-
-    try:
-        train(config)
-    except Interrupted:
-        raise
-    except KeyboardInterrupt as interruption:  # before the first step or after the last
-        message = "interrupted; the same command with resume=true continues from the newest checkpoint"
-        raise KeyboardInterrupt(message) from interruption
-
-
-def pretrain_clip(arguments: list[str] | None = None) -> None:
-    """Train a small CLIP on a captioned data set."""
-    from cond_diffusion.config.run import ClipPretrainingConfig, load_config
-
-    options = config_parser("Train a small CLIP on a captioned data set.").parse_intermixed_args(arguments)
-    config = load_config(ClipPretrainingConfig, options.config and config_file(options.config), options.overrides)
-    from cond_diffusion.training.clip_pretraining import pretrain
-
-    split, accuracies = pretrain(config)
-    for name, accuracy in accuracies.items():
-        print(f"{split} split: {name}: {accuracy:.2%}")
-    print(f"saved {config.run_dir}; use it for training with text.encoder={config.run_dir}")
 
 
 # Next to the package in a clone, inside the package in a wheel.

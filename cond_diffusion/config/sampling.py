@@ -134,3 +134,9 @@ class GenerationSettings(SamplingOptions):
     mask: LocalPath | None = option(
         None, "white areas are regenerated, black areas are kept", group="input images", metavar="FILE"
     )
+
+
+# Default options of an evaluation, and those that its report contains. `seed` is that of the first image of the first
+# prompt; every sample has its own.
+DEFAULT_EVALUATION = SamplingOptions(sampler="dpm_solver", steps=20)
+REPORTED_OPTIONS = ("sampler", "steps", *GUIDANCE_OF_MODEL, "seed")

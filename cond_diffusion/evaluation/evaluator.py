@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from cond_diffusion.config.run import Config
-from cond_diffusion.config.sampling import GUIDANCE_OF_MODEL, SamplingOptions
+from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
 from cond_diffusion.data.loader import ShuffledDataset, TrainingData, open_training_data
 from cond_diffusion.device import autocast
@@ -47,16 +47,6 @@ FeatureExtractor = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
 """Maps images to features: a `Classifier`, a `ClipJudge`, or any other network."""
 
 logger = logging.getLogger(__name__)
-
-# Default options of an evaluation, and those that the report contains. `seed` is that of the first image of the first
-# prompt; every sample has its own.
-DEFAULT_SAMPLING = SamplingOptions(sampler="dpm_solver", steps=20)
-REPORTED_OPTIONS = ("sampler", "steps", *GUIDANCE_OF_MODEL, "seed")
-
-
-def reported(sampling: SamplingOptions) -> dict[str, Any]:
-    """Return the sampling options that the report contains."""
-    return {name: getattr(sampling, name) for name in REPORTED_OPTIONS}
 
 
 @dataclass(frozen=True, eq=False)

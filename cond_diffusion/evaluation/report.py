@@ -13,10 +13,10 @@ from typing import Any, get_args
 from jaxtyping import UInt8
 from torch import Tensor
 
-from cond_diffusion.config.sampling import SamplerName, SamplingOptions
+from cond_diffusion.config.sampling import REPORTED_OPTIONS, SamplerName, SamplingOptions
 from cond_diffusion.config.schema import read_json
 from cond_diffusion.errors import Interrupted, UserError, printable, user_errors
-from cond_diffusion.evaluation.evaluator import Evaluator, Judged, reported, spread
+from cond_diffusion.evaluation.evaluator import Evaluator, Judged, spread
 from cond_diffusion.files import write_file
 from cond_diffusion.images import encode, grid, to_model, to_pillow
 from cond_diffusion.pipeline.run_folder import LOCK_NAME, RunLock
@@ -86,6 +86,11 @@ class Results:
 
     def _write(self) -> None:
         _write(self.file, json.dumps(self.parts, indent=2, ensure_ascii=False) + "\n")
+
+
+def reported(sampling: SamplingOptions) -> dict[str, Any]:
+    """Return the sampling options that the report contains."""
+    return {name: getattr(sampling, name) for name in REPORTED_OPTIONS}
 
 
 def evaluate(

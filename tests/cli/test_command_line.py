@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -19,8 +20,8 @@ from conftest import ROOT
 from PIL import Image
 
 from cond_diffusion import TextToImage
+from cond_diffusion.cli.commands import read_prompts
 from cond_diffusion.cli.main import COMMANDS, command_line, main
-from cond_diffusion.cli.sample import read_prompts
 from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.diffusion.samplers import Noise
 from cond_diffusion.errors import UserError
@@ -56,6 +57,16 @@ def test_every_command_has_a_help_and_an_unknown_one_is_an_error(monkeypatch: py
         assert name in listed
     assert main(["samples"]) == 2
     assert capsys.readouterr().err.startswith("error: samples (did you mean 'sample'?); expected one of ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_does_not_import_torch(name: str):
+    """Importing torch and transformers takes seconds."""
+    code = "import sys, cond_diffusion.cli.main as cli\ntry: cli.main(sys.argv[1:])\n"
+    code += "finally: assert 'torch' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", code, name, "--help"], capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "--help" in shown.stdout
 
 
 @pytest.mark.parametrize(

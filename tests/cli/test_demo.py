@@ -23,7 +23,7 @@ from conftest import free_port
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
-from cond_diffusion.cli import demo
+from cond_diffusion.cli import commands, demo
 from cond_diffusion.cli.demo import generate_in_thread, list_checkpoints
 from cond_diffusion.config.sampling import GenerationSettings
 from cond_diffusion.errors import UserError
@@ -208,7 +208,7 @@ def test_the_origin_of_a_request_is_that_of_the_page(origin: str, is_own: bool):
 @pytest.mark.parametrize("name", ["a*b", "*", "*.", "*a.b", "https://digits.example", "digits.example:8443", "a b", ""])
 def test_a_name_that_no_request_has_is_a_user_error(name: str):
     with pytest.raises(UserError, match=r"^--allow-host: .*; expected a name such as"):
-        demo.demo(["--allow-host", name])
+        commands.demo(["--allow-host", name])
 
 
 def test_closing_the_generator_stops_sampling(tmp_path: Path):

@@ -9,11 +9,11 @@ import emoji_dataset
 import pytest
 import torch
 
-from cond_diffusion.cli.evaluate import evaluate_command
+from cond_diffusion.cli.commands import evaluate
 from cond_diffusion.cli.main import command_line
+from cond_diffusion.config.sampling import DEFAULT_EVALUATION
 from cond_diffusion.errors import UserError
 from cond_diffusion.evaluation.emoji import SUBSETS, Emoji, EmojiJudge, copies, evaluate_emoji, recognized
-from cond_diffusion.evaluation.evaluator import DEFAULT_SAMPLING
 from cond_diffusion.evaluation.report import Results
 from cond_diffusion.pipeline.text_to_image import TextToImage
 
@@ -58,7 +58,7 @@ def test_training_images_are_copies_and_held_out_ones_are_not(emoji: Emoji):
 
 def test_a_model_of_other_images_is_refused_before_it_samples(tmp_path: Path):
     with pytest.raises(UserError, match=r"^--checkpoint: .*\(1, 28, 28\); .* expects \(3, 64, 64\)"):
-        evaluate_emoji(TextToImage.from_pretrained(), 10, DEFAULT_SAMPLING, Results(tmp_path / "evaluation", {}))
+        evaluate_emoji(TextToImage.from_pretrained(), 10, DEFAULT_EVALUATION, Results(tmp_path / "evaluation", {}))
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_the_command_measures_each_subset_and_refuses_what_does_not_apply(
     arguments = ["--checkpoint", "emoji", "--samples", "10", "--steps", "2"]
 
     def type_in(*others: str) -> tuple[int, str, str]:
-        return command_line(lambda: evaluate_command([*arguments, *others])), *capsys.readouterr()
+        return command_line(lambda: evaluate([*arguments, *others])), *capsys.readouterr()
 
     code, table, _ = type_in("--seed", "5")
     assert code == 0

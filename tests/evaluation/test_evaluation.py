@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from cond_diffusion import TextToImage
-from cond_diffusion.cli.evaluate import evaluate_command
+from cond_diffusion.cli.commands import evaluate
 from cond_diffusion.cli.main import command_line
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.config.sampling import SamplingOptions
@@ -352,7 +352,7 @@ def test_an_interrupted_evaluation_is_resumed_and_overwrites_nothing(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def type_in(*arguments: str) -> tuple[int, str, str]:
-        code = command_line(lambda: evaluate_command(["--samples", "20", "--steps", "4", *arguments]))
+        code = command_line(lambda: evaluate(["--samples", "20", "--steps", "4", *arguments]))
         return code, *capsys.readouterr()
 
     def assert_error(message: str, *arguments: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cond_diffusion import SamplingOptions, TextToImage, __version__
-from cond_diffusion.cli.sample import recorded_settings
+from cond_diffusion.cli.commands import recorded_settings
 from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, GenerationSettings
 from cond_diffusion.config.schedule import ScheduleConfig
 from cond_diffusion.diffusion.samplers import Step
