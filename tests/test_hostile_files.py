@@ -20,15 +20,15 @@ from stable_diffusion import autoencoder
 from transformers import CLIPTextModel
 
 from cond_diffusion import TextToImage, UNet, UNetConfig, UserError
+from cond_diffusion.cli.commands import read_prompts
 from cond_diffusion.cli.main import command_line
-from cond_diffusion.cli.sample import read_prompts
 from cond_diffusion.config import unet as unet_config
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.config.sampling import GenerationSettings
 from cond_diffusion.config.schema import from_json, read_json, read_text
 from cond_diffusion.data.dataset import open_captioned_files
-from cond_diffusion.data.stream import CaptionedStream
+from cond_diffusion.data.loader import CaptionedStream
 from cond_diffusion.images import open_image
 from cond_diffusion.models.ema import save_snapshot, snapshots_until, weights_of_width
 from cond_diffusion.models.latents import VAE, AutoencoderConfig

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StreamState:
-    """The beginning of a block of a stream (`data/stream.py`)."""
+    """The beginning of a block of a stream (`data/loader.py`)."""
 
     epoch: NonNegativeInt
     block: NonNegativeInt

@@ -23,9 +23,8 @@ from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.run import Config
 from cond_diffusion.data.cache import cached_shards
 from cond_diffusion.data.dataset import load_captioned_images, open_captioned_files
-from cond_diffusion.data.loader import open_training_data
+from cond_diffusion.data.loader import CaptionedStream, RandomDraws, open_training_data
 from cond_diffusion.data.sources import open_source
-from cond_diffusion.data.stream import CaptionedStream, RandomDraws
 from cond_diffusion.errors import UserError
 from cond_diffusion.hub import download
 

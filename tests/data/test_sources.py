@@ -24,9 +24,8 @@ from PIL import Image
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.run import Config, load_config
 from cond_diffusion.data.dataset import CaptionedBatch, RandomDraws, load_captioned_images, open_captioned_files
-from cond_diffusion.data.loader import ShuffledDataset, open_training_data, prefetch
+from cond_diffusion.data.loader import CaptionedStream, ShuffledDataset, open_training_data, prefetch
 from cond_diffusion.data.sources import open_source
-from cond_diffusion.data.stream import CaptionedStream
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 from cond_diffusion.errors import UserError
