@@ -57,12 +57,8 @@ def free_memory(device: torch.device | None = None) -> int:
 
 
 def check_memory(what: str, needed: int, device: torch.device | None = None) -> None:
-    """Raise UserError if `needed` bytes exceed the free memory.
-
-    Args:
-        what: The options to reduce, and their values.
-        needed: A lower bound of the bytes.
-    """
+    """Raise UserError if `needed` bytes, a lower bound, exceed the free memory; `what` names the options to reduce, and
+    their values."""
     if needed > (free := free_memory(device)):
         message = f"{what}: at least {needed / 1e9:.3g} GB of memory are needed, {free / 1e9:.3g} GB are free"
         raise UserError(message, of_this_process=True)
@@ -85,11 +81,8 @@ def is_emulated(precision: str, device: torch.device) -> bool:
 
 
 def choose_precision(requested: str, device: torch.device, key: str) -> str:
-    """Return the precision to compute in: "fp32", "bf16" or "fp16".
-
-    Args:
-        requested: One of these, or "auto" for bf16 where the device computes faster in it, and fp32 elsewhere.
-    """
+    """Return the precision to compute in, "fp32", "bf16" or "fp16": for "auto" bf16 where the device computes faster in
+    it, and fp32 elsewhere."""
     if requested != "auto":
         if is_emulated(requested, device):
             logger.warning("%s: %s is slower than fp32 on this CPU, which has no instructions for it", key, requested)

@@ -72,11 +72,7 @@ def download(repo_id: str, files: Sequence[str] = FILES, **options: Any) -> Path
 
 
 def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
-    """Upload a folder to a new or existing repository on the Hub, as one commit.
-
-    Returns:
-        The URL of the repository.
-    """
+    """Upload a folder to a new or existing repository on the Hub, as one commit, and return its URL."""
     api = huggingface_hub.HfApi(token=token)
     hint = "; check the name, the network and the token (hf auth login)"
     with user_errors(f"{repo_id}: could not be uploaded to the Hub", *HUB_ERRORS, hint=hint):

@@ -97,11 +97,7 @@ class ImageGrid(list[Image.Image]):
 
 
 def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None) -> Image.Image:
-    """Arrange images of equal size in rows, with gaps of two pixels.
-
-    Args:
-        labels: One text per row, shown on its left.
-    """
+    """Arrange images of equal size in rows, with gaps of two pixels, and labels, one per row, on their left."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
     left = LABEL_WIDTH if labels else 0

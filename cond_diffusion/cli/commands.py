@@ -256,8 +256,7 @@ def _load(options: argparse.Namespace) -> tuple["TextToImage", Config, str]:
 
     settings = GenerationSettings(**{name: value for name, value in vars(options).items() if name in MODEL_OPTIONS})
     pipe, config = read_checkpoint(
-        settings.checkpoint,
-        lambda found: (TextToImage.from_checkpoint(found, dtype=settings.dtype), found.run_config),
+        settings.checkpoint, lambda found: (TextToImage.from_checkpoint(found, dtype=settings.dtype), found.run_config)
     )
     pipe.to_accelerator()
     name = lasting_name(settings.checkpoint, pipe.folder)

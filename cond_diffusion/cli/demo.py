@@ -24,9 +24,9 @@ from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.files import write_json
 from cond_diffusion.images import enlarged, grid, to_pillow
-from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODELS, INDEX_NAME, open_checkpoint
+from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODELS, open_checkpoint
 from cond_diffusion.pipeline.generate import generate_to_file, read_settings
-from cond_diffusion.pipeline.run_folder import checkpoints
+from cond_diffusion.pipeline.run_folder import INDEX_NAME, checkpoints
 
 MIN_WIDTH = 448  # pixels; smaller grids are enlarged
 MAX_PROMPTS = 16
@@ -141,12 +141,8 @@ def list_checkpoints(runs: Path) -> list[str]:
 
 
 def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
-    """Return the page as a `gradio.Blocks`.
-
-    Args:
-        folder: Folder for the files of a request until Gradio has copied them.
-        listening: For each session, the number of open streams of results; a session without one has left.
-    """
+    """Return the page as a `gradio.Blocks`. `folder` holds the files of a request until Gradio has copied them; a
+    session without open streams of results in `listening` has left."""
     import gradio  # an optional dependency
 
     def generate(
@@ -264,11 +260,8 @@ def serve_until_stopped(runs: Path, host: str, port: int, other_hosts: Collectio
 
 
 def serve(runs: Path, folder: Path, host: str, port: int, other_hosts: Collection[str] = (), **options: Any) -> Any:
-    """Start the server with options of `gradio.Blocks.launch`, and return the page.
-
-    Args:
-        other_hosts: Names that requests may be addressed to, in addition to those of this machine.
-    """
+    """Start the server with options of `gradio.Blocks.launch`, and return the page. Requests may be addressed to this
+    machine or to `other_hosts`."""
     import gradio
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware

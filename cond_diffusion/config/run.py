@@ -49,8 +49,7 @@ class TrainConfig:
     """Optimization, averaging, checkpoints and logging."""
 
     batch_size: PositiveInt = option(
-        64,
-        "samples per forward pass and process; a step uses `batch_size` x `gradient_accumulation_steps` x processes",
+        64, "samples per forward pass and process; a step uses `batch_size` x `gradient_accumulation_steps` x processes"
     )
     max_steps: PositiveInt = option(10_000, "optimizer steps")
     optimizer: Literal["adamw", "muon"] = option(
@@ -107,8 +106,7 @@ class SampleConfig:
     """Sample grids during training, with one column per prompt."""
 
     prompts: tuple[str, ...] = option(
-        (),
-        "prompts of the sample grids, one column each; default: eight captions of the data, unless streamed",
+        (), "prompts of the sample grids, one column each; default: eight captions of the data, unless streamed"
     )
     num_images: PositiveInt = option(4, "rows of the grids")
     guidance_scale: float = option(

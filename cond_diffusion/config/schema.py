@@ -53,12 +53,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 def option(
     default: Any, description: str, *, group: str = "options", metavar: str | None = None, **constraints: Any
 ) -> Any:
-    """Declare a field with a default, a description, and constraints of pydantic's `Field`.
-
-    Args:
-        description: Text in `--help` and in the config reference.
-        group, metavar: Argument group and value name on the command line.
-    """
+    """Declare a field with a default, a description (in `--help` and the config reference), its argument group and
+    value name on the command line, and constraints of pydantic's `Field`."""
     extra: Any = {"group": group, "metavar": metavar}
     return Field(default=default, description=description, json_schema_extra=extra, **constraints)
 
@@ -87,11 +83,8 @@ LocalPath = Annotated[str, BeforeValidator(expand_home), AfterValidator(_check_p
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 def section(name: str) -> Callable[[type[Schema]], type[Schema]]:
-    """Return a decorator that makes a class a frozen pydantic dataclass, whose errors are UserErrors of one line.
-
-    Args:
-        name: Prefix of the field names in messages: "train" gives `train.batch_size`, "" the field name alone.
-    """
+    """Return a decorator that makes a class a frozen pydantic dataclass, whose errors are UserErrors of one line, with
+    the name as the prefix of fields: "train" gives `train.batch_size`, "" the field name alone."""
 
     def decorate(plain: type[Schema]) -> type[Schema]:
         cls: Any = pydantic_dataclass(plain, frozen=True)
@@ -137,12 +130,8 @@ def _user_error(error: ValidationError, name: str, schema: Any) -> UserError:
 
 
 def from_json(schema: Any, fields: Any, where: str | Path) -> Any:
-    """Construct a dataclass from the fields of a JSON file. Values are not converted, for example text to numbers.
-
-    Args:
-        schema: The dataclass, or another type that pydantic validates. Fields that it does not declare are ignored.
-        where: Prefix of the error message.
-    """
+    """Construct a dataclass, or another type that pydantic validates, from the fields of a JSON file, without
+    conversion, for example of text to numbers; unknown fields are ignored. Errors begin with `where`."""
     try:
         return TypeAdapter(schema).validate_json(json.dumps(fields), strict=True)
     except ValidationError as error:

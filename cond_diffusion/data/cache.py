@@ -42,13 +42,8 @@ Tensors = dict[str, Tensor]
 def cached_shards(
     folder: Path, count: int, per_shard: int, compute: Callable[[range], Tensors], accelerator: Accelerator, what: str
 ) -> list[Tensors]:
-    """Load the shards of rows 0 to count - 1 from `folder`; compute and write those that are missing.
-
-    The processes of a machine share the work.
-
-    Args:
-        compute: Maps a range of rows to their tensors.
-    """
+    """Load the shards of rows 0 to count - 1 from `folder`; compute and write those that are missing, from ranges of
+    rows to their tensors. The processes of a machine share the work."""
     # A separate process group: the default one times out after some minutes. Created before the work starts, while all
     # processes are at the same point.
     group: Any = distributed.new_group(backend="gloo", timeout=TIMEOUT) if accelerator.num_processes > 1 else None

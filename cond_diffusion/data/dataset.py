@@ -58,11 +58,8 @@ class EncodedImage:
 
 
 class Decoder:
-    """Decodes and preprocesses images, and counts those that are unreadable.
-
-    Args:
-        expected: Number of images in the dataset, or None if unknown.
-    """
+    """Decodes and preprocesses images, and counts those that are unreadable, of `expected` in the dataset (None if
+    unknown)."""
 
     def __init__(self, config: DataConfig, expected: int | None) -> None:
         self.config = config
@@ -74,11 +71,8 @@ class Decoder:
         self.threads = ThreadPoolExecutor(cores_of_this_process(), "decoding")
 
     def decode(self, encoded: Sequence[EncodedImage], crops: Sequence[float]) -> list[Pixels | None]:
-        """Return each image's pixels (h w c), or None if it is unreadable.
-
-        Args:
-            crops: Position of each crop along the longer side, 0 to 1.
-        """
+        """Return each image's pixels (h w c), or None if it is unreadable. Crops are positions along the longer side, 0
+        to 1."""
         decoded: list[Pixels | None] = []
         # Decoding a small file takes less time than passing the GIL between threads.
         run = map if all(image.is_small for image in encoded) else self.threads.map
@@ -328,11 +322,8 @@ def rows_read(rows: list[int] | Int64[Tensor, " n"], total: int) -> Bool[Tensor,
 
 
 def open_captioned_files(config: DataConfig, split: str = "train", dataset: Examples | None = None) -> CaptionedFiles:
-    """Open a dataset and read its captions; images are decoded on access.
-
-    Args:
-        dataset: Used instead of `config.source`; see `as_table`.
-    """
+    """Open `dataset` (see `as_table`), or else the config's source, and read its captions; images are decoded on
+    access."""
     config = config.with_captions()
     columns = (config.image_column, config.caption_column)
     opened = open_source(config.source, split, columns=columns) if dataset is None else as_table(dataset, config)

@@ -325,11 +325,8 @@ TrainingData = ShuffledDataset | CaptionedStream
 
 
 def open_training_data(config: DataConfig, seed: int, dataset: Examples | None = None) -> TrainingData:
-    """Open the training data: as a stream if `config.streaming`, otherwise in memory if it fits.
-
-    Args:
-        dataset: Used instead of `config.source`; see `as_table`.
-    """
+    """Open `dataset` (see `as_table`), or else the config's source: as a stream if it says so, otherwise in memory if
+    it fits."""
     if config.streaming and dataset is None:
         return CaptionedStream(config, seed)
     files = open_captioned_files(config, dataset=dataset)

@@ -52,12 +52,8 @@ class _Images(ImageFolder):
 def open_source(
     source: str, split: str, *, streaming: bool = False, columns: Sequence[str] = ()
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Open a split of a source.
-
-    Args:
-        source: Name of a built-in dataset, a folder, a .parquet or .tar file, or a Hub id.
-        columns: Columns that are needed. Parquet files may differ in the others.
-    """
+    """Open a split of a built-in dataset, a folder, a .parquet or .tar file, or a Hub id. Parquet files may differ in
+    columns other than `columns`."""
     path = BUILT_IN_SOURCES.get(source, Path(source))
     _warn_if_ambiguous(source, path)
     found = Files(source)

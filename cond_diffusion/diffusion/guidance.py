@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cond_diffusion.diffusion.objective import Denoiser
 from cond_diffusion.diffusion.samplers import Noise, Sampler, Step
-from cond_diffusion.diffusion.schedule import NoiseSchedule, expand_like
+from cond_diffusion.diffusion.schedule import Images, NoiseSchedule, PerExample, expand_like
 
 
 def drop_captions(
@@ -29,7 +29,7 @@ def guided(
     network: Callable[[Tensor, Tensor, Any], Tensor],
     context: Float[Tensor, "b l d"],
     null_context: Float[Tensor, "b l d"],
-    guidance_scale: Float[Tensor, " b"],
+    guidance_scale: PerExample,
     *,
     phrases: Sequence[Sequence[Float[Tensor, "l d"]]] = (),
     phrase_guidance: float = 0.0,
@@ -118,9 +118,7 @@ def guided(
     return guided_forward
 
 
-def rescale_deviation(
-    guided_output: Float[Tensor, "b *chw"], cond: Float[Tensor, "b *chw"], phi: float
-) -> Float[Tensor, "b *chw"]:
+def rescale_deviation(guided_output: Images, cond: Images, phi: float) -> Images:
     """Rescale a guided output towards the standard deviation of the conditional one (Lin et al. 2023, eq. 15 and 16).
 
     High guidance scales increase the standard deviation, which over- or underexposes images.
@@ -133,12 +131,9 @@ def rescale_deviation(
     return expand_like(phi * ratio + 1 - phi, guided_output) * guided_output
 
 
-def threshold_dynamically(x_0_hat: Float[Tensor, "b *chw"], share: float) -> Float[Tensor, "b *chw"]:
-    """Clip each image to [-s, s] and divide it by s (dynamic thresholding, Saharia et al. 2022, section 2.3).
-
-    Args:
-        share: Quantile of the absolute pixel values that s is set to, but at least 1: images in [-1, 1] stay the same.
-    """
+def threshold_dynamically(x_0_hat: Images, share: float) -> Images:
+    """Clip each image to [-s, s] and divide it by s (dynamic thresholding, Saharia et al. 2022, section 2.3): the
+    quantile `share` of its absolute pixel values, but at least 1, so images in [-1, 1] stay the same."""
     s = x_0_hat.flatten(1).abs().float().quantile(share, dim=1).clamp(min=1)
     bound = expand_like(s, x_0_hat)
     return x_0_hat.clamp(-bound, bound) / bound
@@ -201,7 +196,7 @@ def repaint(
     sampler: Sampler,
     denoiser: Denoiser,
     schedule: NoiseSchedule,
-    x: Float[Tensor, "b *chw"],
+    x: Images,
     timesteps: list[int],
     noise: Noise,
     *,

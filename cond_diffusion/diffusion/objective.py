@@ -26,11 +26,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from cond_diffusion.config.run import ObjectiveConfig, PredictionKind, TimestepDensity
-from cond_diffusion.diffusion.schedule import NoiseSchedule, expand_like
+from cond_diffusion.diffusion.schedule import Images, NoiseSchedule, PerExample, Timesteps, expand_like
 from cond_diffusion.errors import UserError
 
 
@@ -38,8 +38,8 @@ from cond_diffusion.errors import UserError
 class DenoiserOutput:
     """The estimated decomposition x_t = sqrt(alpha_bar) x_0_hat + sqrt(1 - alpha_bar) eps_hat."""
 
-    x_0_hat: Float[Tensor, "b *chw"]
-    eps_hat: Float[Tensor, "b *chw"]
+    x_0_hat: Images
+    eps_hat: Images
 
 
 Denoiser = Callable[[Tensor, int], DenoiserOutput]
@@ -67,16 +67,12 @@ class Prediction:
                 "(schedule.zero_terminal_snr, or a last beta of 1); expected v_prediction or sample"
             )
 
-    def of(
-        self, x_0: Float[Tensor, "b *chw"], eps: Float[Tensor, "b *chw"], t: Int64[Tensor, " b"]
-    ) -> Float[Tensor, "b *chw"]:
+    def of(self, x_0: Images, eps: Images, t: Timesteps) -> Images:
         """Return the prediction target a x_0 + b eps."""
         a, b = self._coefficients(*self.schedule.alpha_sigma(t))
         return expand_like(a, x_0) * x_0 + expand_like(b, x_0) * eps
 
-    def denoised(
-        self, output: Float[Tensor, "b *chw"], x_t: Float[Tensor, "b *chw"], t: Int64[Tensor, " b"]
-    ) -> DenoiserOutput:
+    def denoised(self, output: Images, x_t: Images, t: Timesteps) -> DenoiserOutput:
         """Solve x_t = alpha x_0 + sigma eps and output = a x_0 + b eps for x_0 and eps."""
         alpha, sigma = self.schedule.alpha_sigma(t)
         a, b = self._coefficients(alpha, sigma)
@@ -87,15 +83,13 @@ class Prediction:
 
         return DenoiserOutput(x_0_hat=combine(b, -sigma), eps_hat=combine(-a, alpha))
 
-    def x_0_error(self, t: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def x_0_error(self, t: Timesteps) -> PerExample:
         """Return the factor, in float64, from an error of the output to the resulting error of x_0_hat."""
         alpha, sigma = self.schedule.alpha_sigma(t)
         a, b = self._coefficients(alpha, sigma)
         return sigma / (alpha * b - sigma * a).abs()
 
-    def _coefficients(
-        self, alpha: Float[Tensor, " b"], sigma: Float[Tensor, " b"]
-    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    def _coefficients(self, alpha: PerExample, sigma: PerExample) -> tuple[PerExample, PerExample]:
         """Return a and b of the table of predictions."""
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         match self.kind:
@@ -122,7 +116,7 @@ def denoiser(
     """
     sample_prediction = Prediction("sample", prediction.schedule)
 
-    def denoise(x_t: Float[Tensor, "b *chw"], t: int) -> DenoiserOutput:
+    def denoise(x_t: Images, t: int) -> DenoiserOutput:
         ts = torch.full((len(x_t),), t)
         output = prediction.denoised(network(x_t, t), x_t, ts)
         if not bounds:
@@ -170,7 +164,7 @@ class Objective:
         self.density = _density(config.timesteps, self.weight)
         self.importance = 1 / (self.density * schedule.num_timesteps)
 
-    def timesteps_at(self, quantiles: Float[Tensor, " b"]) -> Int64[Tensor, " b"]:
+    def timesteps_at(self, quantiles: PerExample) -> Timesteps:
         """Map uniform random numbers in [0, 1] to timesteps distributed by the density (inverse transform sampling).
 
         Runs on the CPU, where the tables are, and so never waits for an accelerator.
@@ -178,25 +172,15 @@ class Objective:
         return torch.searchsorted(self.density.cumsum(0), quantiles).clamp(max=self.schedule.num_timesteps - 1)
 
     def loss(
-        self,
-        network: Network,
-        x_0: Float[Tensor, "b *chw"],
-        t: Int64[Tensor, " b"],
-        eps: Float[Tensor, "b *chw"],
-        context: Float[Tensor, "b l d"],
+        self, network: Network, x_0: Images, t: Timesteps, eps: Images, context: Float[Tensor, "b l d"]
     ) -> Float[Tensor, ""]:
         """Return the mean loss of a batch, importance-weighted by the density of each t."""
         losses = self.losses(network, x_0, t, eps, context)
         return (self.importance[t.cpu()].to(losses) * losses).mean()
 
     def losses(
-        self,
-        network: Network,
-        x_0: Float[Tensor, "b *chw"],
-        t: Int64[Tensor, " b"],
-        eps: Float[Tensor, "b *chw"],
-        context: Float[Tensor, "b l d"],
-    ) -> Float[Tensor, " b"]:
+        self, network: Network, x_0: Images, t: Timesteps, eps: Images, context: Float[Tensor, "b l d"]
+    ) -> PerExample:
         """Return weight_t mean((target - output(x_t, t, context))^2) for each example."""
         output = network(self.schedule.q_sample(x_0, t, eps), t.to(x_0.device), context)
         error = (output - self.prediction.of(x_0, eps, t)).square().flatten(1).mean(1)

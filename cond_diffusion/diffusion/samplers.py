@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from cond_diffusion.config.sampling import SamplerName, SamplingOptions
 from cond_diffusion.config.schedule import ScheduleConfig, Variance
 from cond_diffusion.diffusion.objective import Denoiser, DenoiserOutput
-from cond_diffusion.diffusion.schedule import NoiseLevel, NoiseSchedule
+from cond_diffusion.diffusion.schedule import Images, NoiseLevel, NoiseSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +39,8 @@ class Step:
     """One sampling step from timestep t: x at the next timestep, and the prediction of x_0 it was computed from."""
 
     t: int
-    x: Float[Tensor, "b *chw"]
-    x_0_hat: Float[Tensor, "b *chw"]
+    x: Images
+    x_0_hat: Images
 
 
 Sampler = Callable[[Denoiser, NoiseSchedule, Tensor, list[int], Noise], Iterator[Step]]
@@ -85,13 +84,7 @@ def _default_variance(schedule: ScheduleConfig, steps: int) -> Variance:
 
 
 def ddpm(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    x: Float[Tensor, "b *chw"],
-    timesteps: list[int],
-    noise: Noise,
-    *,
-    variance: Variance,
+    denoiser: Denoiser, schedule: NoiseSchedule, x: Images, timesteps: list[int], noise: Noise, *, variance: Variance
 ) -> Iterator[Step]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2).
 
@@ -111,13 +104,7 @@ def ddpm(
 
 
 def ddim(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    x: Float[Tensor, "b *chw"],
-    timesteps: list[int],
-    noise: Noise,
-    *,
-    eta: float,
+    denoiser: Denoiser, schedule: NoiseSchedule, x: Images, timesteps: list[int], noise: Noise, *, eta: float
 ) -> Iterator[Step]:
     """Denoising diffusion implicit models (Song, Meng and Ermon 2021, eq. 12).
 
@@ -134,9 +121,7 @@ def ddim(
         yield Step(t, x, output.x_0_hat)
 
 
-def euler(
-    denoiser: Denoiser, schedule: NoiseSchedule, x: Float[Tensor, "b *chw"], timesteps: list[int], noise: Noise
-) -> Iterator[Step]:
+def euler(denoiser: Denoiser, schedule: NoiseSchedule, x: Images, timesteps: list[int], noise: Noise) -> Iterator[Step]:
     """Euler's method on the probability-flow ODE (Song et al. 2021, eq. 13; Karras et al. 2022, eq. 1).
 
     With y = x_t / alpha, an image with noise of standard deviation s = sigma / alpha, the ODE is dy/ds = eps_hat(y, s).
@@ -149,9 +134,7 @@ def euler(
         yield Step(t, x, output.x_0_hat)
 
 
-def heun(
-    denoiser: Denoiser, schedule: NoiseSchedule, x: Float[Tensor, "b *chw"], timesteps: list[int], noise: Noise
-) -> Iterator[Step]:
+def heun(denoiser: Denoiser, schedule: NoiseSchedule, x: Images, timesteps: list[int], noise: Noise) -> Iterator[Step]:
     """Heun's method on the same ODE (Karras et al. 2022, algorithm 1): a step along the mean of the slopes at its ends.
 
     The step to x_0 is Euler's, since eps_hat is undefined without noise; so is a step from pure noise, where s is
@@ -169,7 +152,7 @@ def heun(
         yield Step(t, x, output.x_0_hat)
 
 
-def _euler_step(output: DenoiserOutput, target: NoiseLevel) -> Float[Tensor, "b *chw"]:
+def _euler_step(output: DenoiserOutput, target: NoiseLevel) -> Images:
     """Follow the straight line y = x_0_hat + s eps_hat to the target level."""
     return target.alpha * (output.x_0_hat + target.ratio * output.eps_hat)
 
@@ -177,7 +160,7 @@ def _euler_step(output: DenoiserOutput, target: NoiseLevel) -> Float[Tensor, "b 
 def dpm_solver(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
-    x: Float[Tensor, "b *chw"],
+    x: Images,
     timesteps: list[int],
     noise: Noise,
     *,
@@ -210,13 +193,7 @@ def dpm_solver(
 
 
 def unipc(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    x: Float[Tensor, "b *chw"],
-    timesteps: list[int],
-    noise: Noise,
-    *,
-    order: int,
+    denoiser: Denoiser, schedule: NoiseSchedule, x: Images, timesteps: list[int], noise: Noise, *, order: int
 ) -> Iterator[Step]:
     """UniPC predictor-corrector (Zhao et al. 2023, algorithms 1 to 3, with B_2(h) and prediction of x_0).
 
@@ -243,12 +220,12 @@ def unipc(
 
 
 def _unipc_step(
-    x: Float[Tensor, "b *chw"],
+    x: Images,
     current: NoiseLevel,
     target: NoiseLevel,
     history: list[tuple[float, Tensor]],
-    x_0_hat_at_target: Float[Tensor, "b *chw"] | None = None,
-) -> Float[Tensor, "b *chw"]:
+    x_0_hat_at_target: Images | None = None,
+) -> Images:
     """Step from `current` to `target`: the predictor, or the corrector if x_0_hat at the target is given (eq. 3 and 9).
 
     Integrates the polynomial through the values of x_0_hat. Its differences to x_0_hat at `current` have weights that

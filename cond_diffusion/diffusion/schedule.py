@@ -28,6 +28,11 @@ from torch import Tensor
 from cond_diffusion.config.schedule import ScheduleConfig, Spacing
 from cond_diffusion.errors import UserError
 
+Images = Float[Tensor, "b *chw"]
+"""Images, or other tensors with one example per row."""
+PerExample = Float[Tensor, " b"]
+Timesteps = Int64[Tensor, " b"]
+
 
 class NoiseSchedule:
     """The betas and alpha_bar of a schedule, and the distributions derived from them.
@@ -59,14 +64,12 @@ class NoiseSchedule:
         """alpha_bar / (1 - alpha_bar) at every t."""
         return self.alpha_bar / (1 - self.alpha_bar)
 
-    def q_sample(
-        self, x_0: Float[Tensor, "b *chw"], t: Int64[Tensor, " b"], eps: Float[Tensor, "b *chw"]
-    ) -> Float[Tensor, "b *chw"]:
+    def q_sample(self, x_0: Images, t: Timesteps, eps: Images) -> Images:
         """Sample x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), with eps ~ N(0, I) (eq. 4)."""
         alpha, sigma = self.alpha_sigma(t)
         return expand_like(alpha, x_0) * x_0 + expand_like(sigma, x_0) * eps
 
-    def alpha_sigma(self, t: Int64[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    def alpha_sigma(self, t: Timesteps) -> tuple[PerExample, PerExample]:
         """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) at each t, in float64 on the CPU; see `level` for one t."""
         alpha_bar = self.alpha_bar[t.cpu()]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -177,7 +180,7 @@ class Posterior:
     beta: float
 
 
-def expand_like(coefficient: Float[Tensor, " n"], x: Float[Tensor, "b *chw"]) -> Float[Tensor, "n *ones"]:
+def expand_like(coefficient: Float[Tensor, " n"], x: Images) -> Float[Tensor, "n *ones"]:
     """Reshape one coefficient per example to broadcast over `x`, in the dtype and on the device of `x`.
 
     All broadcasting over examples goes through this check: (8,) against (8, 1) would silently become (8, 8).

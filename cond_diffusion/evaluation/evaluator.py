@@ -18,18 +18,7 @@ from cond_diffusion.data.loader import ShuffledDataset, TrainingData, open_train
 from cond_diffusion.device import autocast
 from cond_diffusion.diffusion.objective import Objective
 from cond_diffusion.errors import UserError
-from cond_diffusion.evaluation.metrics import (
-    Classifier,
-    accuracy,
-    digest,
-    frechet_distance,
-    load_clip_judge,
-    load_or_train_classifier,
-    nearest,
-    prdc,
-    renumber_groups,
-    train_classifier,
-)
+from cond_diffusion.evaluation import metrics
 from cond_diffusion.images import to_bytes
 from cond_diffusion.models.clip import ClipJudge, nearest_captions
 from cond_diffusion.pipeline.text_to_image import TextToImage
@@ -54,7 +43,7 @@ class Judged:
     """Captioned images with the outputs of the evaluation models, which are computed on first use and cached."""
 
     data: CaptionedImages
-    classifier: Classifier | None
+    classifier: metrics.Classifier | None
     clip: ClipJudge | None
     extractor: FeatureExtractor
 
@@ -116,7 +105,7 @@ class Evaluator:
         self,
         train: CaptionedImages,
         test: CaptionedImages,
-        classifier: Classifier | None,
+        classifier: metrics.Classifier | None,
         clip: ClipJudge | None,
         features: FeatureExtractor | None = None,
     ) -> None:
@@ -135,18 +124,15 @@ class Evaluator:
     def judge_name(self) -> str:
         """The model of prompt accuracy, with a hash of its weights; values of different models are not comparable."""
         kind, judge = ("classifier", self.classifier) if self.classifier else ("CLIP", cast(ClipJudge, self.clip))
-        return f"{kind} {digest(judge)}"
+        return f"{kind} {metrics.digest(judge)}"
 
     def judge(self, data: CaptionedImages) -> Judged:
         """Attach the evaluation models to images."""
         return Judged(data, self.classifier, self.clip, self.extractor)
 
     def prompts(self, count: int, *, paraphrases: bool = False) -> list[tuple[str, int]]:
-        """Return up to `count` prompts with the indices of their caption groups.
-
-        Args:
-            paraphrases: Use all captions of each group except the first, instead of the first.
-        """
+        """Return up to `count` prompts with the indices of their caption groups: the first caption of each, or all
+        others (`paraphrases`)."""
         selected = slice(1, None) if paraphrases else slice(0, 1)
         prompts = [(prompt, i) for i, group in enumerate(self.train.caption_groups) for prompt in group[selected]]
         if not prompts:
@@ -192,7 +178,7 @@ class Evaluator:
 
     def distance(self, images: Judged) -> float:
         """Return the Fréchet distance to the test images."""
-        return frechet_distance(images.features, self.reference.features)
+        return metrics.frechet_distance(images.features, self.reference.features)
 
     def real_baseline(self, count: int) -> float:
         """Return the Fréchet distance of `count` training images."""
@@ -200,7 +186,7 @@ class Evaluator:
 
     def nearest_images(self, samples: Judged, rows: Int64[Tensor, " n"]) -> UInt8[Tensor, "n columns c h w"]:
         """Return the samples `rows`, each followed by its nearest training images, to check for memorization."""
-        _, indices = nearest(samples.features[rows], self.training.features, NEIGHBORS)
+        _, indices = metrics.nearest(samples.features[rows], self.training.features, NEIGHBORS)
         return torch.cat([samples.data.images[rows][:, None], self.train.images[indices]], dim=1)
 
 
@@ -212,9 +198,17 @@ METRICS: list[tuple[str, str, Metric]] = [
     ("clip", "test", lambda _, x: {"prompt accuracy, CLIP": x.recognized_by_clip.float().mean().item()}),
     ("clip", "test", lambda _, x: {"CLIP score": x.clip_score}),
     ("extractor", "train", lambda real, x: {"Fréchet distance": real.distance(x)}),
-    ("extractor", "train", lambda real, x: prdc(x.features, real.reference.features[: len(x.data)])),
-    ("classifier", "train", lambda real, x: {CLASSIFICATION: accuracy(train_classifier(x.data), real.test)}),
-    ("extractor", "test", lambda real, x: {NEAREST: nearest(x.features, real.training.features, 1)[0].mean().item()}),
+    ("extractor", "train", lambda real, x: metrics.prdc(x.features, real.reference.features[: len(x.data)])),
+    (
+        "classifier",
+        "train",
+        lambda real, x: {CLASSIFICATION: metrics.accuracy(metrics.train_classifier(x.data), real.test)},
+    ),
+    (
+        "extractor",
+        "test",
+        lambda real, x: {NEAREST: metrics.nearest(x.features, real.training.features, 1)[0].mean().item()},
+    ),
 ]
 
 
@@ -248,20 +242,20 @@ def load_evaluator(
     has_labels = num_groups > 1 and len(train) >= MIN_IMAGES_PER_LABEL * num_groups
     clip = features if isinstance(features, ClipJudge) else None
     try:
-        clip = load_clip_judge(config.clip, config.data, config.text.max_length or 77)
+        clip = metrics.load_clip_judge(config.clip, config.data, config.text.max_length or 77)
     except UserError as error:
         logger.warning("text.encoder: %s; %s", error, "using features" if clip else "skipping CLIP metrics")
     for model in (clip, features):
         if isinstance(model, ClipJudge):
             model.to(pipe.device)
-    return Evaluator(train, test, load_or_train_classifier(train) if has_labels else None, clip, features)
+    return Evaluator(train, test, metrics.load_or_train_classifier(train) if has_labels else None, clip, features)
 
 
 def load_real_images(config: Config, training_data: TrainingData) -> tuple[CaptionedImages, CaptionedImages]:
     """Load the training and the test images into memory; without a test split, the held-out images replace it."""
     data = training_data.in_memory()
     try:
-        return data, renumber_groups(load_captioned_images(config.data, "test"), data.caption_groups)
+        return data, metrics.renumber_groups(load_captioned_images(config.data, "test"), data.caption_groups)
     except UserError as error:
         if training_data.held_out_indices() is None:  # those of a stream have no indices in the whole data set
             raise

@@ -45,11 +45,7 @@ def prior_bits(schedule: NoiseSchedule, x_0: Float[Tensor, "b *chw"]) -> Float[T
 
 
 def step_bits(
-    schedule: NoiseSchedule,
-    x_0: Float[Tensor, "b *chw"],
-    x_0_hat: Float[Tensor, "b *chw"],
-    t: int,
-    variance: Variance,
+    schedule: NoiseSchedule, x_0: Float[Tensor, "b *chw"], x_0_hat: Float[Tensor, "b *chw"], t: int, variance: Variance
 ) -> Float[Tensor, " b"]:
     """Return L_t or, at t = 0, the decoder term in bits per dimension.
 

@@ -31,11 +31,7 @@ Point = dict[str, Any]
 
 class Results:
     """The parts of `evaluation.json`; the file is written after each part, so an interrupted evaluation can be resumed.
-
-    Args:
-        folder: Folder of the report; it must be new, or contain an evaluation with the same settings.
-        settings: Options of the evaluation.
-    """
+    The folder must be new, or contain an evaluation with the same settings."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
@@ -96,14 +92,8 @@ def reported(sampling: SamplingOptions) -> dict[str, Any]:
 def evaluate(
     evaluator: Evaluator, prompts: Sequence[str], generate: Generate, sampling: SamplingOptions, results: Results
 ) -> dict[str, Any]:
-    """Generate and measure samples, and write grids of them and of their nearest training images.
-
-    Args:
-        generate: Returns the same number of samples of each prompt, in the order of the prompts.
-
-    Returns:
-        The part "samples" of `evaluation.json`.
-    """
+    """Generate and measure samples, equally many of each prompt in their order, and write grids of them and of their
+    nearest training images. Returns the part "samples" of `evaluation.json`."""
 
     def compute() -> dict[str, Any]:
         start = time.perf_counter()
@@ -135,11 +125,8 @@ def sweep(
     count: int,
     num_timesteps: int,
 ) -> None:
-    """Measure and plot accuracy and distance by guidance scale, and by number of steps for each sampler.
-
-    Args:
-        count: Number of real images of the baseline.
-    """
+    """Measure and plot accuracy and distance by guidance scale, and by number of steps for each sampler, beside the
+    distance of `count` real images."""
 
     def point(name: str, sampling: SamplingOptions) -> Point:
         def compute() -> Point:
@@ -181,12 +168,8 @@ def save_grid(images: UInt8[Tensor, "n c h w"], columns: int, file: Path) -> Non
 
 
 def plot(lines: Mapping[str, Sequence[Point]], option: str, baseline: float, file: Path) -> None:
-    """Plot prompt accuracy and Fréchet distance against a sampling option.
-
-    Args:
-        lines: Points of each line, by label.
-        baseline: Fréchet distance of real images.
-    """
+    """Plot prompt accuracy and Fréchet distance against a sampling option, one line per label, and the baseline, the
+    Fréchet distance of real images."""
     from matplotlib.figure import Figure  # in the extra `eval`
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -97,11 +97,8 @@ def build_clip(config: ClipPretrainingConfig, tokenizer: CLIPTokenizer) -> CLIPM
 
 
 def untrained_text_encoder(config: ClipPretrainingConfig, captions: Sequence[str], text: TextConfig) -> TextEncoder:
-    """Return a randomly initialized text encoder with the vocabulary and the shape of the CLIP to train.
-
-    Args:
-        text: The run's section `text`. Its `max_length` is by default that of the longest caption, within 16 and 77.
-    """
+    """Return a randomly initialized text encoder with the vocabulary and the shape of the CLIP to train. `max_length`
+    is by default that of the longest caption, within 16 and 77."""
     tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
     text_config: Any = build_clip(config, tokenizer).config.text_config
     encoder = TextEncoder(tokenizer, CLIPTextModel(text_config), text.max_length, text.split_phrases)

@@ -116,11 +116,7 @@ class VAE:
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "VAE":
-        """Load an autoencoder.
-
-        Args:
-            source: A folder or a Hub id, of the autoencoder or of a pipeline with `vae/`.
-        """
+        """Load an autoencoder from a folder or a Hub id, of the autoencoder or of a pipeline with `vae/`."""
         if importlib.util.find_spec("diffusers") is None:
             raise UserError('latent.vae needs diffusers; install it: pip install "cond_diffusion[latent]"')
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # optional, and takes seconds to import

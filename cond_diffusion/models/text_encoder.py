@@ -77,11 +77,7 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        tokenizer: CLIPTokenizer,
-        clip: CLIPTextModel,
-        max_length: int | None,
-        split_phrases: bool | None = None,
+        self, tokenizer: CLIPTokenizer, clip: CLIPTextModel, max_length: int | None, split_phrases: bool | None = None
     ) -> None:
         super().__init__()
         positions: int = clip.config.max_position_embeddings
@@ -140,11 +136,8 @@ class TextEncoder(nn.Module):
         return self.clip.config.hidden_size
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Int64[Tensor, "b l"], list[str]]:
-        """Tokenize captions, padded and truncated to `max_length`.
-
-        Returns:
-            The token ids, and the part of each caption that was truncated ("" if none).
-        """
+        """Return the ids of captions, padded and truncated to `max_length`, and the part of each that was truncated (""
+        if none)."""
         bos, eos, limit = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.max_length - 2
         ids = torch.full((len(captions), self.max_length), cast(int, self.tokenizer.pad_token_id))
         rests = []
@@ -252,11 +245,7 @@ def distinct_words(captions: Sequence[str]) -> list[str]:
 
 
 def find_clip(source: str | Path) -> Path:
-    """Return the folder of a CLIP; a Hub id is downloaded.
-
-    Args:
-        source: "builtin", "emoji", a folder or a Hub id.
-    """
+    """Return the folder of a CLIP: "builtin", "emoji", a folder, or a Hub id, which is downloaded."""
     folder = BUILT_IN_ENCODERS.get(str(source), Path(source))
     if not folder.is_dir() and not is_hub_id(source):
         raise UserError("there is no such folder")

@@ -21,17 +21,7 @@ from cond_diffusion.config.unet import UNetConfig, from_diffusers, to_diffusers
 from cond_diffusion.errors import UserError, first_line, user_errors
 from cond_diffusion.files import cache_folder, load_tensors, save_tensors, write_json
 from cond_diffusion.hub import download, in_half, is_hub_id, variant_of
-from cond_diffusion.models.layers import (
-    Downsample,
-    GroupNorm,
-    ProjectedContext,
-    ResidualBlock,
-    SpatialTransformer,
-    TimestepMLP,
-    Upsample,
-    timestep_embedding,
-    zero_,
-)
+from cond_diffusion.models import layers
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -41,13 +31,15 @@ MAX_COMPILED_SHAPES = 64  # of a class of blocks
 class DownLevel(nn.Module):
     """Residual blocks, each followed by attention if the level has any, then downsampling by 2."""
 
-    def __init__(self, resnets: list[ResidualBlock], attentions: list[SpatialTransformer], downsample: bool) -> None:
+    def __init__(
+        self, resnets: list[layers.ResidualBlock], attentions: list[layers.SpatialTransformer], downsample: bool
+    ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList([Downsample(resnets[-1].conv2.out_channels)] if downsample else [])
+        self.downsamplers = nn.ModuleList([layers.Downsample(resnets[-1].conv2.out_channels)] if downsample else [])
 
-    def forward(self, x: Tensor, time: Tensor, contexts: ProjectedContext) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, time: Tensor, contexts: layers.ProjectedContext) -> tuple[Tensor, list[Tensor]]:
         """Return the output, and the feature maps for the skip connections in order of computation."""
         skips = []
         for resnet, attention in zip_longest(self.resnets, self.attentions):
@@ -64,12 +56,12 @@ class DownLevel(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, resnets: list[ResidualBlock], attention: SpatialTransformer) -> None:
+    def __init__(self, resnets: list[layers.ResidualBlock], attention: layers.SpatialTransformer) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList([attention])
 
-    def forward(self, x: Tensor, time: Tensor, contexts: ProjectedContext) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, contexts: layers.ProjectedContext) -> Tensor:
         x = self.resnets[0](x, time)
         x = self.attentions[0](x, contexts.pop(0))
         return self.resnets[1](x, time)
@@ -78,13 +70,15 @@ class Middle(nn.Module):
 class UpLevel(nn.Module):
     """Residual blocks, each with a skip connection from the down path, then upsampling by 2."""
 
-    def __init__(self, resnets: list[ResidualBlock], attentions: list[SpatialTransformer], upsample: bool) -> None:
+    def __init__(
+        self, resnets: list[layers.ResidualBlock], attentions: list[layers.SpatialTransformer], upsample: bool
+    ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
-        self.upsamplers = nn.ModuleList([Upsample(resnets[-1].conv2.out_channels)] if upsample else [])
+        self.upsamplers = nn.ModuleList([layers.Upsample(resnets[-1].conv2.out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor, time: Tensor, contexts: ProjectedContext, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, contexts: layers.ProjectedContext, skips: list[Tensor]) -> Tensor:
         """Return the output; removes the feature maps of this level from the end of `skips`."""
         for resnet, attention in zip_longest(self.resnets, self.attentions):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
@@ -112,15 +106,15 @@ class UNet(nn.Module):
         widths, context_dim = config.channels, config.context_dim
         time_dim = 4 * widths[0]
 
-        def resnets(in_widths: list[int], width: int) -> list[ResidualBlock]:
-            return [ResidualBlock(w, width, time_dim, config.num_groups, config.norm_eps) for w in in_widths]
+        def resnets(in_widths: list[int], width: int) -> list[layers.ResidualBlock]:
+            return [layers.ResidualBlock(w, width, time_dim, config.num_groups, config.norm_eps) for w in in_widths]
 
-        def attentions(level: int, count: int) -> list[SpatialTransformer]:
+        def attentions(level: int, count: int) -> list[layers.SpatialTransformer]:
             shape = (widths[level], context_dim, config.heads[level], config.num_groups, config.linear_projection)
-            return [SpatialTransformer(*shape) for _ in range(count)]
+            return [layers.SpatialTransformer(*shape) for _ in range(count)]
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepMLP(widths[0], time_dim)
+        self.time_embedding = layers.TimestepMLP(widths[0], time_dim)
 
         per_level, last = config.blocks_per_level, len(widths) - 1
         skips = [widths[0]]  # widths of the feature maps for the skip connections
@@ -143,14 +137,14 @@ class UNet(nn.Module):
             self.up_blocks.append(UpLevel(blocks, transformers, upsample=level > 0))
             below = width
 
-        self.conv_norm_out = GroupNorm(config.num_groups, widths[0], config.norm_eps)
+        self.conv_norm_out = layers.GroupNorm(config.num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
-        zero_(self.conv_out)
+        layers.zero_(self.conv_out)
 
         # Modules are registered in the order of the forward pass.
-        self._transformers = tuple(module for module in self.modules() if isinstance(module, SpatialTransformer))
+        self._transformers = tuple(module for module in self.modules() if isinstance(module, layers.SpatialTransformer))
 
-    def project_context(self, context: Float[Tensor, "b l d"]) -> ProjectedContext:
+    def project_context(self, context: Float[Tensor, "b l d"]) -> layers.ProjectedContext:
         """Compute keys and values of the context for all cross-attentions; `forward` accepts them as the context."""
         return [transformer.keys_values(context) for transformer in self._transformers]
 
@@ -158,7 +152,7 @@ class UNet(nn.Module):
         self,
         x_t: Float[Tensor, "b c h w"],
         t: Int64[Tensor, " b"],
-        context: Float[Tensor, "b l d"] | ProjectedContext,
+        context: Float[Tensor, "b l d"] | layers.ProjectedContext,
     ) -> Float[Tensor, "b c h w"]:
         """Return the prediction.
 
@@ -173,7 +167,7 @@ class UNet(nn.Module):
         if x.device.type == "cpu":
             # Subsequent layers keep this format: convolutions are faster, and attention needs no copy to flatten.
             x = x.contiguous(memory_format=torch.channels_last)
-        time = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
+        time = self.time_embedding(layers.timestep_embedding(t, self.config.channels[0]).to(x.dtype))
         skips = [x]
         for level in self.down_blocks:
             x, level_skips = level(x, time, contexts)
@@ -192,10 +186,10 @@ class UNet(nn.Module):
         on to `conv_out`, in a pair of channels with opposite signs for each channel of x_t, because
         x = silu(x) - silu(-x).
         """
-        last_shortcut = cast(ResidualBlock, cast(UpLevel, self.up_blocks[-1]).resnets[-1]).conv_shortcut
+        last_shortcut = cast(layers.ResidualBlock, cast(UpLevel, self.up_blocks[-1]).resnets[-1]).conv_shortcut
         assert last_shortcut is not None  # the last block has a skip connection, and therefore more input channels
         assert self.conv_in.bias is not None
-        zero_(last_shortcut)
+        layers.zero_(last_shortcut)
         nn.init.zeros_(self.conv_in.bias)
         width, channels = self.config.channels[0], self.conv_in.in_channels
         pairs = min(channels, width // 2)
@@ -232,7 +226,7 @@ class UNet(nn.Module):
         # Blocks of all shapes share one cache, whose default size is 8.
         dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, MAX_COMPILED_SHAPES)
         for module in self.modules():
-            if isinstance(module, ResidualBlock | SpatialTransformer):
+            if isinstance(module, layers.ResidualBlock | layers.SpatialTransformer):
                 module.compile(**options)
 
     def save_pretrained(self, folder: Path | str) -> None:

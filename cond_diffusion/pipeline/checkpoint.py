@@ -34,15 +34,7 @@ from cond_diffusion.hub import WEIGHTS, download, is_hub_id, refuse_pickles
 from cond_diffusion.models.latents import IN_LATENTS, IN_PIXELS, VAE, LatentSpace, PixelPatchify
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
-from cond_diffusion.pipeline.run_folder import (
-    INDEX_NAME,
-    METRICS_NAME,
-    PROGRESS_NAME,
-    find_corruption,
-    newest_checkpoint,
-    read_metrics,
-    read_progress,
-)
+from cond_diffusion.pipeline import run_folder
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILT_IN_MODEL = ASSETS / "mnist_model"
@@ -73,7 +65,7 @@ class Checkpoint:
         for part, weights in WEIGHTS.items():
             refuse_pickles(self.folder / part, weights)
         if self.index["_class_name"] == IN_PIXELS:
-            return PixelPatchify(from_json(LatentConfig, self.index, self.folder / INDEX_NAME).patch_size)
+            return PixelPatchify(from_json(LatentConfig, self.index, self.folder / run_folder.INDEX_NAME).patch_size)
         return VAE.from_pretrained(self.folder)
 
     @cached_property
@@ -81,7 +73,7 @@ class Checkpoint:
         """The default guidance of sampling; for a model in pixel space, that of the run's sample grids."""
         if self.index["_class_name"] == IN_LATENTS:
             return SampleConfig(guidance_scale=LATENT_GUIDANCE_SCALE).guidance
-        return from_json(SampleConfig, self.index, self.folder / INDEX_NAME).guidance
+        return from_json(SampleConfig, self.index, self.folder / run_folder.INDEX_NAME).guidance
 
     @cached_property
     def unet(self) -> UNet:
@@ -134,30 +126,26 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path, **options: Any) -> Checkpoint:
-    """Open a built-in model, the newest checkpoint of a run, a checkpoint folder, or a model from the Hub.
-
-    Args:
-        source: A name in `BUILT_IN_MODELS`, a run folder, a checkpoint folder or a Hub id, which is downloaded.
-        **options: Options of `hub.download`.
-    """
+    """Open a model in `BUILT_IN_MODELS`, the newest checkpoint of a run folder, a checkpoint folder, or a model of the
+    Hub, which is downloaded with options of `hub.download`."""
     if source in BUILT_IN_MODELS:
         return Checkpoint(BUILT_IN_MODELS[str(source)])
     folder = Path(source)
-    if (folder / INDEX_NAME).is_file():
-        if problem := find_corruption(folder, with_state=False):
+    if (folder / run_folder.INDEX_NAME).is_file():
+        if problem := run_folder.find_corruption(folder, with_state=False):
             raise UserError(f"{folder}: {problem}")
         return Checkpoint(folder)
     if folder.is_dir():
-        newest = newest_checkpoint(folder, with_state=False)
+        newest = run_folder.newest_checkpoint(folder, with_state=False)
         if newest is None:
-            raise UserError(f"{folder}: no complete checkpoint; expected {INDEX_NAME} or checkpoints/step-*")
+            raise UserError(f"{folder}: no complete checkpoint; expected {run_folder.INDEX_NAME} or checkpoints/step-*")
         return Checkpoint(newest)
     if not is_hub_id(source):
         names = f"{', '.join(BUILT_IN_MODELS)}, a run folder, a checkpoint folder or a hub id"
         hint = did_you_mean(str(source), BUILT_IN_MODELS)
         raise UserError(f"there is no checkpoint {source}{hint}; expected {names}")
     # Check the kind before downloading gigabytes of an unsupported pipeline.
-    check_kind(download(str(source), [INDEX_NAME], **options), str(source))
+    check_kind(download(str(source), [run_folder.INDEX_NAME], **options), str(source))
     return Checkpoint(download(str(source), **options))
 
 
@@ -191,7 +179,7 @@ def write_index(folder: Path, latent_space: LatentSpace, guidance: Mapping[str, 
     index |= latent_space.save_pretrained(folder)
     if not latent_space.is_latent:
         index |= guidance
-    write_json(folder / INDEX_NAME, index)
+    write_json(folder / run_folder.INDEX_NAME, index)
 
 
 def write_prediction(folder: Path, prediction: Prediction) -> None:
@@ -215,13 +203,8 @@ def write_card(
     *,
     split_phrases: bool,
 ) -> None:
-    """Write the model card, and the config of the training run if there is one.
-
-    Args:
-        name: Hub id of the model.
-        prompts: One prompt per row of the sample grid.
-        checkpoint: Checkpoint folder of the run that the pipeline was loaded from, if any.
-    """
+    """Write the model card of the Hub id `name`, with the prompts of the rows of the sample grid, and the config of the
+    training run if the pipeline was loaded from a checkpoint of one."""
     config = None if checkpoint is None else Checkpoint(checkpoint).config
     if checkpoint is not None and config is not None:
         shutil.copy(checkpoint / CONFIG_NAME, folder)
@@ -251,7 +234,7 @@ def prompts_of_run(checkpoint: Path | None) -> list[str]:
 
 def check_kind(folder: Path, name: str) -> dict[str, Any]:
     """Return the contents of `model_index.json`; raise UserError if the kind of pipeline is not supported."""
-    index = read_json(folder / INDEX_NAME)
+    index = read_json(folder / run_folder.INDEX_NAME)
     if (kind := index.get("_class_name")) not in (IN_PIXELS, IN_LATENTS):
         raise UserError(
             f"{name}: pipeline {kind!s:.60} is not supported; expected {IN_PIXELS}, or {IN_LATENTS} of Stable "
@@ -264,12 +247,15 @@ def _last_metrics(checkpoint: Path | None) -> dict[str, float | int]:
     """Return the last finite value of each metric up to the step of a checkpoint; empty without a run folder."""
     if checkpoint is None:
         return {}
-    progress, metrics = checkpoint / "state" / PROGRESS_NAME, checkpoint.parent.parent / METRICS_NAME
+    progress, metrics = (
+        checkpoint / "state" / run_folder.PROGRESS_NAME,
+        checkpoint.parent.parent / run_folder.METRICS_NAME,
+    )
     if not (progress.is_file() and metrics.is_file()):
         return {}
-    step = read_progress(checkpoint)["step"]
+    step = run_folder.read_progress(checkpoint)["step"]
     last: dict[str, float | int] = {}
-    for values in read_metrics(metrics):
+    for values in run_folder.read_metrics(metrics):
         if values["step"] <= step:
             last |= {name: value for name, value in values.items() if isinstance(value, int | float)}
     return last

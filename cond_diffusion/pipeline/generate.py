@@ -205,12 +205,8 @@ def _stored(settings: GenerationSettings) -> dict[str, Any]:
 
 
 def output_path(wanted: str | None, prompts: Sequence[str], option: str, suffixes: tuple[str, ...]) -> Path:
-    """Return the path of a new file.
-
-    Args:
-        wanted: The path; None derives an unused name from the first prompt.
-        suffixes: Allowed suffixes; the first one is the default.
-    """
+    """Return the path of a new file: `wanted`, or an unused name based on the first prompt, with the first of the
+    allowed suffixes."""
     if wanted is None:
         endings = chain([""], (f"-{number}" for number in count(2)))
         paths = (Path(f"{_file_stem(prompts[0] if prompts else '')}{ending}{suffixes[0]}") for ending in endings)

@@ -69,11 +69,8 @@ class Progress:
 
 
 def check_new_run_dir(run_dir: Path, or_else: str = "") -> None:
-    """Raise UserError if the folder for a new run cannot be written to, or has files of an earlier run.
-
-    Args:
-        or_else: Appended to the error message: an alternative to choosing another folder.
-    """
+    """Raise UserError if the folder for a new run cannot be written to, or has files of an earlier run. `or_else` ends
+    the message with an alternative to choosing another folder."""
     ours = re.compile(f"{re.escape(LOCK_NAME)}|{UNFINISHED.pattern}")  # of processes that start at the same time
     if exists(run_dir) and not (run_dir.is_dir() and all(ours.fullmatch(path.name) for path in run_dir.iterdir())):
         raise UserError(
@@ -91,11 +88,8 @@ def exists(run_dir: Path) -> bool:
 
 
 class RunLock:
-    """Lock of the one process that writes into a folder; the system releases it when that process dies.
-
-    Args:
-        key, process: The option that names the folder and the kind of process, for messages.
-    """
+    """Lock of the one process that writes into a folder; the system releases it when that process dies. Messages name
+    the option `key` and the kind of `process`."""
 
     def __init__(self, run_dir: Path, key: str = "run_dir", process: str = "training process") -> None:
         self.run_dir, self.key, self.process = run_dir, key, process
@@ -149,11 +143,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def newest_checkpoint(run_dir: Path, *, with_state: bool) -> Path | None:
-    """Return the newest intact checkpoint of a run, or None if it has no checkpoints. Log a warning for damaged ones.
-
-    Args:
-        with_state: Whether to check the training state too.
-    """
+    """Return the newest intact checkpoint of a run (`with_state`: with an intact training state), or None if it has no
+    checkpoints. Log a warning for damaged ones."""
     while True:
         problem = None
         for checkpoint in reversed(_numbered(run_dir)):
@@ -207,10 +198,7 @@ def remove_unfinished(run_dir: Path) -> None:
 
 def find_corruption(checkpoint: Path, *, with_state: bool) -> str | None:
     """Return a description of the first missing, truncated or changed file of a checkpoint, or None if it is intact.
-
-    Args:
-        with_state: Whether to check the training state too, which sampling does not need.
-    """
+    Sampling does not need the state (`with_state`)."""
     if not (checkpoint / CHECKSUMS_NAME).exists():  # written by other software, or by a version without checksums
         required = (INDEX_NAME, "unet/config.json", *([f"state/{PROGRESS_NAME}"] if with_state else []))
         return next((f"{name} is missing" for name in required if not (checkpoint / name).is_file()), None)
@@ -240,14 +228,8 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 def save_checkpoint(run_dir: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
-    """Write the checkpoint of `step`, then delete all but the newest `keep` and the one with the lowest held-out loss.
-
-    Args:
-        write: Writes the checkpoint's files into the folder that it is given.
-
-    Returns:
-        The checkpoint's folder.
-    """
+    """Write the checkpoint of `step` by calling `write` with its folder, then delete all but the newest `keep` and the
+    one with the lowest held-out loss. Returns the checkpoint's folder."""
     final = checkpoint_of(run_dir, step)
     hint = "; earlier checkpoints are intact"
     with user_errors(f"{final} cannot be written", OSError, SafetensorError, hint=hint):

@@ -188,14 +188,7 @@ class TextToImage:
         if ema_width is not None:
             with user_errors(f"--ema-width: the snapshots do not fit {checkpoint.folder}", RuntimeError):
                 unet = UNet.with_weights(unet.config, weights_of_width(checkpoint.folder, ema_width))
-        pipe = cls(
-            unet,
-            checkpoint.text_encoder,
-            checkpoint.prediction,
-            latent_space,
-            dtype,
-            **checkpoint.guidance,
-        )
+        pipe = cls(unet, checkpoint.text_encoder, checkpoint.prediction, latent_space, dtype, **checkpoint.guidance)
         pipe.folder = checkpoint.folder
         return pipe
 
@@ -290,11 +283,8 @@ class TextToImage:
         return max(1, min(MAX_BATCH_SIZE, int(free_memory(self.device) / 2 // per_image)))
 
     def check_memory(self, count: int, key: str = "num_images") -> None:
-        """Raise UserError if `count` images do not fit into memory: as numbers, as PIL images and in a grid.
-
-        Args:
-            key: The option to reduce.
-        """
+        """Raise UserError, naming the option `key`, if `count` images do not fit into memory: as numbers, as PIL images
+        and in a grid."""
         per_image = 6 * self.channels * self.image_size**2 + BYTES_PER_EXAMPLE
         what = f"{key}: {count} images of {self.image_size} x {self.image_size} pixels"
         check_memory(what, count * per_image)
@@ -305,11 +295,8 @@ class TextToImage:
         return 4 * self.unet.config.channels[0] * self.shape[1] * self.shape[2]
 
     def clip_fn(self, dynamic_thresholding: float | None = None) -> Callable[[Tensor], Tensor]:
-        """Return the function that limits x_0_hat to [-1, 1]; the identity if the schedule does not clip x_0.
-
-        Args:
-            dynamic_thresholding: Quantile of the pixels for dynamic thresholding; None for plain clipping.
-        """
+        """Return the function that limits x_0_hat to [-1, 1], by dynamic thresholding at a quantile of the pixels if
+        that is given; the identity if the schedule does not clip x_0."""
         if dynamic_thresholding is not None:
             return partial(threshold_dynamically, share=dynamic_thresholding)
         return (lambda x_0_hat: x_0_hat.clamp(-1, 1)) if self.schedule.config.clip_x_0 else (lambda x_0_hat: x_0_hat)

@@ -45,12 +45,8 @@ class Film:
         self.next_frame += 1
 
     def encode(self, path: Path, columns: int) -> bytes:
-        """Return the content of a GIF or WebP animation: x_t on the left, x_0_hat on the right.
-
-        Args:
-            path: The file that it is for, .gif or .webp.
-            columns: Number of images per row.
-        """
+        """Return the content of a GIF or WebP animation, by the suffix of `path`: x_t on the left, x_0_hat on the
+        right, in rows of `columns` images."""
         first, *others = [_side_by_side(*(_image_grid(half, columns) for half in frame)) for frame in self.frames]
         durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
         what = f"--film: {path}, {first.width} x {first.height} pixels, cannot be written"
@@ -121,13 +117,8 @@ def maps_per_word(
 
 
 def render_maps(rows: list[tuple[Image.Image, list[tuple[str, Float[Tensor, "side side"]]]]]) -> Image.Image:
-    """Return a page with a row per image: the image, then the heat map of each word over it.
-
-    Each map is scaled to its own range, so colors compare the pixels of a map, not different words.
-
-    Args:
-        rows: For each image, the image and the heat map of each word.
-    """
+    """Return a page with a row per image: the image, then the heat map of each word over it. Each map is scaled to its
+    own range, so colors compare the pixels of a map, not different words."""
     cells = []
     for image, words in rows:
         base = enlarged(image, MAP_WIDTH).convert("RGB")

@@ -33,6 +33,7 @@ from cond_diffusion.device import autocast
 from cond_diffusion.errors import UserError, user_errors
 from cond_diffusion.files import save_tensors, write_json, written_aside
 from cond_diffusion.images import to_model
+from cond_diffusion.models import text_encoder
 from cond_diffusion.models.clip import (
     ClipJudge,
     build_clip,
@@ -41,15 +42,6 @@ from cond_diffusion.models.clip import (
     count_whole_words,
     nearest_captions,
     train_tokenizer,
-)
-from cond_diffusion.models.text_encoder import (
-    clip_errors,
-    embed_images,
-    embed_texts,
-    load_clip,
-    load_tokenizer,
-    quiet_transformers,
-    save_tokenizer,
 )
 from cond_diffusion.pipeline.run_folder import PROGRESS_NAME, RunLock, save_checkpoint
 from cond_diffusion.seeding import generator, sample_indices
@@ -85,11 +77,8 @@ def zero_shot_accuracy(clip: ClipJudge, data: CaptionedImages) -> dict[str, floa
 
 
 def retrieval_accuracy(clip: ClipJudge, data: CaptionedImages) -> dict[str, float]:
-    """Compute how often a caption of an image is the nearest, or among the five nearest, of all distinct captions.
-
-    Returns:
-        The fractions of images, by "top-1" and "top-5".
-    """
+    """Compute how often a caption of an image is the nearest ("top-1"), or among the five nearest ("top-5"), of all
+    distinct captions."""
     captions = list(dict.fromkeys(caption for group in data.caption_groups for caption in group))
     texts = clip.texts(captions)
     nearest = nearest_captions(clip(data.images), texts, min(5, len(captions)))
@@ -99,9 +88,7 @@ def retrieval_accuracy(clip: ClipJudge, data: CaptionedImages) -> dict[str, floa
 
 
 def pretrain(
-    config: ClipPretrainingConfig,
-    accelerator: Accelerator | None = None,
-    dataset: Examples | None = None,
+    config: ClipPretrainingConfig, accelerator: Accelerator | None = None, dataset: Examples | None = None
 ) -> tuple[str, dict[str, float]]:
     """Train a CLIP and save it to `config.run_dir`, or resume its training.
 
@@ -142,11 +129,7 @@ def pretrain(
 
 
 def _train(
-    config: ClipPretrainingConfig,
-    data: CaptionedImages,
-    newest: Path | None,
-    lock: RunLock,
-    accelerator: Accelerator,
+    config: ClipPretrainingConfig, data: CaptionedImages, newest: Path | None, lock: RunLock, accelerator: Accelerator
 ) -> tuple[CLIPModel, CLIPTokenizer]:
     run_dir = lock.run_dir
     captions = [caption for group in data.caption_groups for caption in group]
@@ -157,9 +140,9 @@ def _train(
         clip = build_clip(config, tokenizer)
     else:
         check_unchanged(load_config(ClipPretrainingConfig, run_dir / CONFIG_NAME), config, FIXED_KEYS)
-        with clip_errors("resume", newest):
-            clip: Any = load_clip(CLIPModel, newest)
-            tokenizer = load_tokenizer(newest, clip.config.text_config.vocab_size)
+        with text_encoder.clip_errors("resume", newest):
+            clip: Any = text_encoder.load_clip(CLIPModel, newest)
+            tokenizer = text_encoder.load_tokenizer(newest, clip.config.text_config.vocab_size)
     logger.info("vocab_size: %d of %d distinct words are whole tokens", *count_whole_words(tokenizer, captions))
     if truncated := count_truncated(tokenizer, captions, config.max_length):
         message = "max_length: %d of %d captions are longer than %d tokens and are truncated"
@@ -231,8 +214,8 @@ def training_loss(
     rows = {group: [caption in own[group] for caption in captions] for group in own}
     is_positive = torch.tensor([rows[group] for group in data.group_of[indices].tolist()], device=clip.device)
     with autocast("bf16" if bf16 else "fp32", clip.device):
-        images = embed_images(clip, to_model(data.images[indices].to(clip.device)))
-        texts = embed_texts(clip, tokenizer, captions, config.max_length)
+        images = text_encoder.embed_images(clip, to_model(data.images[indices].to(clip.device)))
+        texts = text_encoder.embed_texts(clip, tokenizer, captions, config.max_length)
     # fp32: logits are up to 100, where bf16 is rounded to 0.5.
     images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
     return contrastive_loss(clip.logit_scale.exp().clamp(max=100) * images @ texts.T, is_positive)
@@ -240,6 +223,6 @@ def training_loss(
 
 def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write a CLIP in transformers' format."""
-    with quiet_transformers():
+    with text_encoder.quiet_transformers():
         clip.save_pretrained(folder)
-        save_tokenizer(tokenizer, folder)
+        text_encoder.save_tokenizer(tokenizer, folder)

@@ -44,11 +44,8 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Counts the steps of a run and reports metrics; output comes from the main process only.
-
-    Args:
-        start: Number of steps that the resumed run has completed.
-    """
+    """Counts the steps of a run, of which `start` are completed, and reports metrics; output comes from the main
+    process only."""
 
     def __init__(self, config: Config, start: int, images_per_step: int, accelerator: Accelerator) -> None:
         self.config = config

@@ -49,21 +49,8 @@ from cond_diffusion.models.layers import ResidualBlock, SpatialTransformer
 from cond_diffusion.models.lora import add_lora
 from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
+from cond_diffusion.pipeline import run_folder
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODELS, Checkpoint, open_checkpoint
-from cond_diffusion.pipeline.run_folder import (
-    METRICS_NAME,
-    RunLock,
-    check_new_run_dir,
-    checkpoints,
-    exists,
-    named_checkpoint,
-    newest_checkpoint,
-    read_metrics,
-    remove_unfinished,
-    step_of,
-    supersede,
-    superseded_name,
-)
 from cond_diffusion.training.optimizer import Muon
 from cond_diffusion.training.reporting import check_tracker
 
@@ -112,13 +99,8 @@ class Run:
 
 
 def build_run(config: Config, accelerator: Accelerator, dataset: Examples | None = None) -> Run:
-    """Load or create all components of a run.
-
-    The text encoder of `text.encoder: pretrain` has random weights.
-
-    Args:
-        dataset: Used instead of `config.data.source`; see `as_table`.
-    """
+    """Load or create all components of a run; the data are `dataset` (see `as_table`), or else the config's source. The
+    text encoder of `text.encoder: pretrain` has random weights."""
     newest = find_run(config)
     resumed = None if newest is None else Checkpoint(newest)
     config, initial = apply_init_from(config, resumed)
@@ -222,23 +204,23 @@ def find_run(config: Config | ClipPretrainingConfig) -> Path | None:
     """Return the checkpoint to resume from, the one that `resume` names or the newest; None if the run is new."""
     run_dir = Path(config.run_dir)
     if not config.resume:
-        check_new_run_dir(run_dir, or_else=", or continue it by resume=true")
+        run_folder.check_new_run_dir(run_dir, or_else=", or continue it by resume=true")
         return None
-    if not (exists(run_dir) and (run_dir / CONFIG_NAME).exists()):
+    if not (run_folder.exists(run_dir) and (run_dir / CONFIG_NAME).exists()):
         if isinstance(config.resume, str):
             raise UserError(f"resume: no checkpoint {config.resume}, because {run_dir} is not a run")
-        check_new_run_dir(run_dir, or_else="; it is not a run and cannot be resumed")
+        run_folder.check_new_run_dir(run_dir, or_else="; it is not a run and cannot be resumed")
         return None
     if isinstance(config.resume, str):
-        return named_checkpoint(run_dir, config.resume)
-    newest = newest_checkpoint(run_dir, with_state=True)
+        return run_folder.named_checkpoint(run_dir, config.resume)
+    newest = run_folder.newest_checkpoint(run_dir, with_state=True)
     if newest is None:
         before: Any = load_config(type(config), run_dir / CONFIG_NAME)
-        every, metrics = getattr(before, "train", before).checkpoint_every, run_dir / METRICS_NAME
-        last = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
+        every, metrics = getattr(before, "train", before).checkpoint_every, run_dir / run_folder.METRICS_NAME
+        last = max((line["step"] for line in run_folder.read_metrics(metrics)), default=0) if metrics.exists() else 0
         if 0 < 2 * every <= last:
-            problem = f"resume: {run_dir} has no checkpoint, but {METRICS_NAME} reaches step {last}"
-            hint = f"put its folder checkpoints back in place, or delete {METRICS_NAME} to start at the first step"
+            problem = f"resume: {run_dir} has no checkpoint, but {metrics.name} reaches step {last}"
+            hint = f"put its folder checkpoints back in place, or delete {metrics.name} to start at the first step"
             raise UserError(f"{problem}; {hint}")
         logger.warning("resume: no checkpoint in %s; starting at the first step", run_dir)
     return newest
@@ -246,13 +228,8 @@ def find_run(config: Config | ClipPretrainingConfig) -> Path | None:
 
 def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config, Checkpoint | None]:
     """Complete the config with what `init_from` decides: network, prediction, schedule, latent space, text encoder.
-
-    A resumed run takes these from its own config. It needs the initial weights only for LoRA, which is trained beside
-    them.
-
-    Returns:
-        The config, and the checkpoint with the initial weights if they are needed.
-    """
+    Returns it, and the checkpoint with the initial weights if they are needed: a resumed run takes all these from its
+    own config, and needs them only for LoRA, which is trained beside them."""
     init_from = config.init_from
     if init_from is None:
         if config.train.lora_rank:
@@ -288,9 +265,7 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
             "text": replace(initial.config.text, encoder=initial.config.clip)
             if initial.config is not None
             else TextConfig(
-                source,
-                max_length=initial.text_encoder.max_length,
-                split_phrases=initial.text_encoder.split_phrases,
+                source, max_length=initial.text_encoder.max_length, split_phrases=initial.text_encoder.split_phrases
             ),
         }
         prediction = initial.prediction.kind
@@ -395,11 +370,8 @@ def _check_memory(config: Config, context_dim: int, latent_space: LatentSpace, a
 def new_unet(
     config: Config, context_dim: int, latent_space: LatentSpace, weights: Mapping[str, Tensor] | None = None
 ) -> UNet:
-    """Return the network to train, with LoRA, gradient checkpointing and compilation as configured.
-
-    Args:
-        weights: Initial weights; by default they are random, as a function of the seed.
-    """
+    """Return the network to train, with LoRA, gradient checkpointing and compilation as configured, and the given
+    weights, or else random ones, a function of the seed."""
     torch.manual_seed(config.seed)  # torch initializes weights from the global random state; nothing else here does
     unet_config = complete_unet_config(config, context_dim, latent_space)
     unet = UNet(unet_config) if weights is None else UNet.with_weights(unet_config, weights)
@@ -451,7 +423,7 @@ def _state_bytes(unet: UNet, config: TrainConfig) -> int:
     return 4 * total + (12 + 4 * averages) * trained
 
 
-def acquire_lock(lock: RunLock, accelerator: Accelerator) -> None:
+def acquire_lock(lock: run_folder.RunLock, accelerator: Accelerator) -> None:
     """Acquire the lock in the main process; all processes must call this, and raise UserError if that fails."""
     problem = None
     if accelerator.is_main_process:
@@ -463,10 +435,10 @@ def acquire_lock(lock: RunLock, accelerator: Accelerator) -> None:
         raise problem or UserError(f"run_dir: {lock.run_dir} could not be locked by the main process")
 
 
-def acquire_resumed(lock: RunLock, config: Config | ClipPretrainingConfig, accelerator: Accelerator) -> None:
+def acquire_resumed(lock: run_folder.RunLock, config: Config | ClipPretrainingConfig, accelerator: Accelerator) -> None:
     """Acquire the lock of a run that is resumed, so that no other process deletes the checkpoint while it is loaded."""
     if config.resume:
-        is_here = exists(lock.run_dir) and lock.run_dir.is_dir()
+        is_here = run_folder.exists(lock.run_dir) and lock.run_dir.is_dir()
         if any_process(is_here, accelerator):
             check_shared(is_here, lock.run_dir, accelerator)
             acquire_lock(lock, accelerator)
@@ -487,7 +459,7 @@ def any_process(condition: bool, accelerator: Accelerator) -> bool:
 
 
 def prepare_run_dir(
-    lock: RunLock,
+    lock: run_folder.RunLock,
     config: Config | ClipPretrainingConfig,
     accelerator: Accelerator,
     resumed_from: Path | None,
@@ -512,23 +484,23 @@ def prepare_run_dir(
         return
     # Check again: the folder had to exist before it could be locked.
     if resumed_from is None and not config.resume:
-        check_new_run_dir(run_dir)
-    if resumed_from is None and newest_checkpoint(run_dir, with_state=True) is not None:
+        run_folder.check_new_run_dir(run_dir)
+    if resumed_from is None and run_folder.newest_checkpoint(run_dir, with_state=True) is not None:
         raise UserError(f"run_dir: another process has trained in {run_dir} meanwhile; repeat the command")
     with user_errors(f"run_dir: {run_dir} cannot be written to", OSError):
         repeated = [snapshot for step, snapshot in snapshot_files(run_dir) if step > start]
-        later = [path for path in checkpoints(run_dir) if step_of(path) > start]
+        later = [path for path in run_folder.checkpoints(run_dir) if run_folder.step_of(path) > start]
         if isinstance(config.resume, str):  # the repeated steps may differ
-            metrics = run_dir / METRICS_NAME
-            if metrics.exists() and any(line["step"] > start for line in read_metrics(metrics)):
-                shutil.copy(metrics, superseded_name(metrics))
+            metrics = run_dir / run_folder.METRICS_NAME
+            if metrics.exists() and any(line["step"] > start for line in run_folder.read_metrics(metrics)):
+                shutil.copy(metrics, run_folder.superseded_name(metrics))
             for snapshot in repeated:
-                supersede(snapshot)
+                run_folder.supersede(snapshot)
             # The checkpoints last, in case that this process is killed.
-            if names := ", ".join(supersede(path).name for path in later):
+            if names := ", ".join(run_folder.supersede(path).name for path in later):
                 logger.warning("resume: renamed later checkpoints to %s", names)
         else:  # written again, the same
             for snapshot in repeated:
                 snapshot.unlink()
-        remove_unfinished(run_dir)
+        run_folder.remove_unfinished(run_dir)
         save_config(config, run_dir / CONFIG_NAME)

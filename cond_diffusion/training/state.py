@@ -36,13 +36,8 @@ LocalShards = dict[str, dict[str, Tensor]]  # by file stem and tensor name
 
 
 class TrainingState:
-    """The network, its optimizer, and its averages: the one that is sampled from, and one of half its width if the run
-    stores snapshots.
-
-    Args:
-        unet: The network, after Accelerate has placed or sharded it.
-        optimizer: Its optimizer, as prepared by Accelerate.
-    """
+    """The network, placed or sharded by Accelerate, its optimizer, prepared by it, and the averages: the one that is
+    sampled from, and one of half its width if the run stores snapshots."""
 
     def __init__(self, unet: UNet, optimizer: Any, config: TrainConfig, accelerator: Accelerator) -> None:
         self.unet = unet
@@ -230,12 +225,8 @@ class Saver:
         self.executor.shutdown()
 
     def save(self, step: int, progress: dict[str, Any] | None, *, snapshot: bool) -> None:
-        """Copy the state and start writing it; all processes must call this together.
-
-        Args:
-            progress: Progress to store in a checkpoint; None writes no checkpoint.
-            snapshot: Whether to write a snapshot of the averages.
-        """
+        """Copy the state and start writing it: a checkpoint with the progress, if there is any, and a snapshot of the
+        averages if asked for. All processes must call this together."""
         if not (self.is_main or self.state.sharded):
             return
         local_shards = {} if progress is None else self.state.local_shards()

@@ -25,18 +25,11 @@ from cond_diffusion.models.text_encoder import TextEncoder
 from cond_diffusion.models.unet import UNet
 from cond_diffusion.pipeline.run_folder import RunLock, checkpoint_of, checkpoints, step_of
 from cond_diffusion.pipeline.text_to_image import TextToImage
+from cond_diffusion.training import setup
 from cond_diffusion.training.batches import Batches, MicroBatch
 from cond_diffusion.training.clip_pretraining import pretrain
 from cond_diffusion.training.optimizer import learning_rate
 from cond_diffusion.training.reporting import Interruption, Reporter
-from cond_diffusion.training.setup import (
-    Run,
-    acquire_resumed,
-    any_process,
-    build_run,
-    make_accelerator,
-    prepare_run_dir,
-)
 from cond_diffusion.training.state import Saver, TrainingState
 from cond_diffusion.training.validation import Validator
 
@@ -63,13 +56,13 @@ def train(config: Config, dataset: Examples | None = None) -> Path:
     if dataset is not None:
         config = replace(config, data=replace(config.data, source=DATASET_ARGUMENT, streaming=False))
         dataset = as_table(dataset, config.data)  # once, since it encodes all images
-    accelerator = make_accelerator(config)
+    accelerator = setup.make_accelerator(config)
     with RunLock(Path(config.run_dir)) as lock:
-        acquire_resumed(lock, config, accelerator)
-        return _train(build_run(config, accelerator, dataset), lock, dataset)
+        setup.acquire_resumed(lock, config, accelerator)
+        return _train(setup.build_run(config, accelerator, dataset), lock, dataset)
 
 
-def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
+def _train(run: setup.Run, lock: RunLock, dataset: Examples | None) -> Path:
     accelerator, network, optimizer = run.accelerator, run.network, run.optimizer
     if run.resumed_from is not None and (done := step_of(run.resumed_from)) >= run.config.train.max_steps:
         logger.info("train.max_steps: %s has %d steps already; nothing to train", run.resumed_from, done)
@@ -82,7 +75,7 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
     state = TrainingState(accelerator.unwrap_model(network), optimizer, config.train, accelerator)
     progress = resume_from(run, state, training_data)
     start = progress.get("step", 0)
-    prepare_run_dir(lock, config, accelerator, run.resumed_from, start)
+    setup.prepare_run_dir(lock, config, accelerator, run.resumed_from, start)
     if config.text.encoder == PRETRAIN and run.resumed_from is None:
         run.text_encoder = pretrained_text_encoder(config, accelerator, dataset)
     text_embedder = build_text_embedder(captions, run.text_encoder, config.train, accelerator)
@@ -134,7 +127,7 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
 
         for step in reporter.steps():
             micro_batches, error = _attempt(batches.next_step)
-            if any_process(error is not None, accelerator):
+            if setup.any_process(error is not None, accelerator):
                 save_at_error()
                 if error is None:
                     raise UserError(f"data.source: step {step + 1}: another process cannot read its data")
@@ -187,7 +180,7 @@ def _train(run: Run, lock: RunLock, dataset: Examples | None) -> Path:
     return reporter.log_summary(newest)
 
 
-def resume_from(run: Run, state: TrainingState, training_data: TrainingData) -> dict[str, Any]:
+def resume_from(run: setup.Run, state: TrainingState, training_data: TrainingData) -> dict[str, Any]:
     """Load the checkpoint that the run continues from and move the data to its position; return its progress."""
     if run.resumed_from is None:
         return {}
@@ -244,7 +237,7 @@ def build_text_embedder(
     return text_encoder if config.phrase_dropout else context_table(text_encoder, captions, accelerator)
 
 
-def open_data(run: Run, dataset: Examples | None = None) -> TrainingData:
+def open_data(run: setup.Run, dataset: Examples | None = None) -> TrainingData:
     """Open the training data: images, or cached latents if each image always has the same latents."""
     config = run.config
     augmented = config.data.flip or config.data.crop == "random"
@@ -294,7 +287,7 @@ def _validate_and_sample(
             loss = result.true_caption
         if samples_due:
             pixels, error = _attempt(partial(reporter.sample, pipe))
-            if not any_process(error is not None, reporter.accelerator):
+            if not setup.any_process(error is not None, reporter.accelerator):
                 reporter.log_samples(step, pixels)
             elif reporter.accelerator.is_main_process:
                 reason = first_line(error) if error else "another process has too little memory"
@@ -327,7 +320,7 @@ def _can_save(
     else:
         loss = batches.objective.loss(state.unet, last_batch.x_0, last_batch.t, last_batch.eps, last_batch.context)
         finite = bool(loss.isfinite()) and state.is_finite()
-        problem = "weights or loss are not finite" if any_process(not finite, accelerator) else None
+        problem = "weights or loss are not finite" if setup.any_process(not finite, accelerator) else None
     if problem and accelerator.is_main_process:
         logger.warning("step %d: no checkpoint is written: %s", step, problem)
     return problem is None

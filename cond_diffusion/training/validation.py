@@ -95,11 +95,8 @@ class Validator:
 
     @torch.no_grad()
     def measure(self, network: Network, accelerator: Accelerator) -> ValidationResult | None:
-        """Compute the held-out losses, shared among processes; all of them must call this.
-
-        Returns:
-            The losses; None if no images are held out.
-        """
+        """Compute the held-out losses, shared among processes; all of them must call this. None if no images are held
+        out."""
         if self.batch is None:
             return None
         true_captions = self.batch.captions

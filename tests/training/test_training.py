@@ -580,7 +580,7 @@ def test_a_second_process_cannot_train_in_the_folder_of_a_live_run(bars_config: 
 
 def test_only_one_of_two_processes_can_create_the_run_folder(bars_config: Config, monkeypatch: pytest.MonkeyPatch):
     """Both find no folder; one creates it while the other loads its data."""
-    prepare_run_dir = trainer.prepare_run_dir
+    prepare_run_dir = setup.prepare_run_dir
 
     def late_prepare_run_dir(lock: Any, *arguments: Any) -> None:
         with RunLock(lock.run_dir) as other:
@@ -588,7 +588,7 @@ def test_only_one_of_two_processes_can_create_the_run_folder(bars_config: Config
             other.acquire()
             prepare_run_dir(lock, *arguments)
 
-    monkeypatch.setattr(trainer, "prepare_run_dir", late_prepare_run_dir)
+    monkeypatch.setattr(setup, "prepare_run_dir", late_prepare_run_dir)
     with pytest.raises(UserError, match=r"^run_dir: .* in use"):
         train(bars_config)
     assert [path.name for path in Path(bars_config.run_dir).iterdir()] == [".lock"]
@@ -788,7 +788,7 @@ def test_an_fp16_overflow_decreases_the_loss_scale_and_leaves_the_weights(
     bars_config: Config, non_finite_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     """Accelerate creates no scaler on a CPU, so the test adds torch's."""
-    make_accelerator = trainer.make_accelerator
+    make_accelerator = setup.make_accelerator
 
     def with_scaler(config: Config) -> Any:
         accelerator = make_accelerator(config)
@@ -796,7 +796,7 @@ def test_an_fp16_overflow_decreases_the_loss_scale_and_leaves_the_weights(
         return accelerator
 
     train(with_train(bars_config, max_steps=2))
-    monkeypatch.setattr(trainer, "make_accelerator", with_scaler)
+    monkeypatch.setattr(setup, "make_accelerator", with_scaler)
     non_finite_steps += [2]
     newest = train(replace(with_train(bars_config, max_steps=4), resume=True))
     assert newest.name == "step-00000004"
