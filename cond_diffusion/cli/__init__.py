@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 from types import FrameType
 
 
@@ -42,11 +43,5 @@ def start(command: str | None = None) -> int:
     return main() if command is None else run(command)
 
 
-def start_sample() -> int:
-    """Entry point of `cond-diffusion-sample`."""
-    return start("sample")
-
-
-def start_train() -> int:
-    """Entry point of `cond-diffusion-train`."""
-    return start("train")
+# Entry points of `cond-diffusion-sample` and `cond-diffusion-train`.
+start_sample, start_train = partial(start, "sample"), partial(start, "train")

@@ -76,26 +76,22 @@ def sample_parser() -> argparse.ArgumentParser:
     description = "Generate images from prompts, as one PNG with a row per prompt or as a folder of PNGs."
     parser = ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help='for example "a digit seven"')
-    parser.add_argument(
-        "--prompts-file", type=expand_home, metavar="FILE", help="more prompts, one per line; - is standard input"
-    )
+    prompts_help = "more prompts, one per line; - is standard input"
+    parser.add_argument("--prompts-file", type=expand_home, metavar="FILE", help=prompts_help)
     add_options(parser, GenerationSettings)
     parser.add_argument("--batch-size", type=int, help="images per batch (default: as many as fit, at most 64)")
     from_image_help = "PNG to regenerate from its embedded settings; other options override them"
     parser.add_argument("--from-image", type=expand_home, metavar="PNG", help=from_image_help)
     files = parser.add_argument_group("files to write")
-    files.add_argument(
-        "--output", type=expand_home, metavar="PNG", help="all images (default: an unused name based on the prompt)"
-    )
+    output_help = "all images (default: an unused name based on the prompt)"
+    files.add_argument("--output", type=expand_home, metavar="PNG", help=output_help)
     files.add_argument("--no-labels", action="store_true", help="omit the prompts beside the rows")
     output_dir_help = "write one PNG per image into this folder; existing files are skipped"
     files.add_argument("--output-dir", type=expand_home, metavar="FOLDER", help=output_dir_help)
-    files.add_argument(
-        "--film", type=expand_home, metavar="FILE", help="animation of x_t and x_0_hat during sampling, .gif or .webp"
-    )
-    files.add_argument(
-        "--attention-maps", type=expand_home, metavar="PNG", help="cross-attention to words of the whole prompt"
-    )
+    film_help = "animation of x_t and x_0_hat during sampling, .gif or .webp"
+    files.add_argument("--film", type=expand_home, metavar="FILE", help=film_help)
+    maps_help = "cross-attention to words of the whole prompt"
+    files.add_argument("--attention-maps", type=expand_home, metavar="PNG", help=maps_help)
     return parser
 
 
@@ -103,8 +99,6 @@ def sample(arguments: list[str] | None = None) -> None:
     """Generate images from prompts."""
     parser = sample_parser()
     given = vars(parser.parse_intermixed_args(arguments))
-    from cond_diffusion.pipeline.generate import generate_to_file, generate_to_folder
-
     files = {name: given.pop(name) for name in FILES}
     folder, batch_size = given.pop("output_dir"), given.pop("batch_size")
     prompts = given.pop("prompts") + read_prompts(given.pop("prompts_file"))
@@ -114,13 +108,15 @@ def sample(arguments: list[str] | None = None) -> None:
         parser.error('no PROMPT; expected at least one, for example "a digit seven"')
     if folder == "":
         raise UserError("--output-dir: ''; expected a folder")
+    if folder is not None and (conflicting := next((name for name, value in files.items() if value), None)):
+        raise UserError(f"--{conflicting.replace('_', '-')}: does not support --output-dir; remove one of them")
+    from cond_diffusion.pipeline.generate import generate_to_file, generate_to_folder
+
     if folder is None:
         labels = not files.pop("no_labels")
         for path in generate_to_file(settings, labels=labels, batch_size=batch_size, **files):
             print(path)
         return
-    if conflicting := next((name for name, value in files.items() if value), None):
-        raise UserError(f"--{conflicting.replace('_', '-')}: does not support --output-dir; remove one of them")
     generate_to_folder(settings, folder, batch_size=batch_size)
     print(folder)
 
@@ -179,11 +175,11 @@ def evaluate(arguments: list[str] | None = None) -> None:
     _check_minimum("samples", options.samples, 10)
     given = {name: value for name, value in vars(options).items() if name in REPORTED_OPTIONS}
     sampling = replace(DEFAULT_EVALUATION, **given)
+    pipe, config, checkpoint = _load(options)
     from cond_diffusion.data.loader import open_training_data
     from cond_diffusion.diffusion.samplers import sampling_timesteps
     from cond_diffusion.evaluation import emoji, evaluator, metrics, report
 
-    pipe, config, checkpoint = _load(options)
     sampling = pipe.completed(sampling)
     sampling_timesteps(sampling.sampler, pipe.schedule, sampling.steps)
     sampling.per_prompt("guidance_scale", 1)
@@ -230,9 +226,9 @@ def likelihood(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     _check_minimum("samples", options.samples, 1)
     _check_minimum("batch-size", options.batch_size, 1)
+    pipe, config, _ = _load(options)
     from cond_diffusion.evaluation.likelihood import bits_per_dimension, format_bits
 
-    pipe, config, _ = _load(options)
     size, seed = options.batch_size, options.seed
     bits = bits_per_dimension(pipe, config.data, options.split, count=options.samples, batch_size=size, seed=seed)
     print(format_bits(*bits))
@@ -251,10 +247,10 @@ def _check_minimum(option: str, value: int | None, minimum: int) -> None:
 
 def _load(options: argparse.Namespace) -> tuple["TextToImage", Config, str]:
     """Return the pipeline, the config of its training, and the name to record of the checkpoint."""
+    settings = GenerationSettings(**{name: value for name, value in vars(options).items() if name in MODEL_OPTIONS})
     from cond_diffusion.pipeline.checkpoint import lasting_name, read_checkpoint
     from cond_diffusion.pipeline.text_to_image import TextToImage
 
-    settings = GenerationSettings(**{name: value for name, value in vars(options).items() if name in MODEL_OPTIONS})
     pipe, config = read_checkpoint(
         settings.checkpoint, lambda found: (TextToImage.from_checkpoint(found, dtype=settings.dtype), found.run_config)
     )

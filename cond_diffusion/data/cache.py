@@ -184,9 +184,7 @@ def latent_set(files: CaptionedFiles, vae: LatentSpace, accelerator: Accelerator
             f"data.max_bad_fraction ({data.max_bad_fraction})"
         )
     if lost:
-        message = (
-            "data.source: %d of %d images were not readable when their latents were cached; to try again, delete %s"
-        )
+        message = "data.source: %d of %d images were unreadable when their latents were cached; delete %s to try again"
         logger.warning(message, lost, len(files), folder)
     latents = ConcatDataset([cast(Any, shard["latents"]) for shard in shards])
     return LatentSet(latents, files.group_of[rows], files.caption_groups, rows_read(rows, len(files)))

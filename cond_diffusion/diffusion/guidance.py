@@ -15,20 +15,18 @@ from torch import Tensor
 
 from cond_diffusion.diffusion.objective import Denoiser
 from cond_diffusion.diffusion.samplers import Noise, Sampler, Step
-from cond_diffusion.diffusion.schedule import Images, NoiseSchedule, PerExample, expand_like
+from cond_diffusion.diffusion.schedule import Context, Images, NoiseSchedule, PerExample, expand_like
 
 
-def drop_captions(
-    context: Float[Tensor, "b l d"], null_context: Float[Tensor, "l d"], dropped: Bool[Tensor, " b"]
-) -> Float[Tensor, "b l d"]:
+def drop_captions(context: Context, null_context: Float[Tensor, "l d"], dropped: Bool[Tensor, " b"]) -> Context:
     """Replace the context of the dropped captions by the null context (Ho and Salimans 2022, algorithm 1)."""
     return torch.where(dropped.to(context.device)[:, None, None], null_context, context)
 
 
 def guided(
     network: Callable[[Tensor, Tensor, Any], Tensor],
-    context: Float[Tensor, "b l d"],
-    null_context: Float[Tensor, "b l d"],
+    context: Context,
+    null_context: Context,
     guidance_scale: PerExample,
     *,
     phrases: Sequence[Sequence[Float[Tensor, "l d"]]] = (),

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cond_diffusion.config.run import ObjectiveConfig, PredictionKind, TimestepDensity
-from cond_diffusion.diffusion.schedule import Images, NoiseSchedule, PerExample, Timesteps, expand_like
+from cond_diffusion.diffusion.schedule import Context, Images, NoiseSchedule, PerExample, Timesteps, expand_like
 from cond_diffusion.errors import UserError
 
 
@@ -171,16 +171,12 @@ class Objective:
         """
         return torch.searchsorted(self.density.cumsum(0), quantiles).clamp(max=self.schedule.num_timesteps - 1)
 
-    def loss(
-        self, network: Network, x_0: Images, t: Timesteps, eps: Images, context: Float[Tensor, "b l d"]
-    ) -> Float[Tensor, ""]:
+    def loss(self, network: Network, x_0: Images, t: Timesteps, eps: Images, context: Context) -> Float[Tensor, ""]:
         """Return the mean loss of a batch, importance-weighted by the density of each t."""
         losses = self.losses(network, x_0, t, eps, context)
         return (self.importance[t.cpu()].to(losses) * losses).mean()
 
-    def losses(
-        self, network: Network, x_0: Images, t: Timesteps, eps: Images, context: Float[Tensor, "b l d"]
-    ) -> PerExample:
+    def losses(self, network: Network, x_0: Images, t: Timesteps, eps: Images, context: Context) -> PerExample:
         """Return weight_t mean((target - output(x_t, t, context))^2) for each example."""
         output = network(self.schedule.q_sample(x_0, t, eps), t.to(x_0.device), context)
         error = (output - self.prediction.of(x_0, eps, t)).square().flatten(1).mean(1)

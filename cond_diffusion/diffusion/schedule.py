@@ -32,6 +32,7 @@ Images = Float[Tensor, "b *chw"]
 """Images, or other tensors with one example per row."""
 PerExample = Float[Tensor, " b"]
 Timesteps = Int64[Tensor, " b"]
+Context = Float[Tensor, "b l d"]
 
 
 class NoiseSchedule:

@@ -163,9 +163,7 @@ class Evaluator:
         count = len(samples.data)
         for name, data in (("training", self.train), ("test", self.test)):
             if len(data) < count:
-                message = (
-                    "data.source: only %d %s images for %d samples; values of so few real images are not comparable"
-                )
+                message = "data.source: only %d %s images for %d samples; values of so few are not comparable"
                 logger.warning(message, len(data), name, count)
         real = {"train": subset(self.train, count), "test": subset(self.test, count), "whole test": self.test}
         baselines = {name: self.judge(data) for name, data in real.items()}

@@ -247,10 +247,8 @@ def _last_metrics(checkpoint: Path | None) -> dict[str, float | int]:
     """Return the last finite value of each metric up to the step of a checkpoint; empty without a run folder."""
     if checkpoint is None:
         return {}
-    progress, metrics = (
-        checkpoint / "state" / run_folder.PROGRESS_NAME,
-        checkpoint.parent.parent / run_folder.METRICS_NAME,
-    )
+    progress = checkpoint / "state" / run_folder.PROGRESS_NAME
+    metrics = checkpoint.parent.parent / run_folder.METRICS_NAME
     if not (progress.is_file() and metrics.is_file()):
         return {}
     step = run_folder.read_progress(checkpoint)["step"]
