@@ -5,6 +5,7 @@ Shapes: b batch, c channels, h height, w width, p positions (h w flattened), l t
 """
 
 import math
+from collections import OrderedDict
 from typing import cast
 
 import torch
@@ -29,16 +30,10 @@ def timestep_embedding(t: Int64[Tensor, " b"], dim: int) -> Float[Tensor, "b dim
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimestepMLP(nn.Module):
-    """Two-layer MLP on the timestep embedding; its output conditions every residual block."""
-
-    def __init__(self, in_dim: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, embedding: Float[Tensor, "b i"]) -> Float[Tensor, "b d"]:
-        return self.linear_2(F.silu(self.linear_1(embedding)))
+def timestep_mlp(in_dim: int, dim: int) -> nn.Sequential:
+    """Return the two-layer MLP on the timestep embedding, whose output conditions every residual block."""
+    layers = {"linear_1": nn.Linear(in_dim, dim), "act": nn.SiLU(), "linear_2": nn.Linear(dim, dim)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -188,15 +183,9 @@ class SpatialTransformer(nn.Module):
         return x + rearrange(hidden, "b (h w) c -> b c h w", h=x.shape[2])
 
 
-class Downsample(nn.Module):
-    """Halve height and width (rounded up) by a strided convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h_2 w_2"]:
-        return self.conv(x)
+def downsample(channels: int) -> nn.Sequential:
+    """Return the strided convolution that halves height and width (rounded up)."""
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
 
 
 class Upsample(nn.Module):

@@ -29,7 +29,7 @@ MAX_COMPILED_SHAPES = 64  # of a class of blocks
 
 
 class DownLevel(nn.Module):
-    """Residual blocks, each followed by attention if the level has any, then downsampling by 2."""
+    """Residual blocks, each followed by attention where there is one, then downsampling by 2; or the middle block."""
 
     def __init__(
         self, resnets: list[layers.ResidualBlock], attentions: list[layers.SpatialTransformer], downsample: bool
@@ -37,7 +37,7 @@ class DownLevel(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList([layers.Downsample(resnets[-1].conv2.out_channels)] if downsample else [])
+        self.downsamplers = nn.ModuleList([layers.downsample(resnets[-1].conv2.out_channels)] if downsample else [])
 
     def forward(self, x: Tensor, time: Tensor, contexts: layers.ProjectedContext) -> tuple[Tensor, list[Tensor]]:
         """Return the output, and the feature maps for the skip connections in order of computation."""
@@ -51,20 +51,6 @@ class DownLevel(nn.Module):
             x = downsample(x)
             skips.append(x)
         return x, skips
-
-
-class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, resnets: list[layers.ResidualBlock], attention: layers.SpatialTransformer) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList([attention])
-
-    def forward(self, x: Tensor, time: Tensor, contexts: layers.ProjectedContext) -> Tensor:
-        x = self.resnets[0](x, time)
-        x = self.attentions[0](x, contexts.pop(0))
-        return self.resnets[1](x, time)
 
 
 class UpLevel(nn.Module):
@@ -114,7 +100,7 @@ class UNet(nn.Module):
             return [layers.SpatialTransformer(*shape) for _ in range(count)]
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = layers.TimestepMLP(widths[0], time_dim)
+        self.time_embedding = layers.timestep_mlp(widths[0], time_dim)
 
         per_level, last = config.blocks_per_level, len(widths) - 1
         skips = [widths[0]]  # widths of the feature maps for the skip connections
@@ -127,7 +113,8 @@ class UNet(nn.Module):
 
         self.mid_block = None
         if config.middle_block:
-            self.mid_block = Middle(resnets([widths[-1]] * 2, widths[-1]), attentions(last, 1)[0])
+            blocks = resnets([widths[-1]] * 2, widths[-1])  # with attention between them
+            self.mid_block = DownLevel(blocks, attentions(last, 1), downsample=False)
 
         self.up_blocks = nn.ModuleList()
         below = widths[-1]
@@ -173,7 +160,7 @@ class UNet(nn.Module):
             x, level_skips = level(x, time, contexts)
             skips += level_skips
         if self.mid_block is not None:
-            x = self.mid_block(x, time, contexts)
+            x, _ = self.mid_block(x, time, contexts)
         for level in self.up_blocks:
             x = level(x, time, contexts, skips)
         # Guidance and samplers compute in the precision of x_t, also under autocast.
