@@ -71,19 +71,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """Components of a run, except its data.
+    """Components of a run, except its data; `network`, which is `unet`, and `optimizer` are prepared by Accelerate."""
 
-    Attributes:
-        config: The config, completed with what `init_from` and the text encoder decide.
-        resumed_from: The checkpoint that the run continues from.
-        unet: The network itself.
-        network: `unet` as prepared by Accelerate.
-        optimizer: The optimizer as prepared by Accelerate.
-    """
-
-    config: Config
+    config: Config  # completed with what `init_from` and the text encoder decide
     accelerator: Accelerator
-    resumed_from: Path | None
+    resumed_from: Path | None  # a checkpoint
     latent_space: LatentSpace
     text_encoder: TextEncoder
     objective: Objective
@@ -245,7 +237,7 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
         before = resumed.run_config
         if before.init_from is None:
             raise UserError(f"resume: this run did not start from init_from={init_from}; remove it")
-        decided = {name: getattr(before, name) for name in ("unet", "schedule", "latent", "text")}
+        decided: dict[str, Any] = {name: getattr(before, name) for name in ("unet", "schedule", "latent", "text")}
         prediction, source = before.objective.prediction, before.init_from
         if not _comes_from(source, init_from):
             raise UserError(f"resume: init_from changed from {source} to {init_from}; expected {source}")
@@ -269,13 +261,14 @@ def apply_init_from(config: Config, resumed: Checkpoint | None) -> tuple[Config,
             ),
         }
         prediction = initial.prediction.kind
+    decided |= {"objective": replace(config.objective, prediction=prediction)}
     for name, values in decided.items():
         given, default, expected = map(_options, (getattr(config, name), type(values)(), values))
-        for key in expected:
-            _check_decided(f"{name}.{key}", given[key], default[key], expected[key])
-    _check_decided("objective.prediction", config.objective.prediction, "epsilon", prediction)
-    changes: dict[str, Any] = {**decided, "objective": replace(config.objective, prediction=prediction)}
-    return replace(config, **changes, init_from=source), initial
+        for key, value in expected.items():
+            if given[key] not in (default[key], value):
+                message = f"init_from: {name}.{key} is {value!r} in the checkpoint, got {given[key]!r}"
+                raise UserError(f"{message}; remove {name}.{key}")
+    return replace(config, **decided, init_from=source), initial
 
 
 def _comes_from(folder: str, init_from: str) -> bool:
@@ -294,11 +287,6 @@ def _options(values: Any) -> dict[str, Any]:
     if isinstance(values, ObjectiveConfig):
         options["loss"] = values.weighting
     return options
-
-
-def _check_decided(key: str, given: Any, default: Any, expected: Any) -> None:
-    if given not in (default, expected):
-        raise UserError(f"init_from: {key} is {expected!r} in the checkpoint, got {given!r}; remove {key}")
 
 
 def _load_text_encoder(config: Config, source: Checkpoint | None, dataset: Examples | None) -> TextEncoder:

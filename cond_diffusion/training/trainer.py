@@ -82,14 +82,8 @@ def _train(run: setup.Run, lock: RunLock, dataset: Examples | None) -> Path:
 
     with torch.device("meta"):  # it holds weights only while it samples
         precision: Any = accelerator.mixed_precision.replace("no", "fp32")
-        pipe = TextToImage(
-            UNet(run.unet.config),
-            run.text_encoder,
-            run.objective.prediction,
-            run.latent_space,
-            precision,
-            **config.sample.guidance,
-        )
+        parts = (UNet(run.unet.config), run.text_encoder, run.objective.prediction, run.latent_space)
+        pipe = TextToImage(*parts, precision, **config.sample.guidance)
     validator = Validator(config, training_data, text_embedder, run.objective, run.latent_space)
     batches = Batches(config, training_data, text_embedder, run.objective, accelerator, start, run.latent_space)
     reporter = Reporter(config, start, run.samples_per_step, accelerator)
