@@ -100,8 +100,9 @@ def test_real_digits_score_well_and_wrong_labels_or_noise_do_not(monkeypatch: py
     """The samples are real test images, real ones with wrong labels, and noise."""
     config = load_config(Config, BUILT_IN_MODEL / "config.yaml")
     train, test = real_images(config)
-    monkeypatch.setattr(metrics, "train_classifier", lambda _: pytest.fail("the shipped classifier is not used"))
-    classifier, clip = load_or_train_classifier(train), ClipJudge.from_pretrained("builtin", 16)
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics, "train_classifier", lambda _: pytest.fail("the shipped classifier is not used"))
+        classifier, clip = load_or_train_classifier(train), ClipJudge.from_pretrained("builtin", 16)
     evaluator = Evaluator(every(train, 10), every(test, 2), classifier, clip)
     good = every(test, 20)
     wrong = evaluator.judge(replace(good, group_of=(good.group_of + 1) % 10))

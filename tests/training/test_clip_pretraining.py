@@ -115,7 +115,7 @@ def test_every_caption_of_an_image_is_positive(small_clip: ClipPretrainingConfig
     tokenizer = train_tokenizer(["red apple"], 600, 16)
     clip = build_clip(small_clip, tokenizer)
     monkeypatch.setattr(
-        "cond_diffusion.training.clip_pretraining.embed_texts",
+        "cond_diffusion.models.text_encoder.embed_texts",
         lambda clip, tokenizer, captions, length: (
             texts.extend(captions) or embed_texts(clip, tokenizer, captions, length)
         ),
