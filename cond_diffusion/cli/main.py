@@ -15,25 +15,17 @@ from pkgutil import resolve_name
 from signal import SIGINT
 from typing import Any, NoReturn
 
+from cond_diffusion import errors
 from cond_diffusion.cli import interrupt_handler
 from cond_diffusion.config.schema import local_path
-from cond_diffusion.errors import (
-    Interrupted,
-    UserError,
-    check_text,
-    did_you_mean,
-    first_line,
-    is_out_of_memory,
-    printable,
-)
 
 COMMANDS = {
-    "train": ("commands:train", "train a model, or check a run before training"),
-    "sample": ("commands:sample", "generate images from prompts"),
-    "evaluate": ("commands:evaluate", "compare samples of a checkpoint with real images"),
-    "likelihood": ("commands:likelihood", "compute a likelihood bound of real images, in bits per dimension"),
-    "pretrain-clip": ("commands:pretrain_clip", "train a small CLIP on a captioned data set"),
-    "demo": ("commands:demo", "open a web page that generates images"),
+    "train": "train a model, or check a run before training",
+    "sample": "generate images from prompts",
+    "evaluate": "compare samples of a checkpoint with real images",
+    "likelihood": "compute a likelihood bound of real images, in bits per dimension",
+    "pretrain-clip": "train a small CLIP on a captioned data set",
+    "demo": "open a web page that generates images",
 }
 
 
@@ -42,10 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print("usage: cond-diffusion COMMAND [-h] ...\n\ncommands:")
-        print("\n".join(f"  {command:15}{description}" for command, (_, description) in COMMANDS.items()))
+        print("\n".join(f"  {command:15}{description}" for command, description in COMMANDS.items()))
         return 0
     if name not in COMMANDS:
-        print(f"error: {name}{did_you_mean(name, COMMANDS)}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"error: {name}{errors.did_you_mean(name, COMMANDS)}; expected one of {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         return 2
     sys.argv[0] = f"cond-diffusion {name}"  # shown in usage lines
     return run(name, rest)
@@ -56,8 +51,8 @@ def run(name: str, arguments: list[str] | None = None) -> int:
 
     def command() -> None:
         for argument in sys.argv[1:] if arguments is None else arguments:
-            check_text(argument, "arguments")
-        resolve_name(f"cond_diffusion.cli.{COMMANDS[name][0]}")(arguments)
+            errors.check_text(argument, "arguments")
+        resolve_name(f"cond_diffusion.cli.commands:{name.replace('-', '_')}")(arguments)
 
     return command_line(command)
 
@@ -82,27 +77,27 @@ def command_line(command: Callable[[], None]) -> int:
         interrupt_handler.running = True
         with logging_redirect_tqdm([logger]):
             command()
-    except UserError as error:
+    except errors.UserError as error:
         # An error that all processes share is printed once.
         if error.of_this_process or is_main:
-            _print_error(f"error: {printable(str(error))}")
+            _print_error(f"error: {errors.printable(str(error))}")
         return 2
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
             raise
-        _print_error(f"error: {printable(str(error.filename)):.200}: {error.strerror}")
+        _print_error(f"error: {errors.printable(str(error.filename)):.200}: {error.strerror}")
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not errors.is_out_of_memory(error):
             raise
-        reason = printable(first_line(error))
+        reason = errors.printable(errors.first_line(error))
         _print_error(f"error: out of memory ({reason}); choose a smaller batch size")
         return 2
     except KeyboardInterrupt as interruption:
         if is_main:
-            _print_error(printable(str(interruption)) or "interrupted")
+            _print_error(errors.printable(str(interruption)) or "interrupted")
         interrupt_handler.line = b""
-        return 128 + (interruption.signal if isinstance(interruption, Interrupted) else SIGINT)
+        return 128 + (interruption.signal if isinstance(interruption, errors.Interrupted) else SIGINT)
     finally:
         interrupt_handler.running = False
         logger.removeHandler(handler)
@@ -119,7 +114,7 @@ class _PrintableFormatter(logging.Formatter):
     """Escapes control characters: messages contain text from files."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
+        return errors.printable(super().formatMessage(record))
 
 
 # Next to the package in a clone, inside the package in a wheel.
@@ -130,7 +125,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """Parser that reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise errors.UserError(f"{message}; see {self.prog} --help")
 
 
 def add_options(
@@ -187,6 +182,6 @@ def config_file(path: Path) -> Path:
         return path
     names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
     if path.name not in names:
-        hint = did_you_mean(path.name, names)
-        raise UserError(f"--config: {path}{hint}; expected a .yaml file, or one of {', '.join(names)}")
+        hint = errors.did_you_mean(path.name, names)
+        raise errors.UserError(f"--config: {path}{hint}; expected a .yaml file, or one of {', '.join(names)}")
     return CONFIGS / f"{path.name}.yaml"

@@ -76,7 +76,7 @@ def guided(
 
     unguided_contexts = project(context)
 
-    def unguided(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
+    def unguided(x_t: Images, t: int) -> Images:
         return network(x_t, torch.full((len(x_t),), t, device=x_t.device), unguided_contexts)
 
     def with_guidance(parts: list[list[Tensor]]) -> Callable[[Tensor, int], Tensor]:
@@ -87,7 +87,7 @@ def guided(
         rows = torch.tensor([*range(len(scales)), *guided_rows, *part_rows], device=context.device)
         _, guided_indices, _ = rows.split(sizes)
 
-        def forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
+        def forward(x_t: Images, t: int) -> Images:
             outputs = network(x_t[rows], torch.full((len(rows),), t, device=x_t.device), contexts)
             all_cond, uncond, of_parts = outputs.split(sizes)
             cond = all_cond[guided_indices]
@@ -108,7 +108,7 @@ def guided(
     if first_phrase_from and any(len(part) > 1 for part in parts):
         without_first = with_guidance([part[1:] or part for part in parts])
 
-    def guided_forward(x_t: Float[Tensor, "b c h w"], t: int) -> Float[Tensor, "b c h w"]:
+    def guided_forward(x_t: Images, t: int) -> Images:
         if not first <= t <= last:
             return unguided(x_t, t)
         return without_first(x_t, t) if t < first_phrase_from else with_first(x_t, t)

@@ -27,7 +27,7 @@ from cond_diffusion.device import autocast
 from cond_diffusion.diffusion.guidance import guided
 from cond_diffusion.diffusion.objective import Denoiser, denoiser
 from cond_diffusion.diffusion.samplers import Noise
-from cond_diffusion.diffusion.schedule import NoiseSchedule
+from cond_diffusion.diffusion.schedule import Images, NoiseSchedule, PerExample
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import to_model
 from cond_diffusion.models.text_encoder import embed
@@ -38,22 +38,16 @@ VARIANCES: tuple[Variance, ...] = get_args(Variance)
 HALF_BIN = 1 / 255  # half of the distance between two 8-bit values in [-1, 1]
 
 
-def prior_bits(schedule: NoiseSchedule, x_0: Float[Tensor, "b *chw"]) -> Float[Tensor, " b"]:
+def prior_bits(schedule: NoiseSchedule, x_0: Images) -> PerExample:
     """Return KL(q(x_T | x_0) || N(0, I)) in bits per dimension."""
     alpha_bar = schedule.alpha_bar[-1].item()
     return _mean_bits((alpha_bar * x_0.double() ** 2 - alpha_bar - math.log1p(-alpha_bar)) / 2)
 
 
-def step_bits(
-    schedule: NoiseSchedule, x_0: Float[Tensor, "b *chw"], x_0_hat: Float[Tensor, "b *chw"], t: int, variance: Variance
-) -> Float[Tensor, " b"]:
-    """Return L_t or, at t = 0, the decoder term in bits per dimension.
+def step_bits(schedule: NoiseSchedule, x_0: Images, x_0_hat: Images, t: int, variance: Variance) -> PerExample:
+    """Return L_t or, at t = 0, the decoder term in bits per dimension, of images in [-1, 1] and their predictions.
 
     L_t is the KL divergence of two Gaussians whose means differ by x_0_coefficient (x_0 - x_0_hat).
-
-    Args:
-        x_0: Images in [-1, 1].
-        x_0_hat: The network's predictions of x_0 from x_t.
     """
     if t == 0:
         return decoder_bits(x_0, x_0_hat, schedule.decoder_variance)
@@ -64,7 +58,7 @@ def step_bits(
     return _mean_bits((ratio - 1 - math.log(ratio) + mean_error**2 / model_variance) / 2)
 
 
-def decoder_bits(x_0: Float[Tensor, "b *chw"], mean: Float[Tensor, "b *chw"], variance: float) -> Float[Tensor, " b"]:
+def decoder_bits(x_0: Images, mean: Images, variance: float) -> PerExample:
     """Return -log of the integral of N(mean, variance) over each pixel value's bin (eq. 13), in bits per dimension.
 
     The first and the last bin are open.
@@ -82,8 +76,8 @@ def decoder_bits(x_0: Float[Tensor, "b *chw"], mean: Float[Tensor, "b *chw"], va
 
 
 def variational_bound(
-    denoise: Denoiser, schedule: NoiseSchedule, x_0: Float[Tensor, "b *chw"], noise: Noise
-) -> Iterator[tuple[int, dict[Variance, Float[Tensor, " b"]]]]:
+    denoise: Denoiser, schedule: NoiseSchedule, x_0: Images, noise: Noise
+) -> Iterator[tuple[int, dict[Variance, PerExample]]]:
     """Yield (t, {variance: bits per dimension of the term}) from T - 1 to 0, each estimated from one sample of x_t."""
     for t in reversed(range(schedule.num_timesteps)):
         x_t = schedule.q_sample(x_0, torch.full((len(x_0),), t), noise())
@@ -91,7 +85,7 @@ def variational_bound(
         yield t, {variance: step_bits(schedule, x_0, x_0_hat, t, variance) for variance in VARIANCES}
 
 
-def _mean_bits(nats: Float[Tensor, "b *chw"]) -> Float[Tensor, " b"]:
+def _mean_bits(nats: Images) -> PerExample:
     return nats.flatten(1).mean(1) / math.log(2)
 
 

@@ -20,17 +20,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextM
 from cond_diffusion.config.run import ClipPretrainingConfig, TextConfig
 from cond_diffusion.errors import UserError
 from cond_diffusion.images import to_model
-from cond_diffusion.models.text_encoder import (
-    TextEncoder,
-    clip_errors,
-    clip_kind,
-    distinct_words,
-    embed_images,
-    embed_texts,
-    find_clip,
-    load_clip,
-    load_tokenizer,
-)
+from cond_diffusion.models import text_encoder
 
 BATCH_SIZE = 250  # images or captions
 MIN_LENGTH, MAX_LENGTH = 16, 77  # tokens of a caption, where no length is given; CLIP's is 77
@@ -65,7 +55,7 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int, max_length: int) -
 
 def count_whole_words(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> tuple[int, int]:
     """Return the number of distinct words of captions that are single tokens, and that of all distinct words."""
-    words = distinct_words([caption.lower() for caption in captions])
+    words = text_encoder.distinct_words([caption.lower() for caption in captions])
     tokens: Any = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"] if words else []
     return sum(len(own) == 1 for own in tokens), len(words)
 
@@ -96,12 +86,14 @@ def build_clip(config: ClipPretrainingConfig, tokenizer: CLIPTokenizer) -> CLIPM
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.width))
 
 
-def untrained_text_encoder(config: ClipPretrainingConfig, captions: Sequence[str], text: TextConfig) -> TextEncoder:
+def untrained_text_encoder(
+    config: ClipPretrainingConfig, captions: Sequence[str], text: TextConfig
+) -> text_encoder.TextEncoder:
     """Return a randomly initialized text encoder with the vocabulary and the shape of the CLIP to train. `max_length`
     is by default that of the longest caption, within 16 and 77."""
     tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
     text_config: Any = build_clip(config, tokenizer).config.text_config
-    encoder = TextEncoder(tokenizer, CLIPTextModel(text_config), text.max_length, text.split_phrases)
+    encoder = text_encoder.TextEncoder(tokenizer, CLIPTextModel(text_config), text.max_length, text.split_phrases)
     if text.max_length is None:
         encoder.max_length = min(MAX_LENGTH, max(MIN_LENGTH, encoder.max_length_for(captions, 1.0)))
     return encoder
@@ -147,28 +139,28 @@ class ClipJudge(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | Path, max_length: int = 77) -> "ClipJudge":
         """Load a CLIP from "builtin", a folder or a Hub id."""
-        with clip_errors("CLIP", source):
-            folder = find_clip(source)
-            if not (folder / "text_encoder").is_dir() and clip_kind(folder) == "clip":
+        with text_encoder.clip_errors("CLIP", source):
+            folder = text_encoder.find_clip(source)
+            if not (folder / "text_encoder").is_dir() and text_encoder.clip_kind(folder) == "clip":
                 processor = None  # a CLIP of `clip_pretraining` has no processor: it accepts images in [-1, 1]
                 if any(folder.glob("*processor_config.json")):
                     processor = CLIPImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
-                clip = load_clip(CLIPModel, folder)
+                clip = text_encoder.load_clip(CLIPModel, folder)
                 vocab_size: int = cast(Any, clip.config.text_config).vocab_size
-                return cls(clip, load_tokenizer(folder, vocab_size), processor, max_length)
+                return cls(clip, text_encoder.load_tokenizer(folder, vocab_size), processor, max_length)
         raise UserError(f"CLIP: {source} has no image encoder")
 
     @torch.no_grad()
     def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         """Compute the embeddings of images."""
-        batches = [embed_images(self.clip, self._preprocess(batch)) for batch in images.split(BATCH_SIZE)]
+        batches = [text_encoder.embed_images(self.clip, self._preprocess(batch)) for batch in images.split(BATCH_SIZE)]
         return F.normalize(torch.cat(batches), dim=-1).cpu()
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Float[Tensor, "n d"]:
         """Compute the embeddings of captions."""
         batches = [captions[i : i + BATCH_SIZE] for i in range(0, len(captions), BATCH_SIZE)]
-        embedded = [embed_texts(self.clip, self.tokenizer, batch, self.max_length) for batch in batches]
+        embedded = [text_encoder.embed_texts(self.clip, self.tokenizer, batch, self.max_length) for batch in batches]
         return F.normalize(torch.cat(embedded), dim=-1).cpu()
 
     def _preprocess(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

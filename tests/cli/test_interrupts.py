@@ -15,7 +15,7 @@ INTERRUPTED = "import os, signal\nfor _ in range(2):\n    os.kill(os.getpid(), s
 # Sends SIGINT while a command runs, while the exception propagates, and while Python exits.
 COMMAND = """
 import atexit, os, signal, sys, types
-from cond_diffusion.cli import main, start
+from cond_diffusion.cli import start
 
 def interrupt(*_):
     os.kill(os.getpid(), signal.SIGINT)
@@ -28,8 +28,7 @@ def command(arguments):
             interrupt()
 
 atexit.register(interrupt)
-sys.modules["cond_diffusion.cli.fake"] = types.SimpleNamespace(command=command)
-main.COMMANDS["sample"] = ("fake:command", "")
+sys.modules["cond_diffusion.cli.commands"] = types.SimpleNamespace(sample=command)
 sys.exit(start("sample"))
 """
 
