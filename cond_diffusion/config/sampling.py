@@ -24,6 +24,7 @@ DEFAULT_GUIDANCE_SCALE = 3.0  # of a model that has no other
 GUIDANCE_OF_MODEL = ("guidance_scale", "phrase_guidance", "first_phrase_from")  # each model has defaults of its own
 MAX_GUIDANCE_SCALE = 10_000  # far above useful values, and far below fp32 overflow
 
+PER_PROMPT = ("seed", "guidance_scale", "negative_prompt")  # options with one value, or one for each prompt
 # Options that apply only to some samplers, and options that require an input image.
 SAMPLERS_OF = {"variance": ("ddpm",), "eta": ("ddim", "dpm_solver"), "order": ("dpm_solver", "unipc")}
 IMAGE_OPTIONS = ("mask", "strength", "resamplings")

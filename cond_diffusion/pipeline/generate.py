@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from cond_diffusion import __version__
-from cond_diffusion.config.sampling import GenerationSettings, SamplingOptions
+from cond_diffusion.config.sampling import PER_PROMPT, GenerationSettings, SamplingOptions
 from cond_diffusion.config.schema import parse_json
 from cond_diffusion.errors import Interrupted, UserError, user_errors
 from cond_diffusion.files import check_writable, write_file
@@ -31,7 +31,6 @@ from cond_diffusion.pipeline.text_to_image import SamplingInterrupted, StepCallb
 from cond_diffusion.pipeline.visualize import AttentionMaps, Film, maps_per_word, render_maps
 
 CHUNK_PREFIX = "cond_diffusion:"
-PER_PROMPT = ("seed", "guidance_scale", "negative_prompt")
 
 SettingsOfImage = Callable[[int, int], tuple[Path, GenerationSettings]]
 

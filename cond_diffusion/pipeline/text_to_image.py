@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, Precision, SamplingOptions
+from cond_diffusion.config.sampling import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, PER_PROMPT, Precision, SamplingOptions
 from cond_diffusion.device import autocast, check_memory, choose_precision, free_memory, keep_memory
 from cond_diffusion.diffusion.guidance import Edit, guided, threshold_dynamically
 from cond_diffusion.diffusion.objective import Prediction, denoiser
@@ -67,13 +67,10 @@ class SamplingInterrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Job:
-    """The validated arguments of a call; `scales`, `seeds` and `negative_prompts` have one value per prompt."""
+    """The validated arguments of a call."""
 
     prompts: list[str]
     options: SamplingOptions
-    scales: list[float]
-    seeds: list[int]
-    negative_prompts: list[str]
     batch_size: int
     edit: Edit
     timesteps: list[int]
@@ -383,7 +380,7 @@ class TextToImage:
             raise UserError('prompts: none given; expected at least one, for example "a digit seven"')
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size: {batch_size}; expected at least 1")
-        negative_prompts = options.per_prompt("negative_prompt", len(prompts))
+        _, scales, negative_prompts = (options.per_prompt(name, len(prompts)) for name in PER_PROMPT)
         for prompt in [*prompts, *negative_prompts]:
             if not isinstance(prompt, str):
                 raise UserError(f"prompts: {prompt!r:.80}; expected text")
@@ -397,7 +394,6 @@ class TextToImage:
             raise UserError(f"guidance_interval: {interval[0]} to {interval[1]} lies beyond the {total} timesteps")
         if options.dynamic_thresholding is not None and self.latent_space.is_latent:
             raise UserError("dynamic_thresholding: applies only to pixel-space models; this model is in latent space")
-        scales = options.per_prompt("guidance_scale", len(prompts))
         given = {"negative_prompt": any(negative_prompts), "guidance_interval": interval is not None}
         for name, is_given in {**given, "guidance_rescale": options.guidance_rescale > 0}.items():
             if is_given and all(scale == 1 for scale in scales):
@@ -407,9 +403,6 @@ class TextToImage:
         return Job(
             prompts=prompts,
             options=options,
-            scales=scales,
-            seeds=options.per_prompt("seed", len(prompts)),
-            negative_prompts=negative_prompts,
             batch_size=batch_size,
             edit=edit,
             timesteps=edit.timesteps(visited),
@@ -452,14 +445,13 @@ class TextToImage:
 
     def _encode(self, job: Job) -> Iterator[Example]:
         """Yield the inputs of each image, in the order of the prompts; prompts are embedded in batches when needed."""
-        for start in range(0, len(job.prompts), PROMPT_BATCH_SIZE):
-            rows = slice(start, start + PROMPT_BATCH_SIZE)
-            prompts, negatives = job.prompts[rows], job.negative_prompts[rows]
+        values = (job.options.per_prompt(name, len(job.prompts)) for name in PER_PROMPT)
+        remaining = zip(job.prompts, *values, strict=True)
+        while rows := list(islice(remaining, PROMPT_BATCH_SIZE)):
+            prompts, _, _, negatives = map(list, zip(*rows, strict=True))
             contexts, null_contexts = self._embed(prompts), self._embed(list(dict.fromkeys(negatives)))
             phrases = self._embed_phrases(prompts, job.options)
-            for prompt, negative, scale, seed in zip(
-                prompts, negatives, job.scales[rows], job.seeds[rows], strict=True
-            ):
+            for prompt, seed, scale, negative in rows:
                 for i in range(job.options.num_images):
                     yield Example(contexts[prompt], null_contexts[negative], phrases[prompt], scale, seed + i)
 
