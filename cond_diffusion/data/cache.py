@@ -90,7 +90,7 @@ def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerato
         contexts = [embed(text_encoder, captions)]
     else:
         shards = cached_shards(
-            cache_folder() / "contexts" / _cache_key(text_encoder, captions),
+            cache_folder() / "contexts" / context_key(text_encoder, captions),
             len(captions),
             CAPTIONS_PER_SHARD,
             lambda rows: {"contexts": embed(text_encoder, captions[rows.start : rows.stop])},
@@ -109,7 +109,8 @@ def context_table(text_encoder: TextEncoder, captions: Sequence[str], accelerato
     return look_up
 
 
-def _cache_key(text_encoder: TextEncoder, captions: Sequence[str]) -> str:
+def context_key(text_encoder: TextEncoder, captions: Sequence[str]) -> str:
+    """Return a hash of all that determines the embeddings of captions."""
     digest = hashlib.blake2b(digest_size=16)
     clip = text_encoder.clip.config
     digest.update(repr((clip.hidden_act, clip.num_attention_heads, clip.layer_norm_eps)).encode())

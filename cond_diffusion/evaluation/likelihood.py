@@ -10,25 +10,32 @@ The variance of p is fixed to that of the posterior, or to beta. The network is 
 without guidance.
 """
 
+import hashlib
 import math
+import shutil
 from collections.abc import Iterator
 from functools import partial
+from signal import SIGINT
 from typing import get_args
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cond_diffusion.config.data import DataConfig
 from cond_diffusion.config.schedule import Variance
+from cond_diffusion.data.cache import cached_shards, context_key
 from cond_diffusion.data.dataset import load_captioned_images
 from cond_diffusion.device import autocast
 from cond_diffusion.diffusion.guidance import guided
 from cond_diffusion.diffusion.objective import Denoiser, denoiser
 from cond_diffusion.diffusion.samplers import Noise
 from cond_diffusion.diffusion.schedule import Images, NoiseSchedule, PerExample
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import Interrupted, UserError
+from cond_diffusion.evaluation import metrics
+from cond_diffusion.files import cache_folder
 from cond_diffusion.images import to_model
 from cond_diffusion.models.text_encoder import embed
 from cond_diffusion.pipeline.text_to_image import TextToImage
@@ -95,31 +102,52 @@ def bits_per_dimension(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "variances n T"]]:
     """Compute the variational bound of a data split, in bits per dimension.
 
+    Batches are kept in the cache folder until all are complete, so a call that was interrupted can be repeated.
+
     Args:
         count: Number of images, from the first one; None for all.
         seed: Seed of the noise in x_t.
 
     Returns:
         The prior term of each image, and the other terms from t = T - 1 to 0 for each variance and image.
+
+    Raises:
+        Interrupted: On Ctrl-C.
     """
     if pipe.latent_space.is_latent:
         raise UserError(f"checkpoint: {pipe.folder} generates latents; bits per dimension are defined only for pixels")
     data = load_captioned_images(config, split)
-    priors, terms = [], []
-    for rows in torch.arange(min(len(data), count or len(data))).split(batch_size):
-        x_0 = pipe.latent_space.encode(to_model(data.images[rows].to(pipe.device)))
-        context = embed(pipe.text_encoder, [data.caption_groups[group][0] for group in data.group_of[rows].tolist()])
+    total = min(len(data), count or len(data))
+    captions = [data.caption_groups[group][0] for group in data.group_of[:total].tolist()]
+
+    def compute(rows: range) -> dict[str, Tensor]:
+        batch = slice(rows.start, rows.stop)
+        x_0 = pipe.latent_space.encode(to_model(data.images[batch].to(pipe.device)))
+        context = embed(pipe.text_encoder, captions[batch])
         unguided = guided(pipe.unet, context, context, torch.ones(len(rows)), project=pipe.unet.project_context)
         denoise = denoiser(unguided, pipe.prediction, pipe.clip_fn())
-        draw = generator("likelihood", seed, int(rows[0]), device=pipe.device)
+        draw = generator("likelihood", seed, rows.start, device=pipe.device)
         noise = partial(torch.randn, x_0.shape, generator=draw, device=pipe.device)
         bound = variational_bound(denoise, pipe.schedule, x_0, noise)
-        bound = tqdm(bound, f"images {rows[0]} to {rows[-1]}", pipe.schedule.num_timesteps, unit=" steps")
+        what = f"images {rows.start} to {rows.stop - 1}"
+        bound = tqdm(bound, what, pipe.schedule.num_timesteps, unit=" steps", leave=False)
         with autocast(pipe.precision, pipe.device):
-            bits = [torch.stack([*term.values()]) for _, term in bound]
-        priors.append(prior_bits(pipe.schedule, x_0).cpu())
-        terms.append(torch.stack(bits, dim=-1).cpu())
-    return torch.cat(priors), torch.cat(terms, dim=1)
+            terms = torch.stack([torch.stack([*term.values()]) for _, term in bound], dim=-1)
+        return {"prior": prior_bits(pipe.schedule, x_0), "terms": terms}
+
+    network = (metrics.digest(pipe.unet), pipe.unet.config, pipe.latent_space.digest(), pipe.precision)
+    process = (pipe.prediction.kind, pipe.schedule.config, context_key(pipe.text_encoder, captions))
+    settings = (network, process, metrics.fingerprint(data), total, batch_size, seed)
+    folder = cache_folder() / "likelihood" / hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
+    accelerator = Accelerator(cpu=pipe.device.type == "cpu")
+    try:
+        shards = cached_shards(folder, total, batch_size, compute, accelerator, "computing the bound")
+    except KeyboardInterrupt as interruption:
+        message = "interrupted; the same command continues after the batches that are complete"
+        raise Interrupted(message, SIGINT) from interruption
+    accelerator.wait_for_everyone()
+    shutil.rmtree(folder, ignore_errors=True)
+    return torch.cat([shard["prior"] for shard in shards]), torch.cat([shard["terms"] for shard in shards], dim=1)
 
 
 def format_bits(prior: Float[Tensor, " n"], terms: Float[Tensor, "variances n T"]) -> str:

@@ -16,7 +16,7 @@ from cond_diffusion.config.unet import UNetConfig
 from cond_diffusion.data.dataset import load_captioned_images
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.schedule import NoiseSchedule
-from cond_diffusion.errors import UserError
+from cond_diffusion.errors import Interrupted, UserError
 from cond_diffusion.evaluation.likelihood import (
     VARIANCES,
     bits_per_dimension,
@@ -26,6 +26,7 @@ from cond_diffusion.evaluation.likelihood import (
     step_bits,
     variational_bound,
 )
+from cond_diffusion.files import cache_folder
 from cond_diffusion.images import to_model
 from cond_diffusion.models.latents import PixelPatchify
 from cond_diffusion.models.text_encoder import TextEncoder
@@ -125,15 +126,21 @@ class CaptionNetwork(UNet):
         return context[:, 1, 0].tanh().reshape(-1, 1, 1, 1).expand_as(x_t)
 
 
-def test_the_terms_of_a_set_are_those_of_each_image_with_its_own_caption(tmp_path: Path):
+@pytest.fixture
+def captioned(tmp_path: Path) -> tuple[TextToImage, DataConfig]:
+    """A pipeline with a `CaptionNetwork`, and five images with three captions."""
     for i, caption in enumerate(("one", "two", "one", "three", "two")):
         Image.new("L", (4, 4), 40 * i).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(caption, encoding="utf-8")
     config = DataConfig(source=str(tmp_path), caption_column="text", caption_templates=(), resolution=4)
     schedule, encoder = NoiseSchedule(ScheduleConfig(20, 1e-3, 0.3)), TextEncoder.from_pretrained("builtin", 16)
     shape = UNetConfig((8,), (False,), num_groups=4, in_channels=1, sample_size=4, context_dim=encoder.context_dim)
-    pipe = TextToImage(CaptionNetwork(shape), encoder, Prediction("sample", schedule), PixelPatchify(1))
+    return TextToImage(CaptionNetwork(shape), encoder, Prediction("sample", schedule), PixelPatchify(1)), config
 
+
+def test_the_terms_of_a_set_are_those_of_each_image_with_its_own_caption(captioned: tuple[TextToImage, DataConfig]):
+    pipe, config = captioned
+    schedule, encoder = pipe.schedule, pipe.text_encoder
     data = load_captioned_images(config)
     captions = [data.caption_groups[group][0] for group in data.group_of.tolist()]
     assert len({*captions[:4]}) == 3
@@ -151,6 +158,28 @@ def test_the_terms_of_a_set_are_those_of_each_image_with_its_own_caption(tmp_pat
         *rows, total = (line[20 + 22 * i :].split()[0] for line in lines[1:])
         assert sum(map(float, rows)) == pytest.approx(float(total), abs=1e-3)
         assert float(total) == pytest.approx((prior + terms[i].sum(1)).mean().item(), abs=1e-3)
+
+
+def test_an_interrupted_bound_continues_after_the_complete_batches(
+    captioned: tuple[TextToImage, DataConfig], monkeypatch: pytest.MonkeyPatch
+):
+    pipe, config = captioned
+    expected = bits_per_dimension(pipe, config, "train", batch_size=2)
+    forward, calls = CaptionNetwork.forward, []
+
+    def interrupted_forward(self: CaptionNetwork, *inputs: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 50:  # in the third of three batches of 20 steps
+            raise KeyboardInterrupt
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(CaptionNetwork, "forward", interrupted_forward)
+    with pytest.raises(Interrupted, match="the same command continues"):
+        bits_per_dimension(pipe, config, "train", batch_size=2)
+    found = bits_per_dimension(pipe, config, "train", batch_size=2)
+    assert len(calls) == 50 + 20
+    assert all(map(torch.equal, found, expected))
+    assert not [*(cache_folder() / "likelihood").iterdir()]  # nothing is left behind
 
 
 def test_latents_have_no_bits_per_dimension(tmp_path: Path):
