@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 
@@ -27,7 +28,7 @@ class UserError(ValueError):
 class Interrupted(KeyboardInterrupt):
     """The work was ended by a signal. The message describes what was saved."""
 
-    def __init__(self, message: str, signal: int) -> None:
+    def __init__(self, message: str, signal: int = SIGINT) -> None:
         super().__init__(message)
         self.signal = signal
 
@@ -37,10 +38,8 @@ def user_errors(what: str, *exception_types: type[Exception], hint: str = "") ->
     """Convert exceptions of a library to a UserError with the message "`what` (first line of the exception)`hint`"."""
     try:
         yield
-    except UserError:
-        raise
     except exception_types as error:
-        if is_out_of_memory(error):
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         raise UserError(f"{what} ({first_line(error)}){hint}") from error
 

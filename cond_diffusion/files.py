@@ -54,10 +54,8 @@ def written_aside(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         else:
             try:
                 os.link(unfinished, path)  # unlike a rename, it fails if the path exists
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without links
-                path.open("xb").close()
+            except OSError:  # it exists, or the file system has no links
+                path.open("xb").close()  # fails if it exists
                 unfinished.replace(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

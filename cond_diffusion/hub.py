@@ -89,17 +89,13 @@ def in_half(name: str) -> str:
 
 def variant_of(folder: Path, name: str) -> str | None:
     """Return the `variant` argument of diffusers and transformers: "fp16" if there are only half-precision weights."""
-    return "fp16" if _has_weights(folder, name) and not _has_full_precision(folder, name) else None
-
-
-def _has_full_precision(folder: Path, name: str) -> bool:
-    """Return whether a folder contains these weights, as one file or sharded, not in half precision."""
-    return any((folder / file).exists() for file in (name, f"{name}.index.json"))
+    has_full_precision = any((folder / file).exists() for file in (name, f"{name}.index.json"))
+    return "fp16" if (folder / in_half(name)).exists() and not has_full_precision else None
 
 
 def _has_weights(folder: Path, name: str) -> bool:
     """Return whether a folder contains these weights, in any precision, as one file or sharded."""
-    return _has_full_precision(folder, name) or (folder / in_half(name)).exists()
+    return any((folder / file).exists() for file in (name, f"{name}.index.json", in_half(name)))
 
 
 def _missing_weights(folder: Path, files: Sequence[str]) -> list[str]:

@@ -15,7 +15,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from functools import partial
-from signal import SIGINT
 from typing import get_args
 
 import torch
@@ -143,8 +142,7 @@ def bits_per_dimension(
     try:
         shards = cached_shards(folder, total, batch_size, compute, accelerator, "computing the bound")
     except KeyboardInterrupt as interruption:
-        message = "interrupted; the same command continues after the batches that are complete"
-        raise Interrupted(message, SIGINT) from interruption
+        raise Interrupted("interrupted; the same command continues after the complete batches") from interruption
     accelerator.wait_for_everyone()
     shutil.rmtree(folder, ignore_errors=True)
     return torch.cat([shard["prior"] for shard in shards]), torch.cat([shard["terms"] for shard in shards], dim=1)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from signal import SIGINT
 from statistics import fmean
 from typing import Any, get_args
 
@@ -76,7 +75,7 @@ class Results:
             except KeyboardInterrupt as interruption:
                 finished = ", ".join(part for part in self.parts if part != "settings") or "no results yet"
                 message = f"interrupted; {self.folder} has {finished}, and the same command continues from there"
-                raise Interrupted(message, SIGINT) from interruption
+                raise Interrupted(message) from interruption
             self._write()
         return self.parts[name]
 

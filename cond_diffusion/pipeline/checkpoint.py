@@ -168,8 +168,14 @@ def lasting_name(source: str, folder: Path | None) -> str:
     return str(folder) if source not in BUILT_IN_MODELS and Path(source).is_dir() else source
 
 
-def write_index(folder: Path, latent_space: LatentSpace, guidance: Mapping[str, Any]) -> None:
-    """Write `model_index.json`, in pixel space with the default guidance, and the weights of an autoencoder."""
+def write_index(folder: Path, latent_space: LatentSpace, prediction: Prediction, guidance: Mapping[str, Any]) -> None:
+    """Write `model_index.json`, in pixel space with the default guidance, `scheduler/`, and `vae/` in latent space.
+
+    diffusers has no score prediction: its schedulers raise an error that names `prediction_type` at their first step.
+    """
+    (folder / "scheduler").mkdir(exist_ok=True)
+    scheduler = {**schedule_config.to_diffusers(prediction.schedule.config), "prediction_type": prediction.kind}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index: dict[str, Any] = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "scheduler": ["diffusers", "DDPMScheduler"],
@@ -180,16 +186,6 @@ def write_index(folder: Path, latent_space: LatentSpace, guidance: Mapping[str, 
     if not latent_space.is_latent:
         index |= guidance
     write_json(folder / run_folder.INDEX_NAME, index)
-
-
-def write_prediction(folder: Path, prediction: Prediction) -> None:
-    """Write `scheduler/`.
-
-    diffusers has no score prediction: its schedulers raise an error that names `prediction_type` at their first step.
-    """
-    (folder / "scheduler").mkdir(exist_ok=True)
-    scheduler = {**schedule_config.to_diffusers(prediction.schedule.config), "prediction_type": prediction.kind}
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
 
 
 def write_card(
@@ -236,10 +232,8 @@ def check_kind(folder: Path, name: str) -> dict[str, Any]:
     """Return the contents of `model_index.json`; raise UserError if the kind of pipeline is not supported."""
     index = read_json(folder / run_folder.INDEX_NAME)
     if (kind := index.get("_class_name")) not in (IN_PIXELS, IN_LATENTS):
-        raise UserError(
-            f"{name}: pipeline {kind!s:.60} is not supported; expected {IN_PIXELS}, or {IN_LATENTS} of Stable "
-            "Diffusion 1.x or 2.x"
-        )
+        expected = f"{IN_PIXELS}, or {IN_LATENTS} of Stable Diffusion 1.x or 2.x"
+        raise UserError(f"{name}: pipeline {kind!s:.60} is not supported; expected {expected}")
     return index
 
 

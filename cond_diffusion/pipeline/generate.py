@@ -13,7 +13,6 @@ from dataclasses import fields, replace
 from itertools import chain, count, islice, product, starmap
 from pathlib import Path
 from secrets import token_hex
-from signal import SIGINT
 from tempfile import gettempdir
 from typing import Any
 
@@ -96,11 +95,8 @@ def generate_to_file(
     row_labels = prompts[: -(-len(images) // columns)] if labels and len(prompts) > 1 else None
     write_output(path, encode_png(grid(images, columns, row_labels), settings), "--output")
     if len(images) < (total := len(prompts) * columns):
-        raise Interrupted(
-            f"interrupted; {path} has the first {len(images)} of {total} images, and --from-image {path} samples "
-            "them all",
-            SIGINT,
-        )
+        found = f"{path} has the first {len(images)} of {total} images"
+        raise Interrupted(f"interrupted; {found}, and --from-image {path} samples them all")
     yield path
     if film_path:
         write_output(film_path, frames.encode(film_path, columns), "--film")
@@ -141,10 +137,8 @@ def generate_to_folder(settings: GenerationSettings, folder: str, *, batch_size:
             try:
                 images = pipe([own.prompts[0] for _, own in batch], **kwargs, batch_size=batch_size, progress=False)
             except SamplingInterrupted as interruption:
-                raise Interrupted(
-                    f"interrupted; {folder} has {bar.n} of {total} images, and the same command continues from there",
-                    SIGINT,
-                ) from interruption
+                message = f"interrupted; {folder} has {bar.n} of {total} images{hint}"
+                raise Interrupted(message) from interruption
             for (path, own), image in zip(batch, images, strict=True):
                 with user_errors(f"--output-dir: {path} cannot be written", OSError, hint=hint):
                     path.parent.mkdir(parents=True, exist_ok=True)

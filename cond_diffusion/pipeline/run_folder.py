@@ -145,22 +145,20 @@ def _is_checkpoint(path: Path) -> bool:
 def newest_checkpoint(run_dir: Path, *, with_state: bool) -> Path | None:
     """Return the newest intact checkpoint of a run (`with_state`: with an intact training state), or None if it has no
     checkpoints. Log a warning for damaged ones."""
-    while True:
-        problem = None
-        for checkpoint in reversed(_numbered(run_dir)):
-            if checkpoint.exists() and not _is_checkpoint(checkpoint):
-                logger.warning("%s: skipped, not a checkpoint", checkpoint)
-                continue
-            problem = find_corruption(checkpoint, with_state=with_state)
-            if not checkpoint.exists():
-                break  # training deleted it during the check, and has written a newer one: list them again
-            if problem is None:
-                return checkpoint
-            logger.warning("%s: %s; trying the previous checkpoint", checkpoint, problem)
-        else:
-            if problem is not None:
-                raise UserError(f"{run_dir}: all checkpoints are damaged: {problem}")
-            return None
+    problem = None
+    for checkpoint in reversed(_numbered(run_dir)):
+        if checkpoint.exists() and not _is_checkpoint(checkpoint):
+            logger.warning("%s: skipped, not a checkpoint", checkpoint)
+            continue
+        problem = find_corruption(checkpoint, with_state=with_state)
+        if not checkpoint.exists():  # training deleted it during the check, and has written a newer one
+            return newest_checkpoint(run_dir, with_state=with_state)
+        if problem is None:
+            return checkpoint
+        logger.warning("%s: %s; trying the previous checkpoint", checkpoint, problem)
+    if problem is not None:
+        raise UserError(f"{run_dir}: all checkpoints are damaged: {problem}")
+    return None
 
 
 def named_checkpoint(run_dir: Path, name: str) -> Path:

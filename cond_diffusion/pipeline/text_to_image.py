@@ -38,7 +38,6 @@ from cond_diffusion.pipeline.checkpoint import (
     read_checkpoint,
     write_card,
     write_index,
-    write_prediction,
 )
 from cond_diffusion.pipeline.run_folder import CHECKSUMS_NAME
 from cond_diffusion.seeding import generator
@@ -196,8 +195,7 @@ class TextToImage:
         with written_aside(Path(folder)) as unfinished:
             self.unet.save_pretrained(unfinished / "unet")
             self.text_encoder.save_pretrained(unfinished)
-            write_prediction(unfinished, self.prediction)
-            write_index(unfinished, self.latent_space, self.guidance)
+            write_index(unfinished, self.latent_space, self.prediction, self.guidance)
 
     def push_to_hub(
         self, repo_id: str, *, prompts: str | Sequence[str] = (), private: bool = False, token: str | None = None
@@ -462,11 +460,10 @@ class TextToImage:
             length = self.text_encoder.max_length
             self._warn_once(f"prompts: longer than the text encoder's {length} tokens; {part!r} is truncated")
         if unknown := self.text_encoder.unknown_words(prompts):
-            hint = (
-                "; --checkpoint emoji was trained on 1,432 concepts, in color" if self.folder == BUILT_IN_MODEL else ""
-            )
-            words = ", ".join(unknown[:10])
-            self._warn_once(f"prompts: words that the text encoder was not trained on: {words}{hint}")
+            message = f"prompts: words that the text encoder was not trained on: {', '.join(unknown[:10])}"
+            if self.folder == BUILT_IN_MODEL:
+                message += "; --checkpoint emoji was trained on 1,432 concepts, in color"
+            self._warn_once(message)
         return dict(zip(prompts, self.text_encoder.embed(ids), strict=True))
 
     def _warn_once(self, message: str) -> None:

@@ -29,20 +29,17 @@ class Film:
 
     def __init__(self) -> None:
         self.frames: list[tuple[list[Image.Image], list[Image.Image]]] = []
-        self.next_frame = 0
 
     def __call__(self, step: Step, number: int, total: int) -> None:
-        if number == 0:
-            self.next_frame = 0  # append the images of this batch to the frames of the previous batches
         count = min(FRAMES, total)
-        if number != round((self.next_frame + 1) * total / count) - 1:
+        shown = [round((i + 1) * total / count) - 1 for i in range(count)]
+        if number not in shown:
             return
-        if self.next_frame == len(self.frames):
+        if (frame := shown.index(number)) == len(self.frames):
             self.frames.append(([], []))
-        left, right = self.frames[self.next_frame]
+        left, right = self.frames[frame]  # it may have the images of previous batches
         left += to_pillow(step.x)
         right += to_pillow(step.x_0_hat)
-        self.next_frame += 1
 
     def encode(self, path: Path, columns: int) -> bytes:
         """Return the content of a GIF or WebP animation, by the suffix of `path`: x_t on the left, x_0_hat on the

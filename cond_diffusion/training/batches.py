@@ -38,39 +38,29 @@ class MicroBatch:
     eps: Float[Tensor, "b c h w"]
 
 
+@dataclass(eq=False)
 class Batches:
-    """Iterates over the micro-batches of this process, step by step.
+    """Iterates over the micro-batches of this process, step by step; the first step is `start`, counted from 0."""
 
-    Args:
-        text_embedder: Maps captions to text embeddings of shape (batch, length, dim).
-        start: The first step to read, counted from 0.
-    """
+    config: Config
+    training_data: TrainingData
+    text_embedder: TextEmbedder
+    objective: Objective
+    accelerator: Accelerator
+    start: int
+    latent_space: LatentSpace
 
-    def __init__(
-        self,
-        config: Config,
-        training_data: TrainingData,
-        text_embedder: TextEmbedder,
-        objective: Objective,
-        accelerator: Accelerator,
-        start: int,
-        latent_space: LatentSpace,
-    ) -> None:
-        self.config = config
-        self.latent_space = latent_space
-        self.training_data = training_data
-        self.text_embedder = text_embedder
-        self.objective = objective
+    def __post_init__(self) -> None:
+        accelerator, train = self.accelerator, self.config.train
         self.device = accelerator.device
-        self.shape = latent_space.shape(config.data)
-        self.accumulation_steps, batch_size = config.train.gradient_accumulation_steps, config.train.batch_size
+        self.shape = self.latent_space.shape(self.config.data)
+        self.accumulation_steps, batch_size = train.gradient_accumulation_steps, train.batch_size
         processes, process = accelerator.num_processes, accelerator.process_index
         self.per_step = batch_size * self.accumulation_steps * processes
-        self.null_context = text_embedder([""])[0].to(self.device)
-        jobs = (
-            partial(self._read, (i * processes + process) * batch_size) for i in count(start * self.accumulation_steps)
-        )
-        is_fast = training_data.is_in_memory and self.device.type == "cpu"  # an accelerator would wait meanwhile
+        self.null_context = self.text_embedder([""])[0].to(self.device)
+        first = self.start * self.accumulation_steps
+        jobs = (partial(self._read, (i * processes + process) * batch_size) for i in count(first))
+        is_fast = self.training_data.is_in_memory and self.device.type == "cpu"  # an accelerator would wait meanwhile
         self._samples = prefetch(jobs, depth=0 if is_fast else PREFETCH_DEPTH)
 
     def next_step(self) -> Iterator[MicroBatch]:

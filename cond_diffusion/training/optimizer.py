@@ -83,22 +83,11 @@ class Muon(torch.optim.Optimizer):
                 zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[parameter].update(step=torch.zeros((), device=parameter.device), **zeros)
         states = [self.state[parameter] for parameter in parameters]
-        adamw(
-            parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        averages, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        options = {name: group[name] for name in ("lr", "weight_decay", "eps", "fused")}
+        options |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "amsgrad": False, "maximize": False}
+        adamw(parameters, gradients, averages, squares, [], steps, **options)
 
 
 def orthogonalize(matrices: list[Float[Tensor, "_ _"]]) -> list[Float[Tensor, "_ _"]]:

@@ -152,13 +152,10 @@ class Reporter:
         if self.accelerator.is_main_process:
             prompt = self.config.sample.prompts[0] if self.config.sample.prompts else "a prompt"
             # A clone has sample.py beside train.py; a wheel installs the command.
-            command = "python sample.py" if Path(sys.argv[0]).name == "train.py" else "cond-diffusion-sample"
-            logger.info(
-                "saved %s; sample from it with: %s %s --checkpoint %s",
-                checkpoint,
-                command,
-                *map(_quoted, (prompt, str(self.run_dir))),
-            )
+            command = ["python", "sample.py"] if Path(sys.argv[0]).name == "train.py" else ["cond-diffusion-sample"]
+            quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
+            command += [prompt, "--checkpoint", str(self.run_dir)]
+            logger.info("saved %s; sample from it with: %s", checkpoint, quote(command))
         return checkpoint
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
@@ -190,10 +187,6 @@ class Reporter:
         except Exception as error:  # of a kind for each tracker
             logger.warning("track: %s (%s); continuing without it", self.config.track, first_line(error))
             self.accelerator.trackers = []
-
-
-def _quoted(text: str) -> str:
-    return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
 
 
 class _StandardError:

@@ -26,25 +26,15 @@ MIN_STANDARD_ERRORS, MIN_RELATIVE_DIFFERENCE = 3, 0.002
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Held-out losses.
+    """Held-out losses, means over the examples."""
 
-    Attributes:
-        by_timestep: Loss with the true captions in `NUM_BUCKETS` equal ranges of timesteps.
-        true_caption: Mean loss with the true captions.
-        other_caption: Mean loss with captions of other images.
-        no_caption: Mean loss with empty captions.
-        difference: Mean of `other_caption - true_caption` over the examples.
-        its_error: Standard error of `difference`.
-        captions_are_alike: Whether all captions are the same.
-    """
-
-    by_timestep: list[float]
+    by_timestep: list[float]  # with the true captions, in `NUM_BUCKETS` equal ranges of timesteps
     true_caption: float
-    other_caption: float
+    other_caption: float  # with captions of other images
     no_caption: float
-    difference: float
-    its_error: float
-    captions_are_alike: bool = False
+    difference: float  # `other_caption - true_caption`
+    its_error: float  # standard error of the difference
+    captions_are_alike: bool = False  # all are the same
 
     @property
     def text_is_used(self) -> bool:
@@ -64,33 +54,26 @@ class ValidationResult:
         return f"{losses}: no significant difference; so far the network ignores the text"
 
 
+@dataclass(eq=False)
 class Validator:
-    """Computes the losses of fixed held-out examples.
+    """Computes the losses of fixed held-out examples."""
 
-    Args:
-        text_embedder: Maps captions to text embeddings of shape (batch, length, dim).
-    """
+    config: Config
+    training_data: TrainingData
+    text_embedder: TextEmbedder
+    objective: Objective
+    latent_space: LatentSpace
 
-    def __init__(
-        self,
-        config: Config,
-        training_data: TrainingData,
-        text_embedder: TextEmbedder,
-        objective: Objective,
-        latent_space: LatentSpace,
-    ) -> None:
-        self.latent_space = latent_space
-        self.text_embedder = text_embedder
-        self.objective = objective
-        self.batch_size = config.train.batch_size
-        self.batch = training_data.held_out(NUM_EXAMPLES)
+    def __post_init__(self) -> None:
+        self.batch = self.training_data.held_out(NUM_EXAMPLES)
         if self.batch is None:
             return
-        noise_generator = generator("held-out noise", config.seed)
-        self.eps = torch.randn((NUM_EXAMPLES, *latent_space.shape(config.data)), generator=noise_generator)
+        seed = self.config.seed
+        shape = (NUM_EXAMPLES, *self.latent_space.shape(self.config.data))
+        self.eps = torch.randn(shape, generator=generator("held-out noise", seed))
         # Timesteps are evenly spaced, in an order that is independent of the images'.
-        order = torch.randperm(NUM_EXAMPLES, generator=generator("held-out timesteps", config.seed))
-        self.t = order * objective.schedule.num_timesteps // NUM_EXAMPLES
+        order = torch.randperm(NUM_EXAMPLES, generator=generator("held-out timesteps", seed))
+        self.t = order * self.objective.schedule.num_timesteps // NUM_EXAMPLES
         self.bucket = order * NUM_BUCKETS // NUM_EXAMPLES
 
     @torch.no_grad()
@@ -103,7 +86,7 @@ class Validator:
         losses = torch.zeros(3, NUM_EXAMPLES, device=accelerator.device)
         local = torch.arange(NUM_EXAMPLES)[accelerator.process_index :: accelerator.num_processes]
         rows = (true_captions, mismatched_captions(true_captions), [""] * NUM_EXAMPLES)
-        for indices in local.split(self.batch_size):
+        for indices in local.split(self.config.train.batch_size):
             x_0 = encode_images(self.batch.images[indices].to(accelerator.device), self.latent_space)
             t, eps = self.t[indices], self.eps[indices].to(accelerator.device)
             for row, captions in enumerate(rows):
