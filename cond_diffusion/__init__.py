@@ -19,31 +19,9 @@ if TYPE_CHECKING:
     from cond_diffusion.training.trainer import train
 
 __version__ = "0.1.0"
-__all__ = [
-    "Config",
-    "NoiseSchedule",
-    "Objective",
-    "ObjectiveConfig",
-    "Prediction",
-    "SamplingOptions",
-    "ScheduleConfig",
-    "TextEncoder",
-    "TextToImage",
-    "UNet",
-    "UNetConfig",
-    "UserError",
-    "ddim",
-    "ddpm",
-    "denoiser",
-    "dpm_solver",
-    "drop_captions",
-    "euler",
-    "guided",
-    "heun",
-    "load_config",
-    "train",
-    "unipc",
-]
+__all__ = ["Config", "ObjectiveConfig", "SamplingOptions", "ScheduleConfig", "UNetConfig", "UserError"]
+__all__ += ["NoiseSchedule", "Objective", "Prediction", "TextEncoder", "TextToImage", "UNet", "load_config", "train"]
+__all__ += ["ddim", "ddpm", "denoiser", "dpm_solver", "drop_captions", "euler", "guided", "heun", "unipc"]
 
 # Imported on first access (PEP 562), so that `--help` and errors in the arguments do not wait for torch.
 _NAMES_IN = {

@@ -21,7 +21,7 @@ def main() -> None:
     classifier = metrics.train_classifier(train).half()
     save_model(classifier, sys.argv[1], {metrics.TRAINED_ON: metrics.fingerprint(train)})
     size = Path(sys.argv[1]).stat().st_size
-    share = metrics.accuracy(classifier.float(), metrics.renumber_groups(test, train.caption_groups))
+    share = classifier.float().accuracy(metrics.renumber_groups(test, train.caption_groups))
     print(f"{metrics.digest(classifier)}: {share:.2%} of the test images, {size} bytes")
 
 

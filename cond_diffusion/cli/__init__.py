@@ -3,6 +3,7 @@
 import os
 import signal
 from functools import partial
+from traceback import walk_stack
 from types import FrameType
 
 
@@ -19,11 +20,8 @@ class InterruptHandler:
     """What is printed when the process is ended."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        importing = False
-        while frame is not None and not importing:
-            importing = frame.f_code.co_filename == "<frozen importlib._bootstrap>"
-            frame = frame.f_back
-        if self.running and not importing:
+        files = {caller.f_code.co_filename for caller, _ in walk_stack(frame)}
+        if self.running and "<frozen importlib._bootstrap>" not in files:
             self.running = False
             raise KeyboardInterrupt
         if os.environ.get("RANK", "0") == "0":

@@ -71,8 +71,8 @@ def pretrain_clip(arguments: list[str] | None = None) -> None:
     print(f"saved {config.run_dir}; use it for training with text.encoder={config.run_dir}")
 
 
-def sample_parser() -> argparse.ArgumentParser:
-    """Return the argument parser of the command."""
+def sample(arguments: list[str] | None = None) -> None:
+    """Generate images from prompts."""
     description = "Generate images from prompts, as one PNG with a row per prompt or as a folder of PNGs."
     parser = ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help='for example "a digit seven"')
@@ -92,12 +92,6 @@ def sample_parser() -> argparse.ArgumentParser:
     files.add_argument("--film", type=expand_home, metavar="FILE", help=film_help)
     maps_help = "cross-attention to words of the whole prompt"
     files.add_argument("--attention-maps", type=expand_home, metavar="PNG", help=maps_help)
-    return parser
-
-
-def sample(arguments: list[str] | None = None) -> None:
-    """Generate images from prompts."""
-    parser = sample_parser()
     given = vars(parser.parse_intermixed_args(arguments))
     files = {name: given.pop(name) for name in FILES}
     folder, batch_size = given.pop("output_dir"), given.pop("batch_size")
@@ -229,9 +223,8 @@ def likelihood(arguments: list[str] | None = None) -> None:
     pipe, config, _ = _load(options)
     from cond_diffusion.evaluation.likelihood import bits_per_dimension, format_bits
 
-    size, seed = options.batch_size, options.seed
-    bits = bits_per_dimension(pipe, config.data, options.split, count=options.samples, batch_size=size, seed=seed)
-    print(format_bits(*bits))
+    numbers = {"count": options.samples, "batch_size": options.batch_size, "seed": options.seed}
+    print(format_bits(*bits_per_dimension(pipe, config.data, options.split, **numbers)))
 
 
 def _evaluation_parser(description: str) -> argparse.ArgumentParser:
@@ -278,5 +271,4 @@ def demo(arguments: list[str] | None = None) -> None:
         raise UserError('demo: requires gradio; install it with: pip install "cond_diffusion[demo]"')
     from cond_diffusion.cli.demo import serve_until_stopped
 
-    address = (options.host, options.port, options.allow_host)
-    serve_until_stopped(options.runs, *address, inbrowser=not options.no_browser)
+    serve_until_stopped(options.runs, options.host, options.port, options.allow_host, not options.no_browser)

@@ -36,6 +36,11 @@ EXAMPLES = (
     *("a red apple, 3d style", "a cat face, noto style", "a purple heart, glossy style", "a penguin, twemoji style"),
     *("a green book, flat style", "a rocket, 3d style", "a blue circle, twemoji style", "a house, blob style"),
 )
+# The settings that the page has an input for, in the order of the inputs.
+INPUTS = (
+    *("checkpoint", "prompts", "negative_prompt", "guidance_scale", "phrase_guidance"),
+    *("sampler", "steps", "seed", "num_images"),
+)
 POLL_SECONDS = 0.1
 LISTEN_SECONDS = 10  # from a request until its client listens for the results
 
@@ -48,13 +53,10 @@ class ClientDisconnected(Exception):
 
 
 class SameOrigin:
-    """ASGI middleware that refuses requests of other sites' pages, and records which clients listen for results.
+    """ASGI middleware that refuses requests of other sites' pages, and counts the open streams of results of each
+    session in `listening`. Proxies may replace the name in the header `host`, so `other_hosts` are names of the page.
 
     Gradio only withholds its responses from other sites, after it has done what they ask for.
-
-    Args:
-        listening: For each session, the number of open streams of results.
-        other_hosts: Names of the page behind proxies, which may replace the name in the header `host`.
     """
 
     def __init__(self, app: Any, listening: Counter[str], other_hosts: Collection[str] = ()) -> None:
@@ -98,14 +100,9 @@ def generate_in_thread(folder: Path, settings: GenerationSettings) -> Iterator[U
 
     def generate() -> None:
         try:
-            paths = generate_to_file(
-                settings,
-                output=str(folder / "images.png"),
-                film=str(folder / "film.webp"),
-                attention_maps=str(folder / "words.png"),
-                labels=False,
-                callback_on_step_end=callback_on_step_end,
-            )
+            names = {"output": "images.png", "film": "film.webp", "attention_maps": "words.png"}
+            outputs: Any = {option: str(folder / name) for option, name in names.items()}
+            paths = generate_to_file(settings, **outputs, labels=False, callback_on_step_end=callback_on_step_end)
             files = [next(paths), folder / "settings.json"]
             write_json(files[1], read_settings(str(files[0]), "settings"))
             state = "done"
@@ -145,23 +142,13 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
     session without open streams of results in `listening` has left."""
     import gradio  # an optional dependency
 
-    def generate(
-        request: gradio.Request,
-        checkpoint: str,
-        prompt: str,
-        negative: str,
-        scale: float,
-        of_phrases: float,
-        sampler: str,
-        steps: int,
-        seed: int | None,
-        count: int,
-    ) -> Iterator[Update]:
-        prompts = [line.strip() for line in prompt.splitlines() if line.strip()]
-        if not prompts:
-            raise gradio.Error("prompts: none given; expected at least one", print_exception=False)
-        if len(prompts) > MAX_PROMPTS:
-            raise gradio.Error(f"prompts: {len(prompts)} given; expected at most {MAX_PROMPTS}", print_exception=False)
+    def generate(request: gradio.Request, *values: Any) -> Iterator[Update]:
+        options = dict(zip(INPUTS, values, strict=True))
+        prompts = [line.strip() for line in options["prompts"].splitlines() if line.strip()]
+        if not 1 <= len(prompts) <= MAX_PROMPTS:
+            message = f"prompts: {len(prompts) or 'none'} given; expected 1 to {MAX_PROMPTS}"
+            raise gradio.Error(message, print_exception=False)
+        options |= {"prompts": tuple(prompts), "seed": options["seed"] or 0}  # None in an empty field
         yield None, "loading", []
         for _ in range(int(LISTEN_SECONDS / POLL_SECONDS)):
             if listening[str(request.session_hash)]:
@@ -171,18 +158,7 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
             return  # Gradio notices that a client leaves, but not that it never listened
         try:
             with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as job:
-                settings = GenerationSettings(
-                    prompts=tuple(prompts),
-                    checkpoint=checkpoint,
-                    num_images=count,
-                    seed=seed or 0,
-                    sampler=sampler,  # type: ignore[arg-type]  # checked by GenerationSettings
-                    steps=steps,
-                    guidance_scale=scale,
-                    phrase_guidance=of_phrases,
-                    negative_prompt=negative,
-                )
-                for update in generate_in_thread(Path(job), settings):
+                for update in generate_in_thread(Path(job), GenerationSettings(**options)):
                     if not listening[str(request.session_hash)]:
                         return
                     yield update  # Gradio copies the files
@@ -226,24 +202,20 @@ def build_page(runs: Path, folder: Path, listening: Counter[str]) -> Any:
         guidance = [scale, of_phrases]
         inputs = [checkpoint, prompt, negative, *guidance, sampler, steps, seed, count]
         outputs = [image, state, files]
-        options: Any = {
-            "concurrency_limit": 1,
-            "concurrency_id": "generate",
-            "show_progress": "hidden",
-            "api_visibility": "private",
-        }
+        hidden: Any = {"show_progress": "hidden", "api_visibility": "private"}
+        options: Any = {"concurrency_limit": 1, "concurrency_id": "generate", **hidden}
         events: list[Any] = [button.click(generate, inputs, outputs, **options)]
         for text, example in zip(EXAMPLES, examples, strict=True):
             values, changed = (text, FIRST_CHECKPOINT, *first_guidance), [prompt, checkpoint, *guidance]
             chosen = example.click(partial(tuple, values), outputs=changed, api_visibility="private")
             events.append(chosen.then(generate, inputs, outputs, **options))
         stop.click(lambda: "stopped", outputs=state, cancels=events)
-        checkpoint.input(show_guidance, checkpoint, guidance, show_progress="hidden", api_visibility="private")
+        checkpoint.input(show_guidance, checkpoint, guidance, **hidden)
         blocks.load(lambda: gradio.Dropdown(list_checkpoints(runs)), outputs=checkpoint)
     return blocks
 
 
-def serve_until_stopped(runs: Path, host: str, port: int, other_hosts: Collection[str], *, inbrowser: bool) -> None:
+def serve_until_stopped(runs: Path, host: str, port: int, other_hosts: Collection[str], inbrowser: bool) -> None:
     """Set up the process for the page and its files, and serve it until the process is interrupted or ended."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     # Gradio opens the page once at the start, which must not pass through a proxy.
@@ -266,10 +238,8 @@ def serve(runs: Path, folder: Path, host: str, port: int, other_hosts: Collectio
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    # System fonts, which are not downloaded.
-    theme = gradio.themes.Default(  # pyright: ignore[reportPrivateImportUsage]
-        font=["system-ui", "sans-serif"], font_mono=["monospace"]
-    )
+    fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # of the system: not downloaded
+    theme = gradio.themes.Default(**fonts)  # pyright: ignore[reportPrivateImportUsage]
     listening: Counter[str] = Counter()
     # A site whose name resolves to this machine (DNS rebinding) has another name in its requests.
     addresses = [address.address for interface in net_if_addrs().values() for address in interface]

@@ -1,6 +1,6 @@
 """The command line: `cond-diffusion COMMAND`, `python -m cond_diffusion COMMAND`, train.py and sample.py.
 
-The module of a command is imported when the command runs, so that `--help` is fast.
+The module of the commands is imported when one of them runs, so that the list of commands is fast.
 """
 
 import argparse
@@ -37,10 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(f"  {command:15}{description}" for command, description in COMMANDS.items()))
         return 0
     if name not in COMMANDS:
-        print(
-            f"error: {name}{errors.did_you_mean(name, COMMANDS)}; expected one of {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
+        _print_error(f"error: {name}{errors.did_you_mean(name, COMMANDS)}; expected one of {', '.join(COMMANDS)}")
         return 2
     sys.argv[0] = f"cond-diffusion {name}"  # shown in usage lines
     return run(name, rest)
@@ -138,11 +135,8 @@ def add_options(
     """Add an argument for each field of a config dataclass that `option` declares.
 
     Values remain text, which the dataclass parses. Arguments that are not given are absent from the parsed namespace,
-    so that the defaults of the dataclass apply.
-
-    Args:
-        only: The only fields to include; None for all.
-        defaults: Defaults shown in the help instead of those of the dataclass.
+    so that the defaults of the dataclass apply. `only` selects fields; the help shows `defaults` instead of those of
+    the dataclass.
     """
     groups: dict[Any, Any] = {group.title: group for group in parser._action_groups}
     for name, field in schema.__pydantic_fields__.items():
@@ -167,12 +161,8 @@ def config_parser(description: str, default: Path | None = None) -> argparse.Arg
     parser = ArgumentParser(description=description)
     config_help = "a YAML file, or the name of one in configs/" + (f" (default: {default})" if default else "")
     parser.add_argument("--config", type=local_path, default=default, metavar="FILE", help=config_help)
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="for example seed=1; all keys: cond_diffusion/training/README.md",
-    )
+    overrides_help = "for example seed=1; all keys: cond_diffusion/training/README.md"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=overrides_help)
     return parser
 
 

@@ -6,6 +6,7 @@ real images, those of the test split included. The package contains it, so that 
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +21,10 @@ from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.data.dataset import open_captioned_files
 from cond_diffusion.data.sources import open_source
 from cond_diffusion.errors import UserError
+from cond_diffusion.evaluation import evaluator
 from cond_diffusion.evaluation.metrics import digest, nearest
 from cond_diffusion.evaluation.report import Results, save_grid
-from cond_diffusion.images import to_bytes, to_model
+from cond_diffusion.images import to_model
 from cond_diffusion.pipeline.text_to_image import TextToImage
 from cond_diffusion.seeding import sample_indices
 
@@ -40,13 +42,10 @@ class EmojiJudge(nn.Module):
 
     def __init__(self, num_concepts: int, num_styles: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            *[nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()],
-            *[nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU()],
-            *[nn.Conv2d(64, 128, 3, stride=2, padding=1), nn.BatchNorm2d(128), nn.ReLU()],
-            *[nn.Conv2d(128, 256, 3, stride=2, padding=1), nn.BatchNorm2d(256), nn.ReLU()],
-            *[nn.AdaptiveAvgPool2d(2), nn.Flatten()],
-        )
+        layers: list[nn.Module] = []
+        for channels, width in pairwise((3, 32, 64, 128, 256)):
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
         self.concept = nn.Linear(4 * 256, num_concepts)
         self.style = nn.Linear(4 * 256, num_styles)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPUs
@@ -97,13 +96,8 @@ class EmojiImages:
 
 
 class Emoji:
-    """The training and test images of the built-in emoji.
-
-    Attributes:
-        concepts: Names of the concepts, sorted; the judge's logits have this order.
-        styles: Names of the styles, sorted.
-        train, test: The splits.
-    """
+    """The training and test images of the built-in emoji. The names of concepts and styles are sorted: the judge's
+    logits have this order."""
 
     def __init__(self) -> None:
         tables = [cast(Any, open_source(SOURCE, split)) for split in ("train", "test")]
@@ -158,13 +152,9 @@ def recognized(judge: EmojiJudge, emoji: Emoji, images: EmojiImages) -> dict[str
 
 
 def copies(emoji: Emoji, images: EmojiImages) -> dict[str, float]:
-    """Compare images with all training images, by Euclidean distance at half the resolution.
-
-    Returns:
-        "copies": The share of images whose nearest training image is closer than half the mean distance of the 50
-        nearest (Carlini et al. 2023).
-        "nearest is of the prompt": The share whose nearest training image has the concept and the style of the prompt.
-    """
+    """Compare images with all training images, by Euclidean distance at half the resolution: return the share of
+    "copies", whose nearest training image is closer than half the mean distance of the 50 nearest (Carlini et al.
+    2023), and the share whose nearest one has the concept and the style of the prompt."""
     distances, indices = nearest(images.thumbnails, emoji.train.thumbnails, COPY_NEIGHBORS)
     is_copy = distances[:, 0] < COPY_RATIO * distances.mean(1)
     first = indices[:, 0]
@@ -174,20 +164,14 @@ def copies(emoji: Emoji, images: EmojiImages) -> dict[str, float]:
 
 def generate(pipe: TextToImage, real: EmojiImages, sampling: SamplingOptions) -> EmojiImages:
     """Generate one image for the prompt of each real image; image i has the seed `sampling.seed` + i."""
-    (seed,) = sampling.per_prompt("seed", 1)
-    options = {**vars(sampling), "num_images": 1, "seed": [seed + i for i in range(len(real))]}
-    images = cast(Tensor, pipe(real.prompts, **options, output_type="pt"))
-    return replace(real, images=to_bytes(images).cpu())
+    return replace(real, images=evaluator.generate(pipe, real.prompts, 1, sampling))
 
 
 def evaluate_emoji(pipe: TextToImage, count: int, sampling: SamplingOptions, results: Results) -> dict[str, Any]:
     """Generate one image for each of up to `count` prompts of each subset, measure them, and write grids.
 
-    Args:
-        sampling: Options to generate with; image i of a subset has the seed `seed` + i.
-
     Returns:
-        The part "samples" of `evaluation.json`.
+        For each subset, a part of `evaluation.json`; and the name of the judge.
 
     Raises:
         UserError: If the images are not RGB of 64 x 64.
@@ -207,10 +191,10 @@ def evaluate_emoji(pipe: TextToImage, count: int, sampling: SamplingOptions, res
             _, indices = nearest(samples.thumbnails[:8], emoji.train.thumbnails, 5)
             rows = torch.cat([samples.images[:8, None], emoji.train.images[indices]], dim=1)
             save_grid(rows.flatten(0, 1), rows.shape[1], results.folder / f"{file}_nearest.png")
-            measures = {"samples": samples, "real": real}
             return {
                 "count": len(real),
-                **{which: {**recognized(judge, emoji, x), **copies(emoji, x)} for which, x in measures.items()},
+                "samples": recognized(judge, emoji, samples) | copies(emoji, samples),
+                "real": recognized(judge, emoji, real) | copies(emoji, real),
             }
 
         measured[name] = results.part(name, compute)

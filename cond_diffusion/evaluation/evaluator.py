@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import InitVar, asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -52,13 +52,6 @@ class Judged:
         return self.extractor(self.data.images)
 
     @cached_property
-    def recognized_by_classifier(self) -> Bool[Tensor, " n"]:
-        """Whether the classifier assigns each image to its caption group, of shape (n,)."""
-        assert self.classifier is not None
-        features = self.features if self.extractor is self.classifier else self.classifier(self.data.images)
-        return self.classifier.predict(features) == self.data.group_of
-
-    @cached_property
     def _by_clip(self) -> tuple[Bool[Tensor, " n"], Float[Tensor, " n"]]:
         """`recognized_by_clip`, and the CLIP cosine similarity of each image to its caption."""
         assert self.clip is not None
@@ -71,7 +64,7 @@ class Judged:
 
     @property
     def recognized_by_clip(self) -> Bool[Tensor, " n"]:
-        """Whether, of the first captions of all groups, the most similar to each image is its own, of shape (n,)."""
+        """Whether, of the first captions of all groups, the most similar to each image is its own."""
         return self._by_clip[0]
 
     @property
@@ -79,10 +72,13 @@ class Judged:
         """The mean of max(100 cos, 0) over images (Hessel et al. 2021, without the factor 2.5)."""
         return (100 * self._by_clip[1]).clamp(min=0).mean().item()
 
-    @property
+    @cached_property
     def recognized(self) -> Bool[Tensor, " n"]:
         """Whether each image matches its caption, according to the classifier or, without one, to the CLIP."""
-        return self.recognized_by_clip if self.classifier is None else self.recognized_by_classifier
+        if self.classifier is None:
+            return self.recognized_by_clip
+        features = self.features if self.extractor is self.classifier else self.classifier(self.data.images)
+        return self.classifier.predict(features) == self.data.group_of
 
     @property
     def accuracy(self) -> float:
@@ -90,6 +86,7 @@ class Judged:
         return self.recognized.float().mean().item()
 
 
+@dataclass(eq=False)
 class Evaluator:
     """Real images and evaluation models to measure samples with.
 
@@ -101,24 +98,22 @@ class Evaluator:
         features: Feature extractor for distances; by default the classifier or, without one, the CLIP.
     """
 
-    def __init__(
-        self,
-        train: CaptionedImages,
-        test: CaptionedImages,
-        classifier: metrics.Classifier | None,
-        clip: ClipJudge | None,
-        features: FeatureExtractor | None = None,
-    ) -> None:
-        extractor = features or classifier or clip
-        if extractor is None or (classifier is None and clip is None):
+    train: CaptionedImages
+    test: CaptionedImages
+    classifier: metrics.Classifier | None
+    clip: ClipJudge | None
+    features: InitVar[FeatureExtractor | None] = None
+
+    def __post_init__(self, features: FeatureExtractor | None) -> None:
+        judge = self.classifier or self.clip
+        if judge is None:
             raise UserError(
                 "features: the captions are not class labels, and the checkpoint's text encoder does not belong "
                 "to a CLIP that accepts the images; expected a CLIP, for example openai/clip-vit-base-patch32"
             )
-        self.train, self.test = train, test
-        self.classifier, self.clip, self.extractor = classifier, clip, extractor
-        self.training = self.judge(train)
-        self.reference = self.judge(subset(test, MAX_REAL))  # random, since data sets are often sorted
+        self.extractor: FeatureExtractor = features or judge
+        self.training = self.judge(self.train)
+        self.reference = self.judge(subset(self.test, MAX_REAL))  # random, since data sets are often sorted
 
     @property
     def judge_name(self) -> str:
@@ -146,20 +141,15 @@ class Evaluator:
     ) -> Judged:
         """Generate the same number of samples of each prompt, at most `count` in total, in the order of the prompts."""
         num_images = count // len(prompts)
-        (seed,) = sampling.per_prompt("seed", 1)
-        per_prompt = {"num_images": num_images, "seed": [seed + i * num_images for i in range(len(prompts))]}
-        images = pipe([prompt for prompt, _ in prompts], **{**vars(sampling), **per_prompt}, output_type="pt")
+        images = generate(pipe, [prompt for prompt, _ in prompts], num_images, sampling)
         groups = torch.tensor([group for _, group in prompts]).repeat_interleave(num_images)
         # The groups of the test images begin with those of training: CLIP compares both with the same captions.
-        return self.judge(CaptionedImages(to_bytes(images).cpu(), groups, self.test.caption_groups))
+        return self.judge(CaptionedImages(images, groups, self.test.caption_groups))
 
     def measure(self, samples: Judged) -> dict[str, dict[str, float]]:
-        """Compute all of `METRICS`.
-
-        Returns:
-            {metric: {"samples": value, "real": value}}. "real" is the value of the same number of real images, which is
-            the best that samples can reach: classifiers make errors, and finite sets have distances above 0.
-        """
+        """Return {metric: {"samples": value, "real": value}} for all of `METRICS`. "real" is the value of the same
+        number of real images, the best that samples can reach: classifiers make errors, and finite sets have distances
+        above 0."""
         count = len(samples.data)
         for name, data in (("training", self.train), ("test", self.test)):
             if len(data) < count:
@@ -182,60 +172,43 @@ class Evaluator:
         """Return the Fréchet distance of `count` training images."""
         return self.distance(self.judge(subset(self.train, count)))
 
+    def distance_to_training(self, images: Judged) -> float:
+        """Return the mean distance of images to their nearest training images."""
+        return metrics.nearest(images.features, self.training.features, 1)[0].mean().item()
+
     def nearest_images(self, samples: Judged, rows: Int64[Tensor, " n"]) -> UInt8[Tensor, "n columns c h w"]:
         """Return the samples `rows`, each followed by its nearest training images, to check for memorization."""
         _, indices = metrics.nearest(samples.features[rows], self.training.features, NEIGHBORS)
         return torch.cat([samples.data.images[rows][:, None], self.train.images[indices]], dim=1)
 
 
-Metric = Callable[[Evaluator, Judged], dict[str, float]]
-
 # The model that the metric needs, the real images of its baseline (not those that it compares with), the metric.
-METRICS: list[tuple[str, str, Metric]] = [
+METRICS: list[tuple[str, str, Callable[[Evaluator, Judged], dict[str, float]]]] = [
     ("classifier", "whole test", lambda _, x: {"prompt accuracy, classifier": x.accuracy}),
     ("clip", "test", lambda _, x: {"prompt accuracy, CLIP": x.recognized_by_clip.float().mean().item()}),
     ("clip", "test", lambda _, x: {"CLIP score": x.clip_score}),
     ("extractor", "train", lambda real, x: {"Fréchet distance": real.distance(x)}),
     ("extractor", "train", lambda real, x: metrics.prdc(x.features, real.reference.features[: len(x.data)])),
-    (
-        "classifier",
-        "train",
-        lambda real, x: {CLASSIFICATION: metrics.accuracy(metrics.train_classifier(x.data), real.test)},
-    ),
-    (
-        "extractor",
-        "test",
-        lambda real, x: {NEAREST: metrics.nearest(x.features, real.training.features, 1)[0].mean().item()},
-    ),
+    ("classifier", "train", lambda real, x: {CLASSIFICATION: metrics.train_classifier(x.data).accuracy(real.test)}),
+    ("extractor", "test", lambda real, x: {NEAREST: real.distance_to_training(x)}),
 ]
 
 
 def load_evaluator(
-    pipe: TextToImage,
-    config: Config,
-    features: FeatureExtractor | None = None,
-    training_data: TrainingData | None = None,
+    pipe: TextToImage, config: Config, features: FeatureExtractor | None = None, training: TrainingData | None = None
 ) -> Evaluator:
     """Load the data and the evaluation models of a checkpoint.
 
     The classifier is loaded or trained if the captions are class labels. The CLIP is the checkpoint's own or, if that
-    does not accept the images, the one given as `features`.
-
-    Args:
-        features: Feature extractor for distances; see `Evaluator`.
-        training_data: The training data, if it is already open.
+    does not accept the images, the one given as `features`. `training` is passed if it is already open.
     """
-    if training_data is None:
-        training_data = open_training_data(config.data, config.seed)
-    train, test = load_real_images(config, training_data)
-    for name, count, where in (
-        ("training", len(train), ""),
-        ("test", len(test), ", in a split named test or by data.held_out"),
-    ):
-        if count <= NEIGHBORS:
-            raise UserError(
-                f"data.source: {config.data.source} has {count} {name} images; expected more than {NEIGHBORS}{where}"
-            )
+    if training is None:
+        training = open_training_data(config.data, config.seed)
+    train, test = load_real_images(config, training)
+    for name, images, where in (("training", train, ""), ("test", test, ", in a split named test or by data.held_out")):
+        if len(images) <= NEIGHBORS:
+            found = f"{config.data.source} has {len(images)} {name} images"
+            raise UserError(f"data.source: {found}; expected more than {NEIGHBORS}{where}")
     num_groups = len(train.caption_groups)
     has_labels = num_groups > 1 and len(train) >= MIN_IMAGES_PER_LABEL * num_groups
     clip = features if isinstance(features, ClipJudge) else None
@@ -259,9 +232,8 @@ def load_real_images(config: Config, training_data: TrainingData) -> tuple[Capti
             raise
         held_out = ShuffledDataset(data, config.seed, config.data.held_out).held_out_indices()
         logger.warning("%s; using the %d held-out images as test images", error, len(held_out))
-        is_train = torch.ones(len(data), dtype=torch.bool)
-        is_train[held_out] = False
-        return _rows(data, is_train.nonzero().squeeze(1)), _rows(data, held_out)
+        is_held_out = torch.isin(torch.arange(len(data)), held_out)
+        return _rows(data, ~is_held_out), _rows(data, held_out)
 
 
 def held_out_loss(pipe: TextToImage, config: Config, training_data: TrainingData) -> dict[str, Any] | None:
@@ -271,6 +243,16 @@ def held_out_loss(pipe: TextToImage, config: Config, training_data: TrainingData
     with autocast(pipe.precision, pipe.device):
         result = validator.measure(pipe.unet, Accelerator(cpu=pipe.device.type == "cpu"))
     return None if result is None else asdict(result)
+
+
+def generate(
+    pipe: TextToImage, prompts: list[str], num_images: int, sampling: SamplingOptions
+) -> UInt8[Tensor, "n c h w"]:
+    """Generate images of each prompt, in the order of the prompts; image i of all has the seed `sampling.seed` + i."""
+    (seed,) = sampling.per_prompt("seed", 1)
+    seeds = [seed + i * num_images for i in range(len(prompts))]
+    images = pipe(prompts, **{**vars(sampling), "num_images": num_images, "seed": seeds}, output_type="pt")
+    return to_bytes(cast(Tensor, images)).cpu()
 
 
 def spread(total: int, count: int) -> Int64[Tensor, " n"]:
@@ -284,5 +266,5 @@ def subset(data: CaptionedImages, count: int) -> CaptionedImages:
     return _rows(data, sample_indices(len(data), 0, 0, min(count, len(data))))
 
 
-def _rows(data: CaptionedImages, rows: Int64[Tensor, " n"]) -> CaptionedImages:
+def _rows(data: CaptionedImages, rows: Int64[Tensor, " m"] | Bool[Tensor, " n"]) -> CaptionedImages:
     return replace(data, images=data.images[rows], group_of=data.group_of[rows], is_read=None)

@@ -68,6 +68,10 @@ class Classifier(nn.Module):
         """Return the most likely caption group of each row of features."""
         return self.head(features).argmax(1)
 
+    def accuracy(self, data: CaptionedImages) -> float:
+        """Return the fraction of images assigned to their caption group, numbered as in the training set."""
+        return (self.predict(self(data.images)) == data.group_of).float().mean().item()
+
 
 def digest(model: nn.Module) -> str:
     """Return a hash of a model's weights; results of judges with different weights are not comparable."""
@@ -92,11 +96,6 @@ def train_classifier(data: CaptionedImages) -> Classifier:
         optimizer.step()
         scheduler.step()
     return classifier.eval()
-
-
-def accuracy(classifier: Classifier, data: CaptionedImages) -> float:
-    """Return the fraction of images assigned to their caption group, numbered as in the classifier's training set."""
-    return (classifier.predict(classifier(data.images)) == data.group_of).float().mean().item()
 
 
 def load_or_train_classifier(data: CaptionedImages) -> Classifier:
@@ -175,9 +174,8 @@ def prdc(samples: Float[Tensor, "n d"], real: Float[Tensor, "m d"], k: int = 5) 
         For equal distributions, density and coverage are close to 1, precision and recall are lower.
     """
     if min(len(samples), len(real)) <= k:
-        raise UserError(
-            f"samples: {len(samples)} samples and {len(real)} real images; precision and recall need more than {k} each"
-        )
+        found = f"{len(samples)} samples and {len(real)} real images"
+        raise UserError(f"samples: {found}; precision and recall need more than {k} each")
     samples, real = samples.double(), real.double()
     # Of the k + 1 nearest rows, the first is the row itself.
     sample_radii, real_radii = (nearest(rows, rows, k + 1)[0][:, -1] for rows in (samples, real))

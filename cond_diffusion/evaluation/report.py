@@ -38,10 +38,8 @@ class Results:
         self.parts: dict[str, Any] = {"settings": settings}
         self.lock = RunLock(folder, "output", "evaluation")
         with user_errors(f"output: {folder} cannot be written", OSError, ValueError):
-            is_free = not folder.exists() or (
-                folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK_NAME}
-            )
-            if not (is_free or self.file.is_file()):
+            is_free = folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK_NAME}
+            if folder.exists() and not (is_free or self.file.is_file()):
                 raise UserError(f"output: {folder} exists and is not an evaluation folder; choose another path")
             folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
@@ -117,12 +115,7 @@ def evaluate(
 
 
 def sweep(
-    evaluator: Evaluator,
-    generate: Generate,
-    sampling: SamplingOptions,
-    results: Results,
-    count: int,
-    num_timesteps: int,
+    evaluator: Evaluator, generate: Generate, sampling: SamplingOptions, results: Results, count: int, max_steps: int
 ) -> None:
     """Measure and plot accuracy and distance by guidance scale, and by number of steps for each sampler, beside the
     distance of `count` real images."""
@@ -138,7 +131,7 @@ def sweep(
     baseline = results.part("floor of the sweep", lambda: evaluator.real_baseline(count))
     scales = [point(f"guidance scale {scale}", replace(sampling, guidance_scale=scale)) for scale in SCALES]
     plot({"": scales}, "guidance_scale", baseline, results.folder / "guidance_scale.png")
-    counts = [steps for steps in STEPS if steps <= num_timesteps]
+    counts = [steps for steps in STEPS if steps <= max_steps]
     lines = {
         name: [point(f"{name}, {steps} steps", replace(sampling, sampler=name, steps=steps)) for steps in counts]
         for name in SAMPLERS
@@ -177,10 +170,8 @@ def plot(lines: Mapping[str, Sequence[Point]], option: str, baseline: float, fil
     for axes, name, unit in ((accuracy, "prompt accuracy", 0.01), (distance, "Fréchet distance", 1)):
         for label, points in lines.items():
             x, y = [point[option] for point in points], [point[name] / unit for point in points]
-            axes.plot(x, y, marker="o", label=label)
-        axes.set_xlabel(option.replace("_", " "))
-        axes.set_ylabel(name if unit == 1 else f"{name}, %")
-        axes.set_xscale("log", base=2)
+            axes.semilogx(x, y, base=2, marker="o", label=label)
+        axes.set(xlabel=option.replace("_", " "), ylabel=name if unit == 1 else f"{name}, %")
         axes.set_xticks(ticks, map(str, ticks))
         axes.grid(alpha=0.3)
     distance.axhline(baseline, color="black", linestyle="dotted")

@@ -83,10 +83,7 @@ def test_help_and_wrong_arguments_do_not_wait_for_torch(command: str, exit_code:
 @pytest.mark.parametrize(
     ("error", "is_memory"),
     [
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
-            True,
-        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 bytes"), True),
         (MemoryError(), True),
         (RuntimeError("shapes differ"), False),

@@ -50,10 +50,7 @@ def assert_interrupted(command: list[str], path: Path) -> None:
 @pytest.mark.parametrize("module", ["pydantic", "yaml", "torch", "accelerate", "tqdm"])
 def test_interrupt_during_an_import(module: str, tmp_path: Path):
     (tmp_path / f"{module}.py").write_text(INTERRUPTED, encoding="utf-8")
-    commands = {
-        "torch": [str(ROOT / "sample.py"), "seven"],
-        "accelerate": [str(ROOT / "train.py")],
-    }
+    commands = {"torch": [str(ROOT / "sample.py"), "seven"], "accelerate": [str(ROOT / "train.py")]}
     assert_interrupted(commands.get(module, [str(ROOT / "sample.py")]), tmp_path)
 
 

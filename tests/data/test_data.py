@@ -180,10 +180,7 @@ def test_conversion_of_bytes_to_the_model_range_is_invertible():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"caption_column": "txt"},
-            r"^data\.caption_column: .*'txt' .* \(did you mean 'text'\?\); .*'image', 'text'",
-        ),
+        ({"caption_column": "txt"}, r"^data\.caption_column: .*'txt' .* \(did you mean 'text'\?\); .*'image', 'text'"),
         ({"image_column": "picture"}, r"^data\.image_column: .*'picture' .*'image', 'text'"),
         ({"caption_column": "image"}, r"^data\.caption_column: 'image' "),
         ({"image_column": "text"}, r"^data\.image_column: 'text' of .*: 2 of 2 .*data\.max_bad_fraction.* row 0 of 2"),

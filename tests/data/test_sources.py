@@ -422,10 +422,7 @@ def test_a_dataset_from_python_gives_its_images_and_captions():
     arrays = [np.full((8, 8), value, dtype=np.uint8) for value in (10, 200)]
     images = [Image.fromarray(arrays[0]), arrays[1]]
     config = DataConfig(source="x", resolution=8, image_column="image", caption_column="text")
-    for captions, groups in (
-        (["a", "b"], (("a",), ("b",))),
-        ([["a"], ["b", "c"]], (("a",), ("b", "c"))),
-    ):
+    for captions, groups in ((["a", "b"], (("a",), ("b",))), ([["a"], ["b", "c"]], (("a",), ("b", "c")))):
         table = datasets.Dataset.from_dict({"image": images, "text": captions}).cast_column("image", datasets.Image())
         for dataset in (list(zip(images, captions, strict=True)), table):
             data = open_captioned_files(config, dataset=dataset).in_memory()

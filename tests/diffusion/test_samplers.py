@@ -17,12 +17,7 @@ from cond_diffusion.config.sampling import SamplingOptions
 from cond_diffusion.config.schedule import ScheduleConfig, to_diffusers
 from cond_diffusion.diffusion import samplers
 from cond_diffusion.diffusion.objective import Denoiser, Prediction, denoiser
-from cond_diffusion.diffusion.samplers import (
-    Sampler,
-    build_sampler,
-    ddpm,
-    sampling_timesteps,
-)
+from cond_diffusion.diffusion.samplers import Sampler, build_sampler, ddpm, sampling_timesteps
 from cond_diffusion.diffusion.schedule import NoiseSchedule
 
 

@@ -373,7 +373,7 @@ def test_an_interrupted_evaluation_is_resumed_and_overwrites_nothing(
     assert found.keys() == {"settings", "samples", "held-out loss", *swept}
     assert found["unipc, 4 steps"]["Fréchet distance"] > 0
     assert {file.name for file in folder.glob("*.png")} == {
-        *("samples.png", "nearest.png", "guidance_scale.png", "steps.png"),
+        *("samples.png", "nearest.png", "guidance_scale.png", "steps.png")
     }
     with Image.open(folder / "nearest.png") as image:
         assert image.size == (6 * 30 - 2, 10 * 30 - 2)

@@ -24,7 +24,7 @@ from cond_diffusion.data.dataset import CaptionedImages, load_captioned_images
 from cond_diffusion.diffusion.objective import Prediction
 from cond_diffusion.diffusion.samplers import Step
 from cond_diffusion.errors import UserError
-from cond_diffusion.evaluation.metrics import SHIPPED, Classifier, accuracy
+from cond_diffusion.evaluation.metrics import SHIPPED, Classifier
 from cond_diffusion.images import from_pillow, to_bytes
 from cond_diffusion.pipeline.checkpoint import BUILT_IN_MODEL, BUILT_IN_MODELS, open_checkpoint
 
@@ -46,7 +46,7 @@ def test_classifier_of_real_digits_recognizes_samples(pipe: TextToImage, small_m
     assert len(images) == 120
     samples = to_bytes(torch.stack([from_pillow(image) for image in images]))
     groups = torch.tensor([group for _, group in prompts])
-    assert accuracy(classifier.eval(), CaptionedImages(samples, groups, train.caption_groups)) > 0.9
+    assert classifier.eval().accuracy(CaptionedImages(samples, groups, train.caption_groups)) > 0.9
 
 
 def in_double_precision(pipe: TextToImage) -> TextToImage:
@@ -196,10 +196,7 @@ def test_input_image_and_mask_are_resized_to_the_model(pipe: TextToImage):
         ({"strength": 0.5}, "strength: "),
         ({"mask": Image.new("L", (28, 28))}, "mask: "),
         ({"resamplings": 2}, "resamplings: 2 "),
-        (
-            {"image": Image.new("L", (28, 28)), "mask": Image.new("L", (20, 30))},
-            "mask: 20 x 30 .* 28 x 28",
-        ),
+        ({"image": Image.new("L", (28, 28)), "mask": Image.new("L", (20, 30))}, "mask: 20 x 30 .* 28 x 28"),
         ({"image": Image.new("L", (28, 28)), "strength": 2.0}, "strength: 2.0;"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale: 2 "),
         ({"guidance_interval": (5000, 6000)}, "guidance_interval: 5000 .*6000.* 1000 timesteps"),

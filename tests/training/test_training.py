@@ -751,7 +751,7 @@ def test_bf16_training_keeps_weights_moments_and_averages_in_fp32(
     request.addfinalizer(lambda: AcceleratorState._reset_state(True))
     types: set[torch.dtype] = set()
     silu = torch.nn.functional.silu
-    monkeypatch.setattr(torch.nn.functional, "silu", lambda x: (types.add(x.dtype), silu(x))[1])
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda x, inplace=False: (types.add(x.dtype), silu(x))[1])
     saved = train(with_train(bars_config, mixed_precision="bf16", max_steps=2))
     assert types == {torch.bfloat16}
     assert {value.dtype for value in weights(saved).values()} == {torch.float32}
